@@ -1,0 +1,1 @@
+"""Evaluation: models and tasks in, scores with intervals and a report out. Reads artefacts only."""

@@ -1,0 +1,215 @@
+"""Scores of single questions become a value with its uncertainty, and models are compared in pairs.
+
+Every interval holds 95 % unless told otherwise. Nothing here knows models, files or tasks.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value measured on ``n`` questions; ``stderr`` and the interval are None for one alone."""
+
+    value: float
+    stderr: float | None
+    low: float | None
+    high: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much more the second model scored than the first on the same questions.
+
+    ``wins`` counts questions where the second did better, ``losses`` where it did worse.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    p_value: float | None
+    wins: int
+    losses: int
+    ties: int
+
+    @property
+    def is_separated(self) -> bool:
+        """Whether the interval excludes zero."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+
+def z_value(confidence: float = CONFIDENCE) -> float:
+    """Standard errors on each side of the mean: 1.96 for 95 %."""
+    return NormalDist().inv_cdf((1 + confidence) / 2)
+
+
+# ---------------------------------------------------------------- one model
+
+
+def wilson_interval(
+    num_correct: int, n: int, confidence: float = CONFIDENCE
+) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (J. Am. Stat. Assoc. 22, 1927).
+
+    Unlike value ± error it stays within 0 and 1 and has a width at 0 of n too.
+    """
+    assert 0 <= num_correct <= n and n > 0, (num_correct, n)
+    z = z_value(confidence)
+    share = num_correct / n
+    scale = 1 + z * z / n
+    middle = (share + z * z / (2 * n)) / scale
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / scale
+    low = 0.0 if num_correct == 0 else middle - half
+    high = 1.0 if num_correct == n else middle + half
+    return low, high
+
+
+def proportion(is_correct: Sequence[bool]) -> Estimate:
+    """The share of questions answered correctly, with Wilson's interval."""
+    n, num_correct = len(is_correct), sum(is_correct)
+    low, high = wilson_interval(num_correct, n)
+    share = num_correct / n
+    stderr = math.sqrt(share * (1 - share) / (n - 1)) if n > 1 else None
+    return Estimate(share, stderr, low, high, n)
+
+
+def mean(values: Sequence[float]) -> Estimate:
+    """The mean of numbers, with its standard error and normal interval."""
+    return ratio(values, [1.0] * len(values))
+
+
+def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
+    """Sum over sum, as in bits per byte, with the linearised standard error of a ratio.
+
+    The blocks (documents, say) are the units that vary: Cochran, Sampling Techniques, eq. 6.13.
+    """
+    n, total = len(numerators), sum(denominators)
+    value = sum(numerators) / total
+    if n < 2:
+        return Estimate(value, None, None, None, n)
+    residuals = [
+        above - value * below for above, below in zip(numerators, denominators, strict=True)
+    ]
+    stderr = math.sqrt(sum(item * item for item in residuals) * n / (n - 1)) / total
+    half = z_value() * stderr
+    return Estimate(value, stderr, value - half, value + half, n)
+
+
+def macro_average(estimates: Sequence[Estimate]) -> Estimate:
+    """The mean of several tasks' values, each task counting the same.
+
+    The distances from value to bound add in squares, each side by itself (MOVER: Zou and Donner,
+    Stat. Med. 27, 2008), so that tasks at 0 or 1 still contribute their Wilson width.
+    """
+    k = len(estimates)
+    value = sum(item.value for item in estimates) / k
+    n = sum(item.n for item in estimates)
+    errors = [item.stderr for item in estimates if item.stderr is not None]
+    lows = [item.value - item.low for item in estimates if item.low is not None]
+    highs = [item.high - item.value for item in estimates if item.high is not None]
+    return Estimate(
+        value,
+        math.hypot(*errors) / k if len(errors) == k else None,
+        value - math.hypot(*lows) / k if len(lows) == k else None,
+        value + math.hypot(*highs) / k if len(highs) == k else None,
+        n,
+    )
+
+
+# ---------------------------------------------------------------- two models, the same questions
+
+
+def mcnemar_p_value(wins: int, losses: int) -> float:
+    """Exact two-sided p-value of McNemar's test (Psychometrika 12, 1947).
+
+    The chance that a fair coin, tossed once for each question on which the models disagree, is at
+    least as one-sided as seen.
+    """
+    n = wins + losses
+    tail = sum(math.comb(n, count) for count in range(min(wins, losses) + 1))
+    return min(1.0, 2 * tail / 2**n)
+
+
+def paired_proportions(first: Sequence[bool], second: Sequence[bool]) -> Difference:
+    """Second's share of correct answers minus first's: Agresti and Min's interval, McNemar's p.
+
+    The interval (Stat. Med. 24, 2005) adds half a question to each of the four cells, which gives
+    it a sensible width even where two models never disagree.
+    """
+    pairs = list(zip(first, second, strict=True))
+    wins = sum(after and not before for before, after in pairs)
+    losses = sum(before and not after for before, after in pairs)
+    n = len(pairs)
+    n_padded, wins_padded, losses_padded = n + 2, wins + 0.5, losses + 0.5
+    middle = (wins_padded - losses_padded) / n_padded
+    spread = (wins_padded + losses_padded) - (wins_padded - losses_padded) ** 2 / n_padded
+    half = z_value() * math.sqrt(spread) / n_padded
+    return Difference(
+        value=(wins - losses) / n,
+        low=max(-1.0, middle - half),
+        high=min(1.0, middle + half),
+        p_value=mcnemar_p_value(wins, losses),
+        wins=wins,
+        losses=losses,
+        ties=n - wins - losses,
+    )
+
+
+def paired_ratios(
+    first: Sequence[float],
+    second: Sequence[float],
+    denominators: Sequence[float],
+    *,
+    lower_is_better: bool,
+) -> Difference:
+    """Second's ratio minus first's over the same blocks, with a normal interval and p-value."""
+    gains = [after - before for before, after in zip(first, second, strict=True)]
+    estimate = ratio(gains, denominators)
+    sign = -1 if lower_is_better else 1
+    wins, losses = sum(sign * gain > 0 for gain in gains), sum(sign * gain < 0 for gain in gains)
+    return Difference(
+        value=estimate.value,
+        low=estimate.low,
+        high=estimate.high,
+        p_value=_normal_p_value(estimate.value, estimate.stderr),
+        wins=wins,
+        losses=losses,
+        ties=len(gains) - wins - losses,
+    )
+
+
+def macro_difference(differences: Sequence[Difference]) -> Difference:
+    """The mean of several tasks' differences, each task counting the same; bounds as in MOVER."""
+    k = len(differences)
+    value = sum(item.value for item in differences) / k
+    lows = [item.value - item.low for item in differences if item.low is not None]
+    highs = [item.high - item.value for item in differences if item.high is not None]
+    low = high = p_value = None
+    if len(lows) == k and len(highs) == k:
+        # An interval of Agresti and Min may end short of the plain difference when nearly all
+        # questions changed sides; a negative distance is then none.
+        low = value - math.hypot(*(max(0.0, distance) for distance in lows)) / k
+        high = value + math.hypot(*(max(0.0, distance) for distance in highs)) / k
+        p_value = _normal_p_value(value, (high - low) / (2 * z_value()))
+    return Difference(
+        value,
+        low,
+        high,
+        p_value,
+        wins=sum(item.wins for item in differences),
+        losses=sum(item.losses for item in differences),
+        ties=sum(item.ties for item in differences),
+    )
+
+
+def _normal_p_value(value: float, stderr: float | None) -> float | None:
+    if stderr is None:
+        return None
+    if stderr == 0:
+        return 1.0 if value == 0 else 0.0
+    return 2 * (1 - NormalDist().cdf(abs(value) / stderr))

@@ -1,0 +1,144 @@
+"""Intervals and tests against published or hand-worked values."""
+
+import math
+import random
+
+import pytest
+
+from eval.statistics import (
+    Difference,
+    Estimate,
+    macro_average,
+    macro_difference,
+    mcnemar_p_value,
+    mean,
+    paired_proportions,
+    paired_ratios,
+    proportion,
+    ratio,
+    wilson_interval,
+)
+
+
+@pytest.mark.parametrize(
+    ("num_correct", "n", "low", "high"),
+    [  # Newcombe, Statistics in Medicine 17 (1998), table I, method 3
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0000, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_interval_equals_newcombes_published_values(num_correct, n, low, high):
+    assert wilson_interval(num_correct, n) == (
+        pytest.approx(low, abs=5e-5),
+        pytest.approx(high, abs=5e-5),
+    )
+
+
+def test_wilson_interval_of_all_wrong_is_the_closed_form():
+    z_squared = 1.959964**2
+    low, high = wilson_interval(0, 10)
+    assert low == 0.0
+    assert high == pytest.approx(z_squared / (10 + z_squared), abs=1e-6)
+
+
+def test_wilson_interval_covers_the_truth_about_as_often_as_it_says():
+    chance = random.Random(0)
+    covered = 0
+    for _ in range(2000):
+        truth = chance.uniform(0.05, 0.95)
+        num_correct = sum(chance.random() < truth for _ in range(50))
+        low, high = wilson_interval(num_correct, 50)
+        covered += low <= truth <= high
+    assert 0.935 < covered / 2000 < 0.965
+
+
+def test_a_proportion_carries_the_standard_error_of_a_mean():
+    estimate = proportion([True, True, True, False])
+    assert (estimate.value, estimate.n) == (0.75, 4)
+    assert estimate.stderr == pytest.approx(0.25)  # sample deviation 0.5 over the root of 4
+
+
+def test_mean_of_one_to_five_has_the_hand_worked_error():
+    estimate = mean([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert estimate.value == 3.0
+    assert estimate.stderr == pytest.approx(math.sqrt(2.5 / 5))
+    assert estimate.low == pytest.approx(3.0 - 1.959964 * math.sqrt(0.5), abs=1e-5)
+
+
+def test_one_block_has_a_value_and_no_interval():
+    assert ratio([6.0], [3.0]) == Estimate(2.0, None, None, None, 1)
+
+
+def test_blocks_with_the_same_ratio_have_no_error_whatever_their_size():
+    estimate = ratio([2.0, 20.0, 200.0], [1.0, 10.0, 100.0])
+    assert estimate.value == pytest.approx(2.0)
+    assert estimate.stderr == pytest.approx(0.0, abs=1e-12)
+
+
+def test_macro_average_counts_a_small_task_as_much_as_a_large_one():
+    small = Estimate(1.0, 0.3, 0.7, 1.0, 2)
+    large = Estimate(0.0, 0.4, 0.0, 0.4, 1000)
+    both = macro_average([small, large])
+    assert (both.value, both.n) == (0.5, 1002)
+    assert both.stderr == pytest.approx(0.25)  # 3-4-5 triangle, halved
+    assert both.low == pytest.approx(0.5 - 0.15)
+    assert both.high == pytest.approx(0.5 + 0.20)
+
+
+def test_mcnemar_of_eight_to_two_is_hand_worked():
+    assert mcnemar_p_value(8, 2) == pytest.approx(2 * (1 + 10 + 45) / 1024)
+    assert mcnemar_p_value(2, 8) == mcnemar_p_value(8, 2)
+    assert mcnemar_p_value(0, 0) == 1.0
+    assert mcnemar_p_value(3, 3) == 1.0
+
+
+def test_paired_difference_is_hand_worked_from_the_four_cells():
+    # 100 questions: 30 both right, 12 only the first, 28 only the second, 30 neither.
+    first = [True] * 30 + [True] * 12 + [False] * 28 + [False] * 30
+    second = [True] * 30 + [False] * 12 + [True] * 28 + [False] * 30
+    difference = paired_proportions(first, second)
+    assert difference.value == pytest.approx(0.16)
+    assert (difference.wins, difference.losses, difference.ties) == (28, 12, 60)
+    half = 1.959964 * math.sqrt(41 - 16**2 / 102) / 102
+    assert difference.low == pytest.approx(16 / 102 - half, abs=1e-6)
+    assert difference.high == pytest.approx(16 / 102 + half, abs=1e-6)
+    assert difference.is_separated
+    assert difference.p_value == pytest.approx(0.0166, abs=1e-3)
+
+
+def test_a_model_compared_with_itself_is_not_separated_and_still_has_a_width():
+    answers = [True, False] * 20
+    difference = paired_proportions(answers, answers)
+    assert difference.value == 0.0
+    assert difference.low == pytest.approx(-difference.high)
+    assert difference.high > 0
+    assert difference.p_value == 1.0
+
+
+def test_pairing_sees_a_small_steady_gain_that_separate_intervals_miss():
+    first = [question % 2 == 0 for question in range(200)]
+    second = [is_right or question % 20 == 1 for question, is_right in enumerate(first)]
+    before, after = proportion(first), proportion(second)
+    assert before.high > after.low  # side by side they overlap
+    assert paired_proportions(first, second).is_separated
+
+
+def test_bits_per_byte_compare_block_by_block():
+    difference = paired_ratios(
+        [20.0, 30.0, 10.0], [18.0, 27.0, 9.0], [10.0, 15.0, 5.0], lower_is_better=True
+    )
+    assert difference.value == pytest.approx(-0.2)
+    assert (difference.wins, difference.losses) == (3, 0)
+    assert difference.is_separated  # every block gained the same share
+
+
+def test_macro_difference_is_the_mean_with_bounds_added_in_squares():
+    one = Difference(0.2, -0.1, 0.5, 0.2, 5, 3, 2)
+    two = Difference(0.4, 0.0, 0.8, 0.1, 6, 2, 2)
+    both = macro_difference([one, two])
+    assert both.value == pytest.approx(0.3)
+    assert both.low == pytest.approx(0.3 - 0.25)
+    assert both.high == pytest.approx(0.3 + 0.25)
+    assert (both.wins, both.losses, both.ties) == (11, 5, 4)
