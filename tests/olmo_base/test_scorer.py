@@ -1,0 +1,307 @@
+"""Scores against a naive computation with transformers, against lm-eval, and as properties."""
+
+import dataclasses
+import json
+import random
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    Olmo2Config,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from olmo_base.model.hf_weights import load_native
+from olmo_base.model.transformer import ModelConfig, Transformer
+from olmo_base.scorer import (
+    Score,
+    continuation_logprobs,
+    rolling_logprob,
+    rolling_logprobs,
+    rolling_windows,
+)
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 24,
+}
+CONFIGS = {
+    "olmo2": Olmo2Config(**SIZES),
+    "llama": LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "gpt2": GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=24),
+    # A cap on the logits that a scorer calling the head by itself would miss.
+    "gemma2": Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=0.5, sliding_window=8),
+}
+
+
+def random_model(name: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)  # an untrained model is nearly uniform, which hides mistakes
+    return model
+
+
+def random_requests(number: int, seed: int = 0) -> list[tuple[list[int], list[int]]]:
+    chance = random.Random(seed)
+
+    def ids(low: int, high: int) -> list[int]:
+        return [chance.randrange(97) for _ in range(chance.randint(low, high))]
+
+    contexts = [ids(1, 14) for _ in range(number // 3 + 1)]
+    return [(chance.choice(contexts), ids(1, 6)) for _ in range(number)]
+
+
+@torch.no_grad()
+def naive_score(model, context, continuation) -> tuple[float, bool]:
+    """One request by itself: all logits, log-softmax, pick."""
+    logp_TV = model(torch.tensor([[*context, *continuation]])).logits[0].double().log_softmax(-1)
+    rows = logp_TV[len(context) - 1 : -1]
+    targets = torch.tensor(continuation)
+    logprob = rows.gather(-1, targets[:, None]).sum().item()
+    return logprob, bool((rows.argmax(-1) == targets).all())
+
+
+@pytest.fixture
+def word_tokenizer():
+    """One token per word of a made-up language."""
+    words = [a + b for a in ("ka", "lo", "mi", "su") for b in ("ra", "ne", "ti", "po", "du")]
+    vocabulary = {word: index for index, word in enumerate(["<eos>", "<unk>", *words, ":"])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>", pad_token="<eos>"
+    )
+
+
+def logprobs(scores: list[Score]) -> torch.Tensor:
+    return torch.tensor([score.logprob for score in scores], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_scores_equal_transformers_one_request_at_a_time(name):
+    model = random_model(name)
+    requests = random_requests(40)
+    # Some continuations the model itself would choose, so that both answers of is_greedy occur.
+    for context, _ in requests[:5]:
+        chosen = model(torch.tensor([context])).logits[0, -1].argmax().item()
+        requests.append((context, [chosen]))
+    scores = continuation_logprobs(model, requests, batch_tokens=100, pad_id=3)
+    naive = [naive_score(model, *request) for request in requests]
+    torch.testing.assert_close(
+        logprobs(scores), torch.tensor([item[0] for item in naive]).double(), atol=1e-4, rtol=1e-6
+    )
+    assert [score.is_greedy for score in scores] == [item[1] for item in naive]
+    assert {True, False} == {score.is_greedy for score in scores}
+    assert [score.num_tokens for score in scores] == [len(request[1]) for request in requests]
+
+
+def test_native_model_and_its_hugging_face_folder_score_alike(tmp_path):
+    model = random_model("olmo2")
+    model.save_pretrained(tmp_path)
+    requests = random_requests(30)
+    torch.testing.assert_close(
+        logprobs(continuation_logprobs(load_native(tmp_path), requests, batch_tokens=64)),
+        logprobs(continuation_logprobs(model, requests, batch_tokens=64)),
+        atol=1e-4,
+        rtol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_batch_size_and_order_do_not_change_a_score(seed):
+    torch.manual_seed(seed)
+    model = Transformer(ModelConfig(**SIZES, eos_token_id=0, pad_token_id=1))
+    requests = random_requests(60, seed)
+    one_by_one = [continuation_logprobs(model, [request])[0] for request in requests]
+    order = random.Random(seed).sample(range(60), 60)
+    for batch_tokens in (1, 50, 10_000):
+        shuffled = continuation_logprobs(
+            model, [requests[index] for index in order], batch_tokens=batch_tokens
+        )
+        torch.testing.assert_close(
+            logprobs(shuffled),
+            logprobs([one_by_one[index] for index in order]),
+            atol=1e-5,
+            rtol=0,
+        )
+
+
+def test_requests_that_share_their_input_run_once():
+    model = random_model("llama")
+    num_read = []
+    model.model.register_forward_pre_hook(
+        lambda module, arguments, keywords: num_read.append(keywords["input_ids"].numel()),
+        with_kwargs=True,
+    )
+    # Four one-token options and two options of which one begins the other: one row of 4 tokens.
+    requests = [([5, 6, 7], [option]) for option in (1, 2, 3, 4)]
+    requests += [([5, 6, 7], [8, 9]), ([5, 6, 7], [8])]
+    scores = continuation_logprobs(model, requests)
+    assert num_read == [4]
+    for request, score in zip(requests, scores, strict=True):
+        assert score.logprob == pytest.approx(naive_score(model, *request)[0], abs=1e-5)
+
+
+def test_head_runs_on_continuation_positions_only():
+    model = random_model("llama")
+    num_scored = []
+    model.lm_head.register_forward_hook(
+        lambda module, arguments, output: num_scored.append(output.shape[:-1])
+    )
+    continuation_logprobs(model, [(list(range(15)), [1, 2]), ([1, 2], [3])])
+    assert [shape.numel() for shape in num_scored] == [3]
+
+
+def test_probabilities_of_all_tokens_add_up_to_one():
+    model = random_model("olmo2")
+    scores = continuation_logprobs(model, [([4, 5], [token]) for token in range(97)])
+    assert logprobs(scores).exp().sum().item() == pytest.approx(1.0, abs=1e-5)
+    assert sum(score.is_greedy for score in scores) == 1
+
+
+def test_a_context_that_does_not_fit_loses_its_beginning_and_says_so():
+    model = random_model("olmo2")
+    long = [index % 97 for index in range(40)]
+    (score,) = continuation_logprobs(model, [(long, [1, 2, 3])])
+    (same,) = continuation_logprobs(model, [(long[-22:], [1, 2, 3])])  # 22 + 2 read, 24 positions
+    assert score.num_cut == 18
+    assert dataclasses.replace(score, num_cut=0) == same
+
+
+def test_a_model_in_training_stays_in_training():
+    model = random_model("olmo2").train()
+    continuation_logprobs(model, [([1], [2])])
+    assert model.training
+
+
+def test_empty_sides_and_oversized_continuations_are_refused():
+    model = random_model("olmo2")
+    with pytest.raises(ValueError, match="request 1 has an empty context"):
+        continuation_logprobs(model, [([1], [2]), ([], [2])])
+    with pytest.raises(ValueError, match="request 0 has an empty continuation"):
+        continuation_logprobs(model, [([1], [])])
+    with pytest.raises(ValueError, match="continuation of 25 tokens"):
+        continuation_logprobs(model, [([1], [2] * 25)])
+    with pytest.raises(ValueError, match="document 1 is empty"):
+        rolling_logprobs(model, [[1], []], prefix_id=0)
+
+
+# ---------------------------------------------------------------- whole documents
+
+
+def test_rolling_windows_are_hand_worked():
+    assert rolling_windows([1, 2, 3, 4, 5, 6, 7, 8], prefix_id=0, max_length=3) == [
+        ([0], [1, 2, 3]),
+        ([3], [4, 5, 6]),
+        ([5, 6], [7, 8]),  # the last window is filled up with earlier text
+    ]
+    assert rolling_windows([1, 2], prefix_id=0, max_length=3) == [([0], [1, 2])]
+
+
+@pytest.mark.parametrize("length", [1, 2, 4, 5, 23, 24, 25, 100])
+def test_rolling_windows_equal_those_of_lm_eval(length):
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # slow to import
+
+    ids = list(range(1, length + 1))
+    theirs = get_rolling_token_windows(ids, prefix_token=0, max_seq_len=5, context_len=1)
+    assert rolling_windows(ids, prefix_id=0, max_length=5) == [
+        make_disjoint_window(window) for window in theirs
+    ]
+
+
+def test_a_document_that_fits_is_scored_like_one_continuation():
+    model = random_model("olmo2")
+    ids = [7, 8, 9, 10]
+    score = rolling_logprob(model, ids, prefix_id=0)
+    assert score.logprob == pytest.approx(naive_score(model, [0], ids)[0], abs=1e-5)
+    assert score.num_tokens == len(score.token_logprobs) == 4
+
+
+def test_documents_are_scored_alike_together_and_alone():
+    model = random_model("gpt2")
+    chance = random.Random(1)
+    documents = [[chance.randrange(97) for _ in range(length)] for length in (3, 70, 24, 25)]
+    together = rolling_logprobs(model, documents, prefix_id=0, batch_tokens=48)
+    alone = [rolling_logprob(model, document, prefix_id=0) for document in documents]
+    torch.testing.assert_close(logprobs(together), logprobs(alone), atol=1e-4, rtol=0)
+    assert [score.num_tokens for score in together] == [3, 70, 24, 25]
+
+
+# ---------------------------------------------------------------- an independent harness
+
+
+def test_accuracy_and_log_likelihoods_equal_lm_eval(tmp_path, word_tokenizer):
+    from lm_eval import simple_evaluate  # slow to import
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    chance = random.Random(2)
+    words = [word for word in word_tokenizer.get_vocab() if word.isalpha()]
+    rows = [
+        {
+            "query": "Question: " + " ".join(chance.choices(words, k=chance.randint(1, 8))),
+            "choices": [" ".join(chance.choices(words, k=chance.randint(1, 3))) for _ in "abc"],
+            "gold": chance.randrange(3),
+        }
+        for _ in range(12)
+    ]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "local_choice",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str(tmp_path / "hf")},
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "doc_to_text": "{{query}}",
+        "doc_to_target": "{{gold}}",
+        "doc_to_choice": "choices",
+        "metric_list": [{"metric": "acc"}],
+    }
+    config = LlamaConfig(**{**SIZES, "vocab_size": len(word_tokenizer)})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    theirs = simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=word_tokenizer, batch_size=4, device="cpu"),
+        tasks=[task],
+        task_manager=TaskManager(include_defaults=False),
+        bootstrap_iters=0,
+    )
+    by_row = {sample["doc_id"]: sample for sample in theirs["samples"]["local_choice"]}
+    requests, theirs_flat = [], []
+    for number, row in enumerate(rows):
+        context = word_tokenizer(row["query"]).input_ids
+        for choice, (logprob, is_greedy) in zip(
+            row["choices"], by_row[number]["filtered_resps"], strict=True
+        ):
+            whole = word_tokenizer(row["query"] + " " + choice).input_ids
+            requests.append((context, whole[len(context) :]))
+            theirs_flat.append((float(logprob), bool(is_greedy)))
+    ours = continuation_logprobs(model, requests, batch_tokens=64)
+    torch.testing.assert_close(
+        logprobs(ours),
+        torch.tensor([item[0] for item in theirs_flat], dtype=torch.float64),
+        atol=1e-4,
+        rtol=0,
+    )
+    assert [score.is_greedy for score in ours] == [item[1] for item in theirs_flat]
+    accuracy = sum(
+        max(range(3), key=lambda option: ours[3 * number + option].logprob) == row["gold"]
+        for number, row in enumerate(rows)
+    ) / len(rows)
+    assert accuracy == pytest.approx(theirs["results"]["local_choice"]["acc,none"])
