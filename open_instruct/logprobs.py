@@ -1,0 +1,208 @@
+"""Model and micro-batch become log-probabilities, with the language-model head only at labels.
+
+Hidden states of every position -> those that predict a label -> head -> log-softmax in float32.
+A head over V ids costs more than a small model's whole body, and prompts and padding need none.
+"""
+
+# R rows, T positions, D hidden width, V vocabulary, L label tokens (laid end to end)
+
+import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
+
+from olmo_base.run.errors import UserError
+from open_instruct.batches import Batch
+
+# Above this many logits at once (256 MB in float32) the head works through the labels in pieces,
+# whose logits are computed again in the backward pass instead of being kept.
+MAX_LOGITS = 2**26
+
+
+def id_logprobs(logits_LV: Tensor, ids_L: Tensor) -> Tensor:
+    """Log-probability, in nats, of each id: (L,)."""
+    # bf16 keeps 2-3 digits; a difference of log-probabilities needs more.
+    return -F.cross_entropy(logits_LV.float(), ids_L, reduction="none")
+
+
+def vocabulary_size(head: nn.Module) -> int:
+    """How many ids the head scores."""
+    assert isinstance(head.weight, Tensor)
+    return head.weight.shape[0]
+
+
+def head_logprobs(hidden_LD: Tensor, ids_L: Tensor, head: nn.Module, max_logits: int) -> Tensor:
+    """Log-probability of each id under ``head``, never keeping more than ``max_logits`` logits."""
+
+    def piece(hidden: Tensor, ids: Tensor) -> Tensor:
+        return id_logprobs(head(hidden), ids)
+
+    rows = max(1, max_logits // vocabulary_size(head))
+    if len(ids_L) <= rows:
+        return piece(hidden_LD, ids_L)
+    pieces = [
+        checkpoint(piece, hidden, ids, use_reentrant=False, preserve_rng_state=False)
+        for hidden, ids in zip(hidden_LD.split(rows), ids_L.split(rows), strict=True)
+    ]
+    return torch.cat(pieces)
+
+
+# ---------------------------------------------------------------- ways to the logits of labels
+
+
+def hidden_then_head(model: nn.Module, batch: Batch, mask_RT: Tensor | None) -> Tensor:
+    """The body's hidden states, then the head at the labels. Right for models that do just that."""
+    hidden = model.get_decoder()(  # type: ignore[operator]
+        input_ids=batch.ids_RT, attention_mask=mask_RT, use_cache=False
+    ).last_hidden_state
+    hidden_LD = hidden.flatten(0, 1).index_select(0, batch.label_positions_L)
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return head_logprobs(hidden_LD, batch.label_ids_L, head, MAX_LOGITS)
+
+
+def model_at_labels(model: nn.Module, batch: Batch, mask_RT: Tensor | None) -> Tensor:
+    """The model's own logits, asked for at the labels only. Costs a host synchronisation."""
+    is_wanted = torch.zeros_like(batch.ids_RT, dtype=torch.bool).flatten()
+    is_wanted[batch.label_positions_L] = True
+    logits_LV = model(
+        input_ids=batch.ids_RT,
+        attention_mask=mask_RT,
+        use_cache=False,
+        logits_to_keep=is_wanted.view_as(batch.ids_RT),
+    ).logits
+    return id_logprobs(logits_LV, batch.label_ids_L)
+
+
+def model_everywhere(model: nn.Module, batch: Batch, mask_RT: Tensor | None) -> Tensor:
+    """The model's own logits at every position, then those of the labels. The most memory."""
+    logits = model(input_ids=batch.ids_RT, attention_mask=mask_RT, use_cache=False).logits
+    logits_LV = logits.flatten(0, 1).index_select(0, batch.label_positions_L)
+    return id_logprobs(logits_LV, batch.label_ids_L)
+
+
+WAYS: dict[str, Callable[[nn.Module, Batch, Tensor | None], Tensor]] = {
+    "head at the labels": hidden_then_head,
+    "the model's own logits at the labels": model_at_labels,
+    "the model's own logits at every position": model_everywhere,
+}
+
+
+# ---------------------------------------------------------------- the module the loop trains
+
+
+class LabelLogprobs(nn.Module):
+    """A causal language model whose forward pass is micro-batch -> log-probability of each label.
+
+    A module, so that whatever wraps a model for many ranks wraps this and sees every forward pass.
+    ``way`` and ``needs_mask`` were checked against the model's plain forward pass on a probe.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        precision: Callable[[], AbstractContextManager[object]] = nullcontext,
+        tolerance: float = 1e-3,
+    ) -> None:
+        """Errors: UserError if no way reproduces the model's own logits.
+
+        ``precision`` opens the context the model computes in (autocast); ``tolerance`` is what its
+        rounding may change a log-probability by, in nats, where logits spread over 20.
+        """
+        super().__init__()
+        self.model = model
+        self.way, self.needs_mask = find_way(model, precision, tolerance)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """(L,) float32, in the order of ``batch.label_ids_L``."""
+        mask_RT = padding_mask(batch) if self.needs_mask else None
+        return WAYS[self.way](self.model, batch, mask_RT)
+
+
+def padding_mask(batch: Batch) -> Tensor:
+    """1 at tokens, 0 at padding: (R, T), as Hugging Face models take it."""
+    positions_T = torch.arange(batch.ids_RT.shape[1], device=batch.ids_RT.device)
+    return (positions_T < batch.lengths_R[:, None]).long()
+
+
+@torch.no_grad()
+def find_way(
+    model: nn.Module, precision: Callable[[], AbstractContextManager[object]], tolerance: float
+) -> tuple[str, bool]:
+    """The cheapest way that equals the model's own logits, and whether it needs a padding mask.
+
+    Models that scale or cap their logits after the head, or whose padding reaches the tokens, are
+    found out here on two short rows, whatever their architecture is called.
+    """
+    probe = _probe(model)
+    was_training = model.training
+    model.eval()
+    with contextlib.ExitStack() as undo:
+        undo.callback(model.train, was_training)
+        undo.enter_context(precision())
+        undo.callback(_amplify_head(model, probe).remove)
+        rows = [row[:n] for row, n in zip(probe.ids_RT, probe.lengths_R.tolist(), strict=True)]
+        alone = [_plain_logprobs(model, row) for row in rows]
+        beginning = _plain_logprobs(model, rows[0][:-3])
+        if not torch.allclose(beginning, alone[0][:-3], rtol=0, atol=tolerance):
+            raise UserError(
+                f"{type(model).__name__} looks at the tokens that it should predict. "
+                "Only causal language models can be trained here."
+            )
+        expected = torch.cat(alone)
+        for needs_mask in (False, True):
+            mask_RT = padding_mask(probe) if needs_mask else None
+            for name, way in WAYS.items():
+                try:
+                    found = way(model, probe, mask_RT)
+                except (TypeError, AttributeError, IndexError):
+                    continue  # a model without that door; the next way asks less of it
+                if torch.allclose(found, expected, rtol=0, atol=tolerance):
+                    return name, needs_mask
+    raise UserError(
+        f"{type(model).__name__} gives other log-probabilities for a row beside a longer one than "
+        "for the row alone, with and without an attention mask, so it cannot be trained in batches."
+    )
+
+
+def _probe(model: nn.Module) -> Batch:
+    """Rows of 9 and 5 tokens spread over the vocabulary, padded with a token that would be seen."""
+    vocab_size = vocabulary_size(model.get_output_embeddings())  # type: ignore[operator]
+    device = next(model.parameters()).device
+    ids_RT = (torch.arange(18, device=device).view(2, 9) * 7919 + 3) % vocab_size
+    lengths = [9, 5]
+    places = [(row, column) for row in (0, 1) for column in range(1, lengths[row])]
+    rows_L = torch.tensor([row for row, _ in places], device=device)
+    columns_L = torch.tensor([column for _, column in places], device=device)
+    return Batch(
+        ids_RT=ids_RT,
+        lengths_R=torch.tensor(lengths, device=device),
+        label_positions_L=rows_L * 9 + columns_L - 1,
+        label_ids_L=ids_RT[rows_L, columns_L],
+        label_rows_L=rows_L,
+        examples=torch.tensor([0, 1], device=device),
+        num_rows=2,
+    )
+
+
+def _amplify_head(model: nn.Module, probe: Batch) -> RemovableHandle:
+    """Give the head's output a spread of some 20 nats for as long as the hook is there.
+
+    A young model's logits are so small that a cap at 30 leaves them as they are; it would bite
+    only after some training, unseen.
+    """
+    spread = model(input_ids=probe.ids_RT, use_cache=False).logits.float().std()
+    factor = float(20.0 / spread.clamp(min=1e-6))
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    handle: RemovableHandle = head.register_forward_hook(lambda _, __, logits: logits * factor)
+    return handle
+
+
+def _plain_logprobs(model: nn.Module, ids_T: Tensor) -> Tensor:
+    """One row by itself through the model's own forward pass: what every way has to equal."""
+    logits_TV = model(input_ids=ids_T[None], use_cache=False).logits[0, :-1]
+    return id_logprobs(logits_TV, ids_T[1:])

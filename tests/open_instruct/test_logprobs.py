@@ -1,0 +1,196 @@
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+)
+
+from olmo_base.run.errors import UserError
+from open_instruct.batches import Examples
+from open_instruct.logprobs import LabelLogprobs, head_logprobs, id_logprobs
+
+
+class Encoded(NamedTuple):
+    ids: list[int]
+    is_learnt: list[bool]
+
+
+TINY: dict[str, Any] = dict(
+    vocab_size=61,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    max_position_embeddings=32,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+HEAD, OWN = "head at the labels", "the model's own logits at the labels"
+
+
+def olmo2():
+    return Olmo2ForCausalLM(Olmo2Config(**TINY))
+
+
+def llama_with_tied_embeddings():
+    return LlamaForCausalLM(LlamaConfig(**TINY, tie_word_embeddings=True))
+
+
+def gpt2_with_learnt_positions():
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=61, n_positions=32, n_embd=16, n_layer=2, n_head=2)
+    )
+
+
+def gpt_neox():
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**TINY))
+
+
+def mamba_without_attention():
+    return MambaForCausalLM(
+        MambaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=2, state_size=4)
+    )
+
+
+def gemma2_with_capped_logits():
+    return Gemma2ForCausalLM(Gemma2Config(**TINY, head_dim=8))
+
+
+def cohere_with_scaled_logits():
+    return CohereForCausalLM(CohereConfig(**TINY))
+
+
+def granite_with_scaled_logits():
+    return GraniteForCausalLM(GraniteConfig(**TINY, logits_scaling=8.0))
+
+
+MODELS = [
+    (olmo2, HEAD),
+    (llama_with_tied_embeddings, HEAD),
+    (gpt2_with_learnt_positions, HEAD),
+    (gpt_neox, HEAD),
+    (mamba_without_attention, HEAD),
+    (gemma2_with_capped_logits, OWN),
+    (cohere_with_scaled_logits, OWN),
+    (granite_with_scaled_logits, OWN),
+]
+
+
+def a_batch():
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for length, first_learnt in [(9, 4), (5, 1), (7, 7), (12, 8)]:
+        ids = torch.randint(3, 61, (length,), generator=generator).tolist()
+        rows.append((Encoded(ids, [place >= first_learnt for place in range(length)]),))
+    return Examples(rows).batch([0, 1, 2, 3])
+
+
+def labels_of(batch):
+    """As transformers takes them: -100 where nothing is learnt."""
+    labels_RT = torch.full_like(batch.ids_RT, -100)
+    labels_RT.view(-1)[batch.label_positions_L + 1] = batch.label_ids_L
+    return labels_RT
+
+
+@pytest.mark.parametrize(
+    ("make_model", "way"), MODELS, ids=lambda item: getattr(item, "__name__", "")
+)
+def test_label_logprobs_and_gradients_equal_transformers_own_loss(make_model, way):
+    torch.manual_seed(0)
+    model = make_model().eval()
+    batch = a_batch()
+    logprobs = LabelLogprobs(model)
+    assert (logprobs.way, logprobs.needs_mask) == (way, False)
+
+    loss = -logprobs(batch).mean()
+    loss.backward()
+    ours = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+    model.zero_grad()
+    mask_RT = (torch.arange(batch.ids_RT.shape[1]) < batch.lengths_R[:, None]).long()
+    theirs = model(input_ids=batch.ids_RT, attention_mask=mask_RT, labels=labels_of(batch)).loss
+    theirs.backward()
+
+    torch.testing.assert_close(loss, theirs, atol=1e-6, rtol=0)
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(ours[name], weight.grad, atol=1e-6, rtol=0, msg=name)
+
+
+def test_the_head_sees_the_labels_and_nothing_else():
+    model = olmo2()
+    logprobs = LabelLogprobs(model)
+    batch = a_batch()
+    seen = []
+    model.lm_head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
+    logprobs(batch)
+    assert seen == [(len(batch.label_ids_L), 16)]
+
+
+def test_a_large_vocabulary_is_worked_through_in_pieces_with_the_same_gradients():
+    torch.manual_seed(0)
+    head = torch.nn.Linear(8, 50)
+    hidden_LD = torch.randn(23, 8, requires_grad=True)
+    ids_L = torch.randint(0, 50, (23,))
+
+    def gradients(max_logits):
+        weights = torch.arange(23.0)  # every label's gradient has its own weight, as in DPO
+        (weights * head_logprobs(hidden_LD, ids_L, head, max_logits)).sum().backward()
+        found = hidden_LD.grad, head.weight.grad, head.bias.grad
+        hidden_LD.grad = head.weight.grad = head.bias.grad = None
+        return found
+
+    for whole, pieces in zip(gradients(10**9), gradients(50 * 4), strict=True):
+        torch.testing.assert_close(whole, pieces)
+
+
+def test_logprobs_are_float32_also_for_bfloat16_logits():
+    logits = torch.randn(3, 11).bfloat16()
+    found = id_logprobs(logits, torch.tensor([1, 2, 3]))
+    expected = logits.double().log_softmax(-1)[torch.arange(3), torch.tensor([1, 2, 3])]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=0)
+
+
+def test_the_probe_leaves_the_model_as_it_was():
+    torch.manual_seed(0)
+    model = olmo2().train()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    random_before = torch.get_rng_state()
+    LabelLogprobs(model)
+    assert model.training and not model.lm_head._forward_hooks
+    assert torch.equal(torch.get_rng_state(), random_before)
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+
+
+def test_a_model_that_looks_ahead_is_refused():
+    model = BertLMHeadModel(
+        BertConfig(
+            vocab_size=61,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            is_decoder=False,
+        )
+    )
+    with pytest.raises(UserError, match="causal language models"):
+        LabelLogprobs(model)
