@@ -1,0 +1,298 @@
+"""A task's data file -> its questions. A row that cannot be used is an error with file and line."""
+
+import gzip
+import json
+import random
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from eval.tasks import Task
+from olmo_base.corpus.documents import DocumentSource, DocumentStream
+from olmo_base.run.errors import DataError, UserError
+
+ROLES = ("system", "user", "assistant")
+# OLMES request files hold each question a second time, without its text ("Answer:" alone), to
+# measure how likely the options are by themselves; that copy's doc_id is larger by this much.
+UNCONDITIONAL_OFFSET = 1_000_000
+# A document is judged in blocks, so that one long document too has a standard error, and so that
+# models with different tokenizers are compared on the same pieces of text.
+BLOCK_CHARACTERS = 4000
+
+
+@dataclass(frozen=True)
+class Question:
+    """To be answered in words."""
+
+    doc_id: str
+    messages: tuple[dict[str, str], ...]  # the last one is the user's
+    targets: tuple[str, ...]  # accepted answers
+    category: str | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """To be answered by the likeliest of its options."""
+
+    doc_id: str
+    contexts: tuple[str, ...]  # one per option; usually all the same
+    options: tuple[str, ...]  # continuations of the context, their leading blank included
+    gold: int
+    unconditional_contexts: tuple[str, ...] | None = None
+    category: str | None = None
+
+
+@dataclass(frozen=True)
+class Document:
+    """To be predicted token by token."""
+
+    doc_id: str
+    text: str
+
+
+Item = Question | Choice | Document
+
+
+def data_file(task: Task, data_dir: str | None) -> Path:
+    """Where a task's questions are. Errors: UserError that says what is there instead."""
+    path = Path(task.file)
+    if not path.is_absolute():
+        if data_dir is None:
+            raise UserError(
+                f"The task {task.name} reads {task.file} from a folder of data. "
+                "Say which folder with data_dir (--data-dir)."
+            )
+        if not Path(data_dir).is_dir():
+            raise UserError(f"data_dir {data_dir} is not a folder.")
+        path = Path(data_dir) / path
+    if not path.is_file():
+        found = sorted(file.name for file in path.parent.glob("*.json*")) if path.parent else []
+        listed = f" That folder holds {', '.join(found[:8])}." if found else ""
+        raise UserError(
+            f"{path} does not exist; the task {task.name} asks its questions from it.{listed} "
+            "Check data_dir."
+        )
+    return path
+
+
+def read_items(task: Task, path: Path, *, limit: int | None = None, seed: int = 42) -> list[Item]:
+    """The questions of a task in the file's order; ``limit`` draws that many of them at random.
+
+    Errors: DataError naming file and line.
+    """
+    items = READERS[task.kind](path)
+    if limit is not None and limit < len(items):
+        drawn = sorted(random.Random(seed).sample(range(len(items)), limit))
+        items = [items[index] for index in drawn]
+    return items
+
+
+# ---------------------------------------------------------------- JSON lines
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of each line. Errors: DataError."""
+    is_packed = path.name.endswith(".gz")
+    found = False
+    try:
+        with gzip.open(path) if is_packed else open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                found = True
+                try:
+                    row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                except UnicodeDecodeError as error:
+                    raise DataError(
+                        path, number, f"byte {error.start} is not UTF-8.", "Save it as UTF-8."
+                    ) from None
+                except ValueError as error:
+                    raise DataError(
+                        path,
+                        number,
+                        f"broken JSON ({error}).",
+                        "Each line must be one whole JSON object.",
+                    ) from None
+                if not isinstance(row, dict):
+                    raise DataError(
+                        path, number, f"found a JSON {type(row).__name__}, needed an object."
+                    )
+                yield number, row
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(
+            path, None, f"the gzip data is damaged ({error}).", "Fetch the file again."
+        ) from None
+    if not found:
+        raise DataError(path, None, "the file is empty.", "Write questions to it.")
+
+
+class _Row:
+    """A row with its place, for messages."""
+
+    def __init__(self, path: Path, line: int, row: dict[str, Any]) -> None:
+        self.path, self.line, self.row = path, line, row
+
+    def fail(self, problem: str, next_step: str = "") -> NoReturn:
+        raise DataError(self.path, self.line, problem, next_step)
+
+    def get(self, key: str, kind: type | tuple[type, ...], needed: str) -> Any:
+        """The value of a key that must be there and of a type."""
+        if key not in self.row:
+            keys = ", ".join(map(repr, self.row)) or "none"
+            self.fail(f"the key {key!r} is missing; found {keys}.", f"Needed: {needed}.")
+        value = self.row[key]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            self.fail(f"{key!r} holds {_named(value)}.", f"Needed: {needed}.")
+        return value
+
+    def texts(self, key: str, needed: str) -> tuple[str, ...]:
+        """A list of texts that is not empty."""
+        values = self.get(key, list, needed)
+        if not values or not all(isinstance(value, str) for value in values):
+            self.fail(f"{key!r} holds {_named(values)}.", f"Needed: {needed}.")
+        return tuple(values)
+
+    @property
+    def category(self) -> str | None:
+        value = self.row.get("category")
+        if value is not None and not isinstance(value, str):
+            self.fail(f"'category' holds {_named(value)}.", "Needed: text.")
+        return value
+
+
+def _named(value: Any) -> str:
+    words = json.dumps(value, ensure_ascii=False)
+    return words if len(words) <= 60 else words[:57] + "…"
+
+
+# ---------------------------------------------------------------- each kind
+
+
+def _read_questions(path: Path) -> list[Item]:
+    """Rows {"prompt": text} or {"messages": [...]}, with "answer": text or a list of texts."""
+    return [_question(_Row(path, line, row), number) for number, (line, row) in _numbered(path)]
+
+
+def _question(row: _Row, number: int) -> Question:
+    if "messages" in row.row:
+        needed = "a list of {role, content} that ends with the user's turn"
+        messages = row.get("messages", list, needed)
+        for turn in messages:
+            is_turn = isinstance(turn, dict) and isinstance(turn.get("content"), str)
+            if not is_turn or turn.get("role") not in ROLES:
+                row.fail(f"'messages' holds {_named(turn)}.", f"Needed: {needed}; roles {ROLES}.")
+        if not messages or messages[-1]["role"] != "user":
+            row.fail("the last message is not the user's.", f"Needed: {needed}.")
+        messages = [{"role": turn["role"], "content": turn["content"]} for turn in messages]
+    else:
+        messages = [
+            {"role": "user", "content": row.get("prompt", str, "a question, or 'messages'")}
+        ]
+    if not messages[-1]["content"].strip():
+        row.fail("the question is empty.", "Write it, or remove the row.")
+    answer = row.get("answer", (str, list), "the answer, or a list of accepted answers")
+    targets = (answer,) if isinstance(answer, str) else row.texts("answer", "texts")
+    if not all(target.strip() for target in targets):
+        row.fail("an accepted answer is empty.", "Every model that says nothing would be right.")
+    return Question(str(number), tuple(messages), targets, row.category)
+
+
+def _read_choices(path: Path) -> list[Item]:
+    """Rows {"question": text, "options": [texts], "gold": index of the right one}."""
+    items: list[Item] = []
+    for number, (line, content) in _numbered(path):
+        row = _Row(path, line, content)
+        question = row.get("question", str, "text")
+        options = row.texts("options", "a list of texts")
+        gold = row.get("gold", int, "the number of the right option, counted from 0")
+        if len(options) < 2:
+            row.fail(f"there is {len(options)} option.", "A choice needs at least 2.")
+        if len(set(options)) < len(options):
+            row.fail("two options are the same.", "Make them differ.")
+        if not all(option.strip() for option in options):
+            row.fail("an option is empty.", "Nothing is always likely.")
+        if not 0 <= gold < len(options):
+            row.fail(f"'gold' is {gold}.", f"It counts from 0 to {len(options) - 1} here.")
+        context = f"Question: {question}\nAnswer:"
+        items.append(
+            Choice(
+                str(number),
+                contexts=(context,) * len(options),
+                options=tuple(f" {option}" for option in options),
+                gold=gold,
+                category=row.category,
+            )
+        )
+    return items
+
+
+def _read_requests(path: Path) -> list[Item]:
+    """OLMES request files: one row per option, {doc_id, idx, label, request: {context, ...}}."""
+    options_of: dict[int, dict[int, tuple[str, str, int, int]]] = {}
+    for line, content in _rows(path):
+        row = _Row(path, line, content)
+        doc_id = row.get("doc_id", int, "the number of the question")
+        index = row.get("idx", int, "the number of the option")
+        label = row.get("label", int, "the number of the right option")
+        request = row.get("request", dict, '{"context": text, "continuation": text}')
+        inner = _Row(path, line, request)
+        context = inner.get("context", str, "text")
+        continuation = inner.get("continuation", str, "text")
+        if not continuation:
+            row.fail("the continuation is empty.", "Nothing is always likely.")
+        options = options_of.setdefault(doc_id, {})
+        if index in options:
+            row.fail(f"option {index} of question {doc_id} is there a second time.")
+        options[index] = (context, continuation, label, line)
+    items: list[Item] = []
+    for doc_id, options in options_of.items():
+        if doc_id >= UNCONDITIONAL_OFFSET and doc_id - UNCONDITIONAL_OFFSET in options_of:
+            continue
+        last_line = max(line for *_, line in options.values())
+        labels = {label for _, _, label, _ in options.values()}
+        problem = None
+        if sorted(options) != list(range(len(options))):
+            problem = f"has the options {sorted(options)}, which do not count up from 0."
+        elif len(labels) != 1 or not labels <= options.keys():
+            problem = f"has the label {sorted(labels)}, which is not one of its options."
+        alone = options_of.get(doc_id + UNCONDITIONAL_OFFSET)
+        continuations = [options[index][1] for index in sorted(options)]
+        if alone is not None and continuations != [alone[index][1] for index in sorted(alone)]:
+            problem = "has other options than its copy without the question."
+        if problem is not None:
+            raise DataError(path, last_line, f"question {doc_id} {problem}")
+        items.append(
+            Choice(
+                str(doc_id),
+                contexts=tuple(options[index][0] for index in sorted(options)),
+                options=tuple(continuations),
+                gold=labels.pop(),
+                unconditional_contexts=alone and tuple(alone[index][0] for index in sorted(alone)),
+            )
+        )
+    return items
+
+
+def _read_documents(path: Path) -> list[Item]:
+    """Text files, or JSON lines with the key "text"."""
+    documents = DocumentStream([DocumentSource(str(path))])
+    items: list[Item] = [
+        Document(str(number), document.text) for number, document in enumerate(documents)
+    ]
+    if not items:
+        raise DataError(path, None, "no document has any text.")
+    return items
+
+
+def _numbered(path: Path) -> Iterator[tuple[int, tuple[int, dict[str, Any]]]]:
+    return enumerate(_rows(path))
+
+
+READERS = {
+    "exact_match": _read_questions,
+    "multiple_choice": _read_choices,
+    "requests": _read_requests,
+    "perplexity": _read_documents,
+}

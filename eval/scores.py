@@ -1,0 +1,122 @@
+"""Sample rows, as they stand in samples/<model>/<task>.jsonl, -> metrics with their intervals."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from eval.statistics import (
+    Difference,
+    Estimate,
+    mean,
+    paired_proportions,
+    paired_ratios,
+    proportion,
+    ratio,
+)
+from eval.tasks import LOWER_IS_BETTER, METRICS
+
+Row = Mapping[str, Any]  # one sample
+
+# How much of an option's log-likelihood is the option's own: it is divided by this.
+DIVISORS: dict[str, Callable[[Row], float]] = {
+    "acc": lambda option: 1.0,
+    "acc_per_token": lambda option: option["num_tokens"],
+    "acc_per_char": lambda option: len(option["text"]),
+    "acc_per_byte": lambda option: len(option["text"].encode()),
+}
+
+
+def picked_option(row: Row, metric: str) -> int | None:
+    """The option that a model takes under one normalisation; None if it could not read them."""
+    options = row["options"]
+    if any(option["logprob"] is None for option in options):
+        return None
+    if metric == "acc_uncond":
+        values = [option["logprob"] - option["logprob_alone"] for option in options]
+    else:
+        values = [option["logprob"] / DIVISORS[metric](option) for option in options]
+    return values.index(max(values))
+
+
+def is_right(row: Row, metric: str) -> bool:
+    """Whether the answer of one sample counts as correct under a metric that is an accuracy."""
+    if metric == "exact_match":
+        return bool(row["correct"])
+    return picked_option(row, metric) == row["gold"]
+
+
+def _surprise(row: Row, metric: str) -> tuple[float, float]:
+    """Numerator and denominator of a perplexity-like metric for one sample."""
+    if "options" in row:  # bits per byte of the right option, each question counting the same
+        option = row["options"][row["gold"]]
+        return -option["logprob"] / math.log(2) / len(option["text"].encode()), 1.0
+    if metric == "bits_per_byte":
+        return -row["logprob"] / math.log(2), row["num_bytes"]
+    return -row["logprob"], row["num_tokens" if metric == "nats_per_token" else "num_words"]
+
+
+def measured(kind: str, rows: Sequence[Row]) -> list[str]:
+    """The metrics of a kind that these samples hold: unconditional ones not in every file."""
+    names = list(METRICS[kind])
+    if "acc_uncond" in names and any(
+        option["logprob_alone"] is None for row in rows for option in row["options"]
+    ):
+        names.remove("acc_uncond")
+    if not any(map(_is_readable, rows)):
+        names = [name for name in names if name not in LOWER_IS_BETTER]
+    return names
+
+
+def estimate(rows: Sequence[Row], metric: str) -> Estimate:
+    """One metric over the samples of a task."""
+    if metric not in LOWER_IS_BETTER:
+        return proportion([is_right(row, metric) for row in rows])
+    pairs = [_surprise(row, metric) for row in rows if _is_readable(row)]
+    above, below = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    if metric != "word_perplexity":
+        return mean(above) if "options" in rows[0] else ratio(above, below)
+    nats = ratio(above, below)
+    return Estimate(
+        math.exp(nats.value),
+        None if nats.stderr is None else math.exp(nats.value) * nats.stderr,
+        None if nats.low is None else math.exp(nats.low),
+        None if nats.high is None else math.exp(nats.high),
+        nats.n,
+    )
+
+
+def _is_readable(row: Row) -> bool:
+    return "options" not in row or row["options"][row["gold"]]["logprob"] is not None
+
+
+def compare(first: Sequence[Row], second: Sequence[Row], metric: str) -> Difference | None:
+    """Second minus first on the questions that both were asked; None if they share none.
+
+    ``word_perplexity`` has no paired difference of its own: compare nats or bits.
+    """
+    if metric == "word_perplexity":
+        return None
+    of_first = {row["doc_id"]: row for row in first}
+    pairs = [(of_first[row["doc_id"]], row) for row in second if row["doc_id"] in of_first]
+    if metric in LOWER_IS_BETTER:
+        pairs = [pair for pair in pairs if all(map(_is_readable, pair))]
+    if not pairs:
+        return None
+    if metric not in LOWER_IS_BETTER:
+        return paired_proportions(
+            [is_right(row, metric) for row, _ in pairs], [is_right(row, metric) for _, row in pairs]
+        )
+    before, after = ([_surprise(pair[side], metric) for pair in pairs] for side in (0, 1))
+    return paired_ratios(
+        [item[0] for item in before],
+        [item[0] for item in after],
+        [item[1] for item in before],
+        lower_is_better=True,
+    )
+
+
+def chance_level(rows: Sequence[Row]) -> float | None:
+    """The accuracy of guessing, where there are options to guess from."""
+    if not rows or "options" not in rows[0]:
+        return None
+    return sum(1 / len(row["options"]) for row in rows) / len(rows)

@@ -1,0 +1,193 @@
+"""Tasks and suites, as the YAML files of this folder (and of --include-path) define them.
+
+A file may hold ``tasks`` (name -> what to ask and how to judge it) and ``suites`` (name -> groups
+of tasks; the report averages each group).
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from eval.answers import ANSWER_RULES
+from olmo_base.run.errors import UserError
+from olmo_base.run.recipe import Given, RecipeError, build_recipe, read_yaml, setting
+
+Kind = Literal["exact_match", "multiple_choice", "requests", "perplexity"]
+
+# What each kind measures, the one shown in tables first. Accuracies differ in how an option's
+# log-likelihood is normalised: not at all, by its tokens, characters or bytes (its leading blank
+# counts, as in OLMES, arXiv:2406.08446), or by its log-likelihood without the question.
+METRICS: dict[str, tuple[str, ...]] = {
+    "exact_match": ("exact_match",),
+    "multiple_choice": ("acc", "acc_per_token", "acc_per_char", "acc_per_byte", "bits_per_byte"),
+    "requests": (
+        "acc",
+        "acc_per_token",
+        "acc_per_char",
+        "acc_per_byte",
+        "acc_uncond",
+        "bits_per_byte",
+    ),
+    "perplexity": ("bits_per_byte", "nats_per_token", "word_perplexity"),
+}
+LOWER_IS_BETTER = {"bits_per_byte", "nats_per_token", "word_perplexity"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One set of questions and how answers to it are judged."""
+
+    name: str
+    kind: Kind
+    file: str  # in data_dir, or an absolute path
+    about: str = ""  # a sentence for the report
+    metric: str | None = None  # the one that counts; the kind's first if not said
+    # exact_match
+    plain_prompt: str = "Question: {prompt}\nAnswer:"  # for models without a chat template
+    answer_rule: str = setting("as_words", choices=ANSWER_RULES)
+    max_new_tokens: int = setting(32, low=1)
+
+    def __post_init__(self) -> None:
+        if self.metric is not None and self.metric not in METRICS[self.kind]:
+            raise RecipeError(
+                "metric",
+                f"{self.metric!r} is not measured by tasks of kind {self.kind}: "
+                f"{', '.join(METRICS[self.kind])}.",
+            )
+        if "{prompt}" not in self.plain_prompt:
+            raise RecipeError("plain_prompt", "must contain {prompt}, where the question goes.")
+
+    @property
+    def main_metric(self) -> str:
+        """The metric that tables, charts and comparisons show."""
+        return self.metric or METRICS[self.kind][0]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Tasks in groups. A group's score is the mean of its tasks' main metrics."""
+
+    name: str
+    groups: dict[str, tuple[str, ...]]
+    about: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.groups or not all(self.groups.values()):
+            raise RecipeError("groups", "needs at least one group, each with at least one task.")
+
+
+@dataclass
+class Catalogue:
+    """Every task and suite that can be asked for, by name."""
+
+    tasks: dict[str, Task] = field(default_factory=dict)
+    suites: dict[str, Suite] = field(default_factory=dict)
+
+
+def load_catalogue(include_path: str | None = None) -> Catalogue:
+    """Read the task files that come with the code, then those of ``include_path``.
+
+    A name of the second replaces one of the first. Errors: UserError naming the file and key.
+    """
+    catalogue = Catalogue()
+    folders = [Path(__file__).parent]
+    if include_path is not None:
+        folders.append(Path(include_path))
+        if not folders[-1].is_dir():
+            raise UserError(f"include_path {include_path} is not a folder of task files (YAML).")
+        if not any(folders[-1].glob("*.yaml")):
+            raise UserError(f"include_path {include_path} holds no task file (*.yaml).")
+    for folder in folders:
+        for path in sorted(folder.glob("*.yaml")):
+            _read_task_file(path, catalogue)
+    return catalogue
+
+
+def _read_task_file(path: Path, catalogue: Catalogue) -> None:
+    content, _ = read_yaml(path)
+    sections = {"tasks": (Task, catalogue.tasks), "suites": (Suite, catalogue.suites)}
+    if not isinstance(content, dict) or not content.keys() <= sections.keys():
+        found = ", ".join(map(str, content)) if isinstance(content, dict) else repr(content)
+        raise UserError(
+            f"{path}: a task file holds the keys tasks and suites, each a map of names; "
+            f"this one holds {found}."
+        )
+    for section, entries in content.items():
+        entry_class, known = sections[section]
+        if not isinstance(entries, dict):
+            raise UserError(f"{path}: {section} must be a map of names to their settings.")
+        for name, settings in entries.items():
+            known[str(name)] = _build_entry(entry_class, path, str(name), settings)  # type: ignore[index]
+
+
+def _build_entry(entry_class: type[Any], path: Path, name: str, settings: Any) -> Any:
+    place = f"{path}, {entry_class.__name__.lower()} {name}"
+    if not isinstance(settings, dict):
+        raise UserError(f"{place}: must be a map of settings, found {settings!r}.")
+    keys = {str(key): Given(value, place) for key, value in settings.items()}
+    return build_recipe(entry_class, {"name": Given(name, place), **keys}, source=place)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What one evaluation asks: its tasks in order, and the groups its summary averages."""
+
+    tasks: tuple[Task, ...]
+    groups: dict[str, tuple[str, ...]]
+    suite: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the evaluation's folder."""
+        return dataclasses.asdict(self)
+
+
+def select(
+    suite: str | None, tasks: Iterable[str] = (), include_path: str | None = None
+) -> Selection:
+    """The tasks of a suite, or the named tasks, or the suite's tasks narrowed to the named ones.
+
+    Errors: UserError for an unknown name, with the nearest known one.
+    """
+    catalogue = load_catalogue(include_path)
+    names = list(tasks)
+    if suite is None and not names:
+        raise UserError(
+            f"Say what to ask: a suite ({', '.join(sorted(catalogue.suites))}) or tasks by name."
+        )
+    groups: dict[str, tuple[str, ...]] = {}
+    if suite is not None:
+        groups = _look_up("suite", suite, catalogue.suites).groups
+        of_suite = list(dict.fromkeys(name for group in groups.values() for name in group))
+        for name in names:
+            _look_up(f"task of suite {suite}", name, dict.fromkeys(of_suite))
+        names = [name for name in of_suite if not names or name in names]
+        groups = {
+            group: tuple(name for name in members if name in names)
+            for group, members in groups.items()
+            if any(name in names for name in members)
+        }
+    chosen = tuple(_look_up("task", name, catalogue.tasks) for name in dict.fromkeys(names))
+    _check_groups(groups, chosen)
+    return Selection(chosen, groups, suite)
+
+
+def _look_up(what: str, name: str, known: dict[str, Any]) -> Any:
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"Did you mean {nearest[0]!r}? " if nearest else ""
+        raise UserError(f"There is no {what} {name!r}. {hint}Known: {', '.join(sorted(known))}.")
+    return known[name]
+
+
+def _check_groups(groups: dict[str, tuple[str, ...]], tasks: tuple[Task, ...]) -> None:
+    by_name = {task.name: task for task in tasks}
+    for group, members in groups.items():
+        directions = {by_name[name].main_metric in LOWER_IS_BETTER for name in members}
+        if len(directions) > 1:
+            raise UserError(
+                f"The group {group!r} averages accuracies with perplexities "
+                f"({', '.join(members)}). Put them into groups of their own."
+            )
