@@ -133,9 +133,11 @@ def find_recipe(name: str) -> Path:
     for spelled in (asked, f"{asked}.yaml", f"recipes/{asked}", f"recipes/{asked}.yaml"):
         if spelled in known:
             return known[spelled]
-    near = get_close_matches(asked, known, n=3, cutoff=0.5) or sorted(known)[:8]
+    near = get_close_matches(asked, known, n=3, cutoff=0.6)
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
     raise UserError(
-        f"{name} does not exist. Recipes that come with open-instruct: {', '.join(near)}."
+        f"{name} does not exist.{hint} "
+        f"Recipes that come with open-instruct: {', '.join(sorted(known)) or 'none'}."
     )
 
 

@@ -1,0 +1,254 @@
+"""The command line ``open-instruct``: arguments in, one message and an exit code out.
+
+Exit codes: 0 done, or stopped by SIGTERM with everything safe on disk; 2 something the user can
+mend; 130 stopped by Ctrl-C. A traceback (exit code 1) is a bug of ours.
+"""
+
+import errno
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+
+from olmo_base.run.errors import Stopped, UserError
+from open_instruct import __version__
+
+# Everything heavier than click is imported inside the verb that needs it: `--help` and a mistyped
+# verb are answered before torch would have been found on disk.
+
+GO_ON = "The same command goes on from there."
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Start here: open-instruct run recipes/quickstart/pipeline.yaml",
+)
+@click.version_option(__version__, prog_name="open-instruct")
+def cli() -> None:
+    """Open language models from text to chat: train, tune, evaluate, talk."""
+
+
+# ---------------------------------------------------------------- run
+
+
+@cli.command()
+@click.argument("recipe")
+@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Print the resolved recipe, examples, tokens, steps and memory; touch nothing.",
+)
+def run(recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:
+    """Run one stage, or a pipeline of stages.
+
+    RECIPE is a YAML file, or the name of one that comes with open-instruct, such as
+    recipes/quickstart/pipeline.yaml. KEY=VALUE changes a key of it (max_steps=100), a variable
+    (root=/somewhere), or, in a pipeline, a key of one stage (sft.learning_rate=1e-4).
+
+    An interrupted run goes on when the same command is given again.
+    """
+    from olmo_base.run.recipe import read_stage
+    from open_instruct import pipeline
+
+    signal.signal(signal.SIGTERM, _stop_now)  # training loops replace it by one that saves first
+    path = pipeline.find_recipe(recipe)
+    if read_stage(path) == "pipeline":
+        _run_pipeline(path, overrides, dry_run)
+        return
+    stage, resolved = pipeline.load_stage_recipe(path, overrides)
+    if dry_run:
+        stage.input_files(resolved)
+        click.echo(_described(resolved, stage.plan(resolved)))
+        return
+    folder = stage.run(resolved)
+    click.echo(f"{folder.path}", err=True)
+
+
+def _stop_now(signal_number: int, frame: FrameType | None) -> None:
+    raise Stopped(signal_number)
+
+
+def _run_pipeline(path: Path, overrides: Sequence[str], dry_run: bool) -> None:
+    from open_instruct import pipeline
+
+    recipe, steps = pipeline.load_pipeline(path, overrides)
+    if dry_run:
+        for planned in pipeline.plan(steps):
+            click.echo(f"# {planned.step.name}: {planned.what}")
+            click.echo(_described(planned.step.recipe, planned.figures or {}) + "\n---")
+        return
+    pipeline.run(steps)
+    if recipe.ask is not None:
+        model = pipeline.last_model(steps)
+        if model is None:
+            raise UserError(f"{path}: 'ask' needs a stage that makes a model.")
+        _ask(model, recipe.ask)
+
+
+def _described(recipe: Any, figures: dict[str, object]) -> str:
+    """A resolved recipe as YAML, and what a run of it would cost as comments below."""
+    from olmo_base.run.recipe import recipe_to_yaml
+
+    width = max((len(key) for key in figures), default=0)
+    lines = [f"# {key:<{width}}  {_readable(key, value)}" for key, value in figures.items()]
+    return "\n".join([recipe_to_yaml(recipe).rstrip(), *lines])
+
+
+def _readable(key: str, value: object) -> str:
+    """A planned figure for people: 1,234,567; 1.50 GiB for keys that end in _bytes."""
+    if isinstance(value, bool) or value is None:
+        return str(value)
+    if isinstance(value, int | float) and key.endswith("_bytes"):
+        size = float(value)
+        for unit in ("B", "KiB", "MiB"):
+            if size < 1024:
+                return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+            size /= 1024
+        return f"{size:.2f} GiB"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {_readable(str(name), item)}" for name, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_readable(key, item) for item in value)
+    return str(value)
+
+
+def _ask(model: Path, question: str) -> None:
+    from open_instruct.chat.terminal import chat as talk
+
+    click.echo(f"\nQuestion to {model}: {question}\nAnswer: ", nl=False)
+    talk(str(model), prompt=question, temperature=0.0)
+
+
+# ---------------------------------------------------------------- chat
+
+
+@cli.command()
+@click.argument("model")
+@click.option("-p", "--prompt", metavar="TEXT", help="Ask one question, print the answer, leave.")
+@click.option("--system", metavar="TEXT", help="A system prompt, before the first turn.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.7,
+    show_default=True,
+    help="0 takes the likeliest token each time.",
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Draw only from the likeliest tokens that hold this share of probability.",
+)
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    default=512,
+    show_default=True,
+    help="Longest answer, in tokens.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+def chat(
+    model: str,
+    prompt: str | None,
+    system: str | None,
+    temperature: float,
+    top_p: float,
+    max_new_tokens: int,
+    seed: int,
+) -> None:
+    """Talk with a model in the terminal.
+
+    MODEL is the output_dir of an sft or dpo run, or a Hugging Face model folder. With piped
+    standard input each line is one turn, and only answers go to standard output.
+    """
+    from open_instruct.chat.terminal import chat as talk
+
+    talk(
+        model,
+        prompt=prompt,
+        system=system,
+        temperature=temperature,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+    )
+
+
+# ---------------------------------------------------------------- errors out
+
+
+# Errors of the machine, not of the code: the user can make room or change a permission.
+MACHINE_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+)
+
+
+def _machine_error(error: BaseException) -> str | None:
+    """What the disk or a permission refused, in words; None for any other error."""
+    chain: BaseException | None = error
+    while chain is not None:
+        if isinstance(chain, OSError) and chain.errno in MACHINE_ERRORS:
+            place = f"{chain.filename}: " if chain.filename else ""
+            return f"{place}{os.strerror(chain.errno)}."
+        # safetensors and torch write through their own code and keep only the system's words
+        for number in MACHINE_ERRORS:
+            if f"{os.strerror(number)} (os error" in str(chain):
+                return f"{os.strerror(number)} while writing a file."
+        chain = chain.__cause__ or chain.__context__
+    return None
+
+
+def _complain(message: str) -> None:
+    click.secho(message, fg="red" if sys.stderr.isatty() else None, err=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code of one command; its errors are already on standard error."""
+    try:
+        result = cli.main(args=arguments, prog_name="open-instruct", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.exceptions.NoSuchOption as error:
+        error.show()
+        if not error.possibilities and error.ctx is not None and error.ctx.command is run:
+            key = error.option_name.lstrip("-").replace("-", "_")
+            click.echo(f"A key of the recipe is written without dashes: {key}=VALUE.", err=True)
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        _complain("Interrupted.")
+        return 128 + signal.SIGINT
+    except Stopped as error:
+        where = f": {error.where}" if error.where else ""
+        _complain(f"Stopped{where}. {GO_ON}")
+        return 128 + signal.SIGINT if error.signal_number == signal.SIGINT else 0
+    except UserError as error:
+        _complain(str(error))
+        return 2
+    except Exception as error:
+        problem = _machine_error(error)
+        if problem is None:
+            raise
+        _complain(f"{problem} Make room or change the permission, then give the command again.")
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
