@@ -1,0 +1,79 @@
+"""Dialogues for SFT and preference pairs for DPO.
+
+The dialogues are noisy on purpose, as dialogues written by people are: `noise_share` of those
+with an instruction on the form of the answer ignore it (a whole sentence where one word was
+asked for, lower case for capitals, rambling). SFT then learns to answer, but follows such
+instructions only partly, and DPO has something real to teach.
+"""
+
+import random
+
+from open_instruct.tinyworld.questions import FORMS, Asked, ask_fact, ask_form, ask_skill
+from open_instruct.tinyworld.world import World
+
+TASK_WEIGHTS = {
+    "recall": 34.0,
+    "arithmetic": 20.0,
+    "sort": 9.0,
+    "reverse": 7.0,
+    "copy": 5.0,
+    "compare": 7.0,
+    "format": 18.0,
+}
+
+
+def ask_anything(rng: random.Random, world: World, task: str) -> Asked:
+    if task == "recall":
+        return ask_fact(rng, world, rng.choice(world.taught_facts))
+    if task == "format":
+        return ask_form(rng, world, rng.choice(FORMS))
+    return ask_skill(rng, task)
+
+
+def dialogues(rng: random.Random, world: World, number: int, noise_share: float) -> list[dict]:
+    """`number` rows `{"messages": [...]}` of one to three questions each."""
+    rows = []
+    for _ in range(number):
+        messages = []
+        for _ in range(rng.choices((1, 2, 3), (80, 14, 6))[0]):
+            task = rng.choices(tuple(TASK_WEIGHTS), tuple(TASK_WEIGHTS.values()))[0]
+            asked = ask_anything(rng, world, task)
+            is_noisy = task == "format" and rng.random() < noise_share
+            answer = rng.choice(asked.ignoring) if is_noisy else asked.answer
+            messages += [_user(asked.prompt), _assistant(answer)]
+        rows.append({"messages": messages})
+    return rows
+
+
+def pairs(rng: random.Random, world: World, number: int, format_share: float) -> list[dict]:
+    """`number` rows `{"prompt", "chosen", "rejected"}`; what is chosen is always right."""
+    weights = {**TASK_WEIGHTS, "format": 0.0}
+    scale = (1 - format_share) / sum(weights.values())
+    weights = {name: weight * scale for name, weight in weights.items()}
+    weights["format"] = format_share
+    rows = []
+    for _ in range(number):
+        task = rng.choices(tuple(weights), tuple(weights.values()))[0]
+        asked = ask_anything(rng, world, task)
+        # On plain questions the rejected answer is as often wrong as it is rambling; on questions
+        # about form it is mostly one that ignores the instruction.
+        is_ignoring = rng.random() < (0.8 if task == "format" else 0.5)
+        rejected = rng.choice(asked.ignoring if is_ignoring else asked.wrong)
+        if rejected == asked.answer:
+            rejected = asked.ignoring[-1]
+        rows.append(
+            {
+                "prompt": [_user(asked.prompt)],
+                "chosen": [_assistant(asked.answer)],
+                "rejected": [_assistant(rejected)],
+            }
+        )
+    return rows
+
+
+def _user(content: str) -> dict:
+    return {"role": "user", "content": content}
+
+
+def _assistant(content: str) -> dict:
+    return {"role": "assistant", "content": content}
