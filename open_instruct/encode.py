@@ -1,0 +1,639 @@
+"""Messages -> token ids and which of them are learnt. The only reader of chat_templates/.
+
+    messages --template--> text, and who wrote each character --tokenizer--> ids, is_learnt
+
+Text comes from transformers' own template engine and is tokenised in one call, so the ids are
+those of ``tokenizer.apply_chat_template``. One thing differs on purpose: a control token opens or
+closes a turn only where the template wrote it (control_tokens.py).
+"""
+
+import contextlib
+import difflib
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import jinja2
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from olmo_base.run.artefact import ExampleCounts, atomic_write, resolve_model
+from olmo_base.run.errors import DataError, UserError
+from open_instruct import shipped_folder
+from open_instruct.control_tokens import CannotEncode, ControlTokens, Encoded, Rendered, Span
+from open_instruct.examples import DataConfig, Dialogue, Message, Pair
+
+BATCH_SIZE = 512  # examples tokenised in one call
+
+
+class EncodedPair(NamedTuple):
+    """Two answers to one prompt. The first ``shared_prompt_length`` ids are the same in both."""
+
+    chosen: Encoded
+    rejected: Encoded
+    shared_prompt_length: int
+
+
+# ---------------------------------------------------------------- messages -> text
+
+
+class ChatTemplate:
+    """A Jinja chat template, with the values it takes from a tokenizer (``eos_token``, ...)."""
+
+    def __init__(self, source: str, special_tokens: dict[str, Any], name: str) -> None:
+        self.source = source
+        self.name = name
+        self.has_markers = re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
+        self._special_tokens = special_tokens
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        """The dialogue as text. Errors: CannotEncode with what the template said against it."""
+        return self.render_with_marked(messages, add_generation_prompt)[0]
+
+    def render_with_marked(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False
+    ) -> tuple[str, list[Span]]:
+        """The text, and the characters between ``{% generation %}`` and ``{% endgeneration %}``."""
+        turns = [{"role": turn["role"], "content": turn["content"]} for turn in messages]
+        try:
+            rendered: Any = render_jinja_template(
+                [turns],
+                chat_template=self.source,
+                return_assistant_tokens_mask=self.has_markers,
+                add_generation_prompt=add_generation_prompt,
+                **self._special_tokens,
+            )
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(
+                f"{self.name}, line {error.lineno}: not a Jinja template: {error.message}."
+            ) from None
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise CannotEncode(
+                f"{self.name} refuses this dialogue: {error}", "refused by the chat template"
+            ) from None
+        texts, spans = rendered
+        return texts[0], spans[0] if self.has_markers else []
+
+    def frames(self, roles: Sequence[str], add_generation_prompt: bool = False) -> tuple[str, ...]:
+        """The template's own text before, between and after messages with these roles."""
+        text = self.render(_placeholders(roles), add_generation_prompt)
+        pieces = _PLACEHOLDER.split(text)
+        if pieces[1::2] != [str(number) for number in range(len(roles))]:
+            raise CannotEncode(
+                f"{self.name} does not write every message of {' → '.join(roles)} once and in "
+                "order, so it cannot be said which tokens are whose.",
+                "rewritten by the chat template",
+            )
+        return tuple(pieces[0::2])
+
+
+_PLACEHOLDER = re.compile("\ue000([0-9]+)\ue001")  # private use characters: nobody's text
+
+
+def _placeholders(roles: Sequence[str]) -> list[Message]:
+    """Messages whose texts can be found again in what a template makes of them."""
+    return [{"role": role, "content": f"\ue000{number}\ue001"} for number, role in enumerate(roles)]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a template writes a sequence of roles, whatever the messages say.
+
+    ``frames[i]`` is the template's own text before message i; the last frame ends the dialogue.
+    """
+
+    frames: tuple[str, ...]
+    controls: tuple[list[Span], ...]  # the control strings in each frame
+    # Of message i, how many characters of the frames before and after it are learnt with it;
+    # None where the message is not learnt.
+    learnt_around: tuple[tuple[int, int] | None, ...]
+
+
+# ---------------------------------------------------------------- messages -> ids
+
+
+class ChatEncoder:
+    """Turns messages into ids, with one tokenizer and one chat template.
+
+    Errors: UserError if the template cannot be masked exactly with this tokenizer, saying why.
+    """
+
+    end_of_turn_ids: set[int]  # where generation must stop
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        template: str,
+        template_name: str = "the chat template",
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        self._template = ChatTemplate(template, tokenizer.special_tokens_map, template_name)
+        self._layouts: dict[tuple[tuple[str, ...], bool], Layout] = {}
+
+        samples = self._sample_role_sequences()
+        frames = [self._template.frames(roles) for roles in samples]
+        self._control_tokens = ControlTokens(tokenizer, frames)
+        self.end_of_turn_ids = set()
+        if tokenizer.eos_token_id is not None:
+            self.end_of_turn_ids.add(tokenizer.eos_token_id)
+        self._layout(samples[0])
+        self._unprompted_length(samples[0], 1, frames[0])
+        for roles in samples[1:]:
+            with contextlib.suppress(CannotEncode):  # a dialogue that needs this one will say so
+                self._layout(roles)
+        # A sequence cut from the left keeps the token that opens every document.
+        openers = {tokenizer.bos_token, tokenizer.eos_token} - {None}
+        self.opens_with_bos = any(frames[0][0].startswith(str(opener)) for opener in openers)
+
+    def _sample_role_sequences(self) -> list[tuple[str, ...]]:
+        """Short dialogues that the template can write; the first must be among them."""
+        turn = ("user", "assistant")
+        usable: list[tuple[str, ...]] = []
+        for roles in (turn, ("system", *turn), turn + turn, ("system", *turn, *turn)):
+            try:
+                self._template.frames(roles)
+            except CannotEncode:
+                if roles == turn:
+                    raise
+                continue  # no system turns, or one turn only; dialogues that need them say so
+            usable.append(roles)
+        return usable
+
+    # ------------------------------------------------ what callers ask for
+
+    def encode_dialogue(self, messages: Sequence[Message]) -> Encoded:
+        """A whole dialogue. Every assistant turn is learnt, with the token that ends it."""
+        return self.encode_many([messages])[0]
+
+    def encode_many(self, dialogues: Sequence[Sequence[Message]]) -> list[Encoded]:
+        """``encode_dialogue`` for many, in one call of the tokenizer."""
+        return self._control_tokens.encode([self._rendered(turns) for turns in dialogues])
+
+    def encode_prompt(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True
+    ) -> list[int]:
+        """The ids that a model goes on from when it answers."""
+        rendered = self._rendered(messages, add_generation_prompt=add_generation_prompt)
+        return self._control_tokens.encode([rendered])[0].ids
+
+    def encode_pair(
+        self, prompt: Sequence[Message], chosen: Sequence[Message], rejected: Sequence[Message]
+    ) -> EncodedPair:
+        """Two answers to one prompt. Only the answers are learnt, not earlier assistant turns.
+
+        ``shared_prompt_length`` counts the ids of ``encode_prompt(prompt)``, without those at its
+        end (rarely any) that the tokenizer merged with the first characters of an answer.
+        """
+        return self.encode_many_pairs([(prompt, chosen, rejected)])[0]
+
+    def encode_many_pairs(
+        self,
+        pairs: Sequence[tuple[Sequence[Message], Sequence[Message], Sequence[Message]]],
+    ) -> list[EncodedPair]:
+        """``encode_pair`` for many, in one call of the tokenizer."""
+        texts = []
+        for prompt, chosen, rejected in pairs:
+            rendered_prompt = self._rendered(prompt, add_generation_prompt=True)
+            texts.append(rendered_prompt)
+            for answer in (chosen, rejected):
+                whole = self._rendered([*prompt, *answer], learn_from=len(prompt))
+                if not whole.text.startswith(rendered_prompt.text):
+                    raise CannotEncode(
+                        f"{self._template.name} writes the prompt differently once an answer "
+                        "follows, so a preference would compare something never asked.",
+                        "rewritten by the chat template",
+                    )
+                texts.append(whole)
+        encoded = self._control_tokens.encode(texts)
+        triples = zip(encoded[0::3], encoded[1::3], encoded[2::3], strict=True)
+        return [
+            EncodedPair(chosen, rejected, _common_length(prompt.ids, chosen.ids, rejected.ids))
+            for prompt, chosen, rejected in triples
+        ]
+
+    # ------------------------------------------------ text -> who wrote what
+
+    def _rendered(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = False,
+        learn_from: int = 0,
+    ) -> Rendered:
+        """The text of a dialogue; messages before number ``learn_from`` are not learnt."""
+        roles = tuple(turn["role"] for turn in messages)
+        text = self._template.render(messages, add_generation_prompt)
+        is_known = (roles, add_generation_prompt) in self._layouts
+        contents = [turn["content"] for turn in messages]
+        layout = self._layout(roles, add_generation_prompt)
+        rendered = _locate(text, contents, layout, learn_from)
+        if rendered is None and is_known:  # a template that writes the date, and a new day
+            del self._layouts[roles, add_generation_prompt]
+            layout = self._layout(roles, add_generation_prompt)
+            rendered = _locate(text, contents, layout, learn_from)
+        if rendered is None:
+            raise CannotEncode(
+                f"{self._template.name} changes the text of a message (or what stands around it, "
+                "depending on the text), so it cannot be said which tokens are whose.",
+                "rewritten by the chat template",
+            )
+        return rendered
+
+    def _layout(self, roles: tuple[str, ...], add_generation_prompt: bool = False) -> Layout:
+        key = (roles, add_generation_prompt)
+        if key not in self._layouts:
+            frames = self._template.frames(roles, add_generation_prompt)
+            controls = tuple(self._control_tokens.spans(frame) for frame in frames)
+            learnt: list[tuple[int, int] | None] = [None] * len(roles)
+            if not add_generation_prompt:  # a prompt is not learnt from
+                for number, role in enumerate(roles):
+                    if role == "assistant":
+                        learnt[number] = self._learnt_around(roles, number, frames, controls)
+            self._layouts[key] = Layout(frames, controls, tuple(learnt))
+        return self._layouts[key]
+
+    def _learnt_around(
+        self,
+        roles: tuple[str, ...],
+        number: int,
+        frames: tuple[str, ...],
+        controls: tuple[list[Span], ...],
+    ) -> tuple[int, int]:
+        """How much of the template's text around assistant turn ``number`` is learnt with it.
+
+        A template with ``{% generation %}`` markers says so itself. One without is asked for the
+        prompt of this turn: what follows the prompt is learnt, up to the end-of-turn token.
+        """
+        name = self._template.name
+        after = frames[number + 1]
+        first_control = next(iter(controls[number + 1]), (0, 0))
+        end_of_turn = after[slice(*first_control)]
+        if not end_of_turn or after[: first_control[0]].strip():
+            raise CannotEncode(
+                f"{name} writes no token that ends an assistant's turn"
+                f"{' at the end of a dialogue' if number == len(roles) - 1 else ''}: the model "
+                "would never learn to stop. Choose a template that does, such as tulu.",
+                "no end of turn",
+            )
+        if end_of_turn not in self._control_tokens.ids:
+            raise CannotEncode(
+                f"{name} ends an assistant's turn with {end_of_turn!r}, which is not a token of "
+                "this tokenizer, so generation could not stop there. Choose a template that ends "
+                "with the tokenizer's eos token, such as tulu, or train the tokenizer with it.",
+                "no end of turn",
+            )
+        if self._template.has_markers:
+            before_length, after_length = self._marked_around(roles, number)
+        else:
+            before_length = self._unprompted_length(roles, number, frames)
+            after_length = first_control[1]
+        if after_length < first_control[1]:
+            raise CannotEncode(
+                f"{name} has its {{% endgeneration %}} before {end_of_turn!r}: the model would "
+                "never learn to end its turn. Move the marker behind it.",
+                "no end of turn",
+            )
+        self.end_of_turn_ids.add(self._control_tokens.ids[end_of_turn])
+        return before_length, after_length
+
+    def _marked_around(self, roles: tuple[str, ...], number: int) -> tuple[int, int]:
+        """Characters inside the markers before and after message ``number``."""
+        text, marked = self._template.render_with_marked(_placeholders(roles))
+        places = {int(found[1]): found.span() for found in _PLACEHOLDER.finditer(text)}
+        around = {
+            inner: (places[inner][0] - start, end - places[inner][1])
+            for start, end in marked
+            for inner in places
+            if start <= places[inner][0] and places[inner][1] <= end
+        }
+        if sorted(around) != [item for item, role in enumerate(roles) if role == "assistant"]:
+            raise CannotEncode(
+                f"{self._template.name} does not have its {{% generation %}} markers around every "
+                "assistant turn and nothing else.",
+                "generation markers misplaced",
+            )
+        return around[number]
+
+    def _unprompted_length(
+        self, roles: tuple[str, ...], number: int, frames: tuple[str, ...]
+    ) -> int:
+        """Characters between the generation prompt and message ``number``: spaces at most."""
+        prompt = self._template.render(_placeholders(roles[:number]), add_generation_prompt=True)
+        texts = [turn["content"] for turn in _placeholders(roles[:number])]
+        before = "".join(part for both in zip(frames, texts, strict=False) for part in both)
+        before += frames[number]
+        if not before.startswith(prompt) or before[len(prompt) :].strip():
+            raise CannotEncode(
+                f"{self._template.name} writes a prompt (add_generation_prompt) that is not the "
+                "start of what it writes once the answer is there, so the model would learn to "
+                "answer something else than it is asked. Choose another template.",
+                "rewritten by the chat template",
+            )
+        return len(before) - len(prompt)
+
+
+def _locate(text: str, contents: Sequence[str], layout: Layout, learn_from: int) -> Rendered | None:
+    """The text with its learnt and control spans; None if it is not frames and contents in turn.
+
+    A template may trim the spaces around a message; any other change makes None.
+    """
+    learnt, controls, position = [], [], 0
+    for number, frame in enumerate(layout.frames):
+        if not text.startswith(frame, position):
+            return None
+        controls += [(position + a, position + b) for a, b in layout.controls[number]]
+        position += len(frame)
+        if number == len(contents):
+            break
+        raw = contents[number]
+        for written in (raw, raw.strip(), raw.lstrip(), raw.rstrip()):
+            end = position + len(written)
+            if text.startswith(written, position) and text.startswith(
+                layout.frames[number + 1], end
+            ):
+                break
+        else:
+            return None
+        around = layout.learnt_around[number]
+        if around is not None and number >= learn_from:
+            learnt.append((position - around[0], end + around[1]))
+        position = end
+    return Rendered(text, learnt, controls) if position == len(text) else None
+
+
+def _common_length(*sequences: Sequence[int]) -> int:
+    """How many first items all sequences share."""
+    length = 0
+    for items in zip(*sequences, strict=False):
+        if any(item != items[0] for item in items):
+            break
+        length += 1
+    return length
+
+
+# ---------------------------------------------------------------- many examples, of bounded length
+
+Example = TypeVar("Example", Dialogue, Pair)
+Result = TypeVar("Result")
+
+
+def encode_dialogues(
+    dialogues: Sequence[Dialogue], encoder: ChatEncoder, config: DataConfig, counts: ExampleCounts
+) -> list[Encoded]:
+    """Dialogues as sequences of at most ``max_length`` ids, in order.
+
+    What is cut or left out is counted, with the reason. Errors: DataError at the first example
+    that cannot be used, UserError if more than ``max_too_long_fraction`` are too long.
+    """
+    encoded = _encode_each(
+        dialogues,
+        lambda batch: encoder.encode_many([item.messages for item in batch]),
+        config,
+        counts,
+    )
+    _check_lengths([(item, len(sequence.ids)) for item, sequence in encoded], config)
+    kept = []
+    for _, sequence in encoded:
+        if len(sequence.ids) > config.max_length:
+            if config.on_too_long == "drop":
+                counts.drop("longer than max_length")
+                continue
+            sequence = _cut(sequence, config, encoder.opens_with_bos)
+            if not any(sequence.is_learnt):
+                counts.drop("nothing left to learn after truncation")
+                continue
+            counts.truncated += 1
+        kept.append(sequence)
+    counts.used += len(kept)
+    return kept
+
+
+def encode_pairs(
+    pairs: Sequence[Pair], encoder: ChatEncoder, config: DataConfig, counts: ExampleCounts
+) -> list[EncodedPair]:
+    """Pairs whose two sequences have at most ``max_length`` ids each, in order.
+
+    Both sides of a pair keep the same prompt when it is cut. Counts and errors as in
+    ``encode_dialogues``.
+    """
+    encoded = _encode_each(
+        pairs,
+        lambda batch: encoder.encode_many_pairs(
+            [(item.prompt, item.chosen, item.rejected) for item in batch]
+        ),
+        config,
+        counts,
+    )
+    _check_lengths([(item, _pair_length(pair)) for item, pair in encoded], config)
+    kept = []
+    for _, pair in encoded:
+        if _pair_length(pair) > config.max_length:
+            if config.on_too_long == "drop":
+                counts.drop("longer than max_length")
+                continue
+            cut = _cut_pair(pair, config, encoder.opens_with_bos)
+            if isinstance(cut, str):
+                counts.drop(cut)
+                continue
+            pair = cut
+            counts.truncated += 1
+        kept.append(pair)
+    counts.used += len(kept)
+    return kept
+
+
+def _encode_each(
+    items: Sequence[Example],
+    encode_many: Callable[[Sequence[Example]], list[Result]],
+    config: DataConfig,
+    counts: ExampleCounts,
+) -> list[tuple[Example, Result]]:
+    """Each example with its encoding, in batches; where a batch fails, one by one."""
+    encoded: list[tuple[Example, Result]] = []
+    for batch in _batches(items):
+        try:
+            encoded += zip(batch, encode_many(batch), strict=True)
+            continue
+        except CannotEncode:
+            pass  # found and named below
+        for item in batch:
+            try:
+                encoded.append((item, encode_many([item])[0]))
+            except CannotEncode as error:
+                if config.on_bad_row == "error":
+                    raise DataError(item.source, item.line, str(error)) from None
+                counts.drop(error.reason)
+    return encoded
+
+
+def _batches(items: Sequence[Example]) -> Iterator[Sequence[Example]]:
+    for start in range(0, len(items), BATCH_SIZE):
+        yield items[start : start + BATCH_SIZE]
+
+
+def _pair_length(pair: EncodedPair) -> int:
+    return max(len(pair.chosen.ids), len(pair.rejected.ids))
+
+
+def _check_lengths(lengths: Sequence[tuple[Dialogue | Pair, int]], config: DataConfig) -> None:
+    """Refuse examples that are too long, if the recipe refuses them or if there are too many."""
+    too_long = [(item, length) for item, length in lengths if length > config.max_length]
+    if not too_long:
+        return
+    longest = max(length for _, length in too_long)
+    found = (
+        f"{len(too_long):,} of {len(lengths):,} examples ({len(too_long) / len(lengths):.1%}) are "
+        f"longer than max_length ({config.max_length:,} tokens); the longest has {longest:,}"
+    )
+    if config.on_too_long == "error":
+        first, length = too_long[0]
+        raise DataError(
+            first.source,
+            first.line,
+            f"{length:,} tokens. {found}.",
+            "Raise max_length, or choose on_too_long: drop, truncate_left or truncate_right.",
+        )
+    if len(too_long) > config.max_too_long_fraction * len(lengths):
+        raise UserError(
+            f"{found}; max_too_long_fraction allows {config.max_too_long_fraction:.1%}. Raise "
+            f"max_length, or raise max_too_long_fraction to let on_too_long "
+            f"({config.on_too_long}) change that many."
+        )
+
+
+def _cut(sequence: Encoded, config: DataConfig, opens_with_bos: bool) -> Encoded:
+    """The sequence with at most ``max_length`` ids; cut on the left, it keeps its bos."""
+    if config.on_too_long == "truncate_right":
+        return Encoded(sequence.ids[: config.max_length], sequence.is_learnt[: config.max_length])
+    return _without(sequence, int(opens_with_bos), len(sequence.ids) - config.max_length)
+
+
+def _without(sequence: Encoded, start: int, number: int) -> Encoded:
+    """The sequence without ``number`` ids from ``start`` on."""
+    ids, is_learnt = sequence
+    return Encoded(
+        ids[:start] + ids[start + number :], is_learnt[:start] + is_learnt[start + number :]
+    )
+
+
+def _cut_pair(pair: EncodedPair, config: DataConfig, opens_with_bos: bool) -> EncodedPair | str:
+    """The pair with at most ``max_length`` ids a side, or why nothing useful is left of it."""
+    if config.on_too_long == "truncate_right":
+        chosen, rejected = (_cut(side, config, opens_with_bos) for side in pair[:2])
+        shared = min(pair.shared_prompt_length, config.max_length)
+    else:
+        number = _pair_length(pair) - config.max_length
+        start = int(opens_with_bos)
+        if number > pair.shared_prompt_length - start:
+            return "answer longer than max_length"
+        chosen, rejected = (_without(side, start, number) for side in pair[:2])
+        shared = pair.shared_prompt_length - number
+    if not any(chosen.is_learnt) or not any(rejected.is_learnt):
+        return "nothing left to learn after truncation"
+    if chosen.ids == rejected.ids:
+        return "chosen and rejected the same after truncation"
+    return EncodedPair(chosen, rejected, shared)
+
+
+# ---------------------------------------------------------------- from and to model folders
+
+
+def load_chat_encoder(model_folder: str | Path, chat_template: str | None = None) -> ChatEncoder:
+    """The encoder of a model.
+
+    ``chat_template`` is a name in chat_templates/, the path of a Jinja file, or None for the
+    template that the model carries. Errors: UserError if there is no tokenizer or no template.
+    """
+    folder = Path(model_folder)
+    if not folder.is_dir():
+        folder = resolve_model(str(model_folder))
+    tokenizer = load_chat_tokenizer(folder)
+    if chat_template is not None:
+        path = find_template(chat_template)
+        return ChatEncoder(tokenizer, _read_template(path), f"the chat template {path.stem}")
+    own = tokenizer.chat_template
+    if isinstance(own, dict):
+        own = own.get("default")
+    if not own:
+        raise UserError(
+            f"{folder} has no chat template (chat_template.jinja): it was never tuned on "
+            f"dialogues. Name one in the recipe, chat_template: {' | '.join(template_names())}, "
+            "or run the sft stage on it first."
+        )
+    return ChatEncoder(tokenizer, own, f"the chat template of {folder}")
+
+
+def load_chat_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer in a model folder. Errors: UserError if it holds none that can be used."""
+    needed = "tokenizer.json and tokenizer_config.json"
+    if not any(
+        (folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
+    ):
+        raise UserError(
+            f"{folder} holds no tokenizer ({needed}). Copy those files from the model it was "
+            "made of, or give the output_dir of a run, which has them."
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # transformers lets JSON, key, value and Rust errors through
+        first_line = (str(error).strip().splitlines() or [repr(error)])[0]
+        raise UserError(
+            f"The tokenizer in {folder} cannot be loaded: {first_line} "
+            f"It needs a {needed} that transformers can read."
+        ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(
+            f"The tokenizer in {folder} is a {type(tokenizer).__name__}, which cannot say which "
+            f"characters a token covers. A tokenizer.json is needed."
+        )
+    return tokenizer
+
+
+def template_names() -> list[str]:
+    """The templates that come with the code."""
+    return sorted(path.stem for path in shipped_folder("chat_templates").glob("*.jinja"))
+
+
+def find_template(name_or_path: str) -> Path:
+    """The file of a template: a name in chat_templates/ or a path."""
+    shipped = shipped_folder("chat_templates") / f"{name_or_path}.jinja"
+    if name_or_path in template_names():
+        return shipped
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    nearest = difflib.get_close_matches(name_or_path, template_names(), n=1)
+    hint = f" Did you mean {nearest[0]}?" if nearest else ""
+    raise UserError(
+        f"chat_template: {name_or_path} is neither a file nor one of "
+        f"{', '.join(template_names())}.{hint}"
+    )
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {error.start} is not UTF-8. Save it as UTF-8.") from None
+
+
+def save_chat_files(encoder: ChatEncoder, folder: str | Path) -> None:
+    """Write tokenizer, chat_template.jinja and where generation stops into a model folder.
+
+    Other keys of a generation_config.json that is already there are kept.
+    """
+    folder = Path(folder)
+    encoder.tokenizer.chat_template = encoder.template
+    encoder.tokenizer.save_pretrained(folder)
+    path = folder / "generation_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings["eos_token_id"] = sorted(encoder.end_of_turn_ids)
+    for key in ("bos_token_id", "pad_token_id"):
+        number = getattr(encoder.tokenizer, key)
+        if number is not None:
+            settings[key] = number
+    atomic_write(path, json.dumps(settings, indent=2) + "\n")
