@@ -1,0 +1,1 @@
+"""Text files become token shards, token shards become batches."""

@@ -1,0 +1,204 @@
+"""Token shards as training sequences: which ones a step gets, and the tensors made of them.
+
+The shards are one long row of tokens, cut every ``max_length``. Sequence ``i`` reads the tokens
+from ``i * max_length`` on and is asked for the ones that follow, so each token but the first is
+asked for exactly once. Nothing here has a state: the sequences of a step are a function of the
+seed and the step, and a stopped run goes on with the same ones.
+"""
+
+# S sequences of a step, B of a micro-batch, T positions
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from olmo_base.corpus.shards import Shard, read_shards, verify_content
+from olmo_base.run.errors import UserError
+
+U64 = np.uint64
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch: ``labels_BT[b, t]`` is the token that follows ``ids_BT[b, : t + 1]``."""
+
+    ids_BT: Tensor
+    labels_BT: Tensor
+    document_ids_BT: Tensor | None  # 0, 1, … within a sequence; None when documents are not masked
+
+    @property
+    def num_labels(self) -> int:
+        """Tokens asked for."""
+        return self.labels_BT.numel()
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on a device; a copy to a GPU is not waited for."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            if device.type == "cuda":
+                return tensor.pin_memory().to(device, non_blocking=True)
+            return tensor.to(device)
+
+        documents = None if self.document_ids_BT is None else moved(self.document_ids_BT)
+        return Batch(moved(self.ids_BT), moved(self.labels_BT), documents)
+
+
+# ---------------------------------------------------------------- which sequences
+
+
+def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """splitmix64's finaliser: 64 bits in, 64 well-stirred bits out."""
+    values = (values ^ (values >> U64(30))) * U64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> U64(27))) * U64(0x94D049BB133111EB)
+    return values ^ (values >> U64(31))
+
+
+def shuffled(
+    positions: npt.NDArray[np.int64], length: int, *, seed: int, epoch: int
+) -> npt.NDArray[np.int64]:
+    """Where the given positions of 0..length-1 go in the shuffle of this seed and epoch.
+
+    A bijection computed entry by entry (a Feistel network over the smallest even number of bits,
+    walked until it lands below ``length``), so that a corpus of any size needs no table, and the
+    order does not hang on a library's generator staying as it is.
+    """
+    half_bits = max(1, (max(1, length - 1).bit_length() + 1) // 2)
+    shift, mask = U64(half_bits), U64(2**half_bits - 1)
+    start = np.array([seed * 0x9E3779B97F4A7C15 + epoch * 0xD1B54A32D192ED03 & 2**64 - 1], U64)
+    keys = _mix(_mix(start) + np.arange(1, 9, dtype=U64) * U64(0x9E3779B97F4A7C15))
+    result = positions.astype(U64)
+    outside = np.ones(result.shape, dtype=bool)
+    while outside.any():
+        left, right = result[outside] >> shift, result[outside] & mask
+        for key in keys:
+            left, right = right, left ^ (_mix(right + key) & mask)
+        result[outside] = left << shift | right
+        outside = result >= U64(length)
+    return result.astype(np.int64)
+
+
+def sequences_of_step(
+    step: int, *, num_sequences: int, sequences_per_step: int, seed: int
+) -> npt.NDArray[np.int64]:
+    """The numbers of the sequences that step 0, 1, … learns from.
+
+    Each epoch is a new shuffle of all sequences; a step may end one and begin the next.
+    """
+    first = step * sequences_per_step
+    places = np.arange(first, first + sequences_per_step, dtype=np.int64)
+    epochs, positions = places // num_sequences, places % num_sequences
+    chosen = np.empty_like(places)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        chosen[here] = shuffled(positions[here], num_sequences, seed=seed, epoch=int(epoch))
+    return chosen
+
+
+# ---------------------------------------------------------------- the sequences themselves
+
+
+class TokenSequences:
+    """The sequences of ``max_length`` tokens of some shards, mapped into memory.
+
+    Errors: UserError if the shards were made with different tokenizers, if their content is not
+    what was written (``verify``), or if they are too short for one sequence.
+    """
+
+    def __init__(self, shards: Sequence[Shard], max_length: int, *, verify: bool = False) -> None:
+        first = shards[0].info
+        for shard in shards[1:]:
+            if shard.info.tokenizer_sha256 != first.tokenizer_sha256:
+                raise UserError(
+                    f"{shard.path.parent} and {shards[0].path.parent} hold the ids of different "
+                    "tokenizers. Tokenize both with the same one."
+                )
+        if verify:
+            for shard in shards:
+                verify_content(shard)
+        self.max_length = max_length
+        self.vocab_size = max(shard.info.vocab_size for shard in shards)
+        self.eos_token_id = first.eos_token_id
+        self.num_tokens = sum(shard.info.num_tokens for shard in shards)
+        self.num_documents = sum(shard.info.num_documents for shard in shards)
+        self.num_bytes = sum(shard.info.num_bytes for shard in shards)
+        self._tokens = [shard.tokens() for shard in shards]
+        self._ends = np.cumsum([shard.info.num_tokens for shard in shards])
+        self._num_sequences = (self.num_tokens - 1) // max_length
+        if self._num_sequences < 1:
+            raise UserError(
+                f"{shards[0].path.parent} holds {self.num_tokens} tokens; one sequence of "
+                f"max_length {max_length} needs {max_length + 1}. Give more text, or lower "
+                "max_length."
+            )
+
+    def __len__(self) -> int:
+        return self._num_sequences
+
+    def window(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """The tokens start..stop-1 of the long row, across shards."""
+        parts = []
+        index = int(np.searchsorted(self._ends, start, side="right"))
+        while start < stop:
+            shard_start = int(self._ends[index]) - len(self._tokens[index])
+            end_here = min(stop, int(self._ends[index]))
+            parts.append(self._tokens[index][start - shard_start : end_here - shard_start])
+            start, index = end_here, index + 1
+        return np.concatenate(parts).astype(np.int64)
+
+    def batch(self, indices: Sequence[int] | npt.NDArray[np.int64], *, mask: bool) -> Batch:
+        """The sequences of these numbers. ``mask``: tell their documents apart."""
+        T = self.max_length
+        windows = [self.window(int(index) * T, int(index) * T + T + 1) for index in indices]
+        tokens_BT1 = torch.from_numpy(np.stack(windows))
+        ids_BT = tokens_BT1[:, :-1].contiguous()
+        documents_BT = None
+        if mask:  # a document's end-of-text is its own last token
+            ends_BT = (ids_BT == self.eos_token_id).long()
+            documents_BT = ends_BT.cumsum(1) - ends_BT
+        return Batch(ids_BT, tokens_BT1[:, 1:].contiguous(), documents_BT)
+
+
+def micro_batches(
+    sequences: TokenSequences,
+    step: int,
+    *,
+    micro_batch_size: int,
+    gradient_accumulation_steps: int,
+    seed: int,
+    mask: bool,
+) -> list[Batch]:
+    """The batches of one optimizer step. Only their product decides which sequences they hold."""
+    indices = sequences_of_step(
+        step,
+        num_sequences=len(sequences),
+        sequences_per_step=micro_batch_size * gradient_accumulation_steps,
+        seed=seed,
+    )
+    return [
+        sequences.batch(indices[first : first + micro_batch_size], mask=mask)
+        for first in range(0, len(indices), micro_batch_size)
+    ]
+
+
+def split_folder(folder: str | Path, split: str) -> Path:
+    """The folder of a split's shards in the output of a tokenize run."""
+    return Path(folder) / "tokens" / split
+
+
+def read_split(folders: Sequence[str | Path], split: str) -> list[Shard]:
+    """The shards of a split of several tokenize runs, in order.
+
+    Errors: UserError naming the folder without them; for "eval" an empty list is no error.
+    """
+    found = []
+    for folder in folders:
+        path = split_folder(folder, split)
+        if split == "eval" and path.is_dir() and not any(path.glob("tokens_*.bin")):
+            continue
+        found.extend(read_shards(path))
+    return found

@@ -1,0 +1,168 @@
+"""Token shards: documents as ids in flat files that are mapped into memory.
+
+tokens_00000.bin     ids one after the other, little-endian uint16 or uint32, no header;
+                     every document is followed by one end-of-text id
+tokens_00000.json    what the .bin holds: the fields of ``ShardInfo``
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from olmo_base.run.errors import UserError
+
+DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+Ids = npt.NDArray[np.unsignedinteger]
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """The sidecar of one shard."""
+
+    dtype: str
+    vocab_size: int  # one more than the largest id the tokenizer can give
+    eos_token_id: int
+    tokenizer_sha256: str  # of tokenizer.json
+    num_tokens: int
+    num_documents: int
+    num_bytes: int  # of the documents' text as UTF-8
+    sha256: str  # of the .bin
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard on disk."""
+
+    path: Path  # the .bin
+    info: ShardInfo
+
+    def tokens(self) -> Ids:
+        """All ids, mapped into memory and read-only."""
+        return np.memmap(self.path, dtype=DTYPES[self.info.dtype], mode="r")
+
+
+def dtype_for(vocab_size: int) -> str:
+    """The smallest dtype that holds every id below ``vocab_size``."""
+    return "uint16" if vocab_size <= 2**16 else "uint32"
+
+
+def vocab_size_of(tokenizer: Tokenizer) -> int:
+    """One more than the largest id; not the number of tokens, for ids may have gaps."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+class ShardWriter:
+    """Writes ``tokens_00000``, ``tokens_00001``, … in a folder, each of whole documents."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        vocab_size: int,
+        eos_token_id: int,
+        tokenizer_sha256: str,
+        tokens_per_shard: int,
+    ) -> None:
+        self._folder = folder
+        self._vocab_size, self._eos_token_id = vocab_size, eos_token_id
+        self._tokenizer_sha256 = tokenizer_sha256
+        self._tokens_per_shard = tokens_per_shard
+        self._dtype = dtype_for(vocab_size)
+        self._num_shards = 0
+        self.num_tokens = self.num_documents = self.num_bytes = 0
+        self._start()
+
+    def _start(self) -> None:
+        self._path = self._folder / f"tokens_{self._num_shards:05d}.bin"
+        self._file = open(self._path, "wb")  # noqa: SIM115 - closed by _end
+        self._hash = hashlib.sha256()
+        self._tokens = self._documents = self._bytes = 0
+
+    def add(self, ids: Ids, *, num_documents: int, num_bytes: int) -> None:
+        """Append documents that ``encode_documents`` encoded. ``num_bytes`` is that of the text."""
+        if self._tokens >= self._tokens_per_shard:
+            self._end()
+            self._start()
+        data = ids.astype(DTYPES[self._dtype], copy=False).tobytes()
+        self._file.write(data)
+        self._hash.update(data)
+        self._tokens += len(ids)
+        self._documents += num_documents
+        self._bytes += num_bytes
+        self.num_tokens += len(ids)
+        self.num_documents += num_documents
+        self.num_bytes += num_bytes
+
+    def _end(self) -> None:
+        self._file.close()
+        if self._tokens == 0:
+            self._path.unlink()
+            return
+        info = ShardInfo(
+            dtype=self._dtype,
+            vocab_size=self._vocab_size,
+            eos_token_id=self._eos_token_id,
+            tokenizer_sha256=self._tokenizer_sha256,
+            num_tokens=self._tokens,
+            num_documents=self._documents,
+            num_bytes=self._bytes,
+            sha256=self._hash.hexdigest(),
+        )
+        content = json.dumps(asdict(info), indent=2) + "\n"
+        self._path.with_suffix(".json").write_text(content, encoding="utf-8")
+        self._num_shards += 1
+
+    def close(self) -> None:
+        """Finish the last shard."""
+        self._end()
+
+
+def read_shards(folder: Path) -> list[Shard]:
+    """The shards of a folder in order, their sizes checked.
+
+    Errors: UserError for a folder without shards, a sidecar that is missing or broken, a .bin of
+    another size than its sidecar says.
+    """
+    paths = sorted(folder.glob("tokens_*.bin")) if folder.is_dir() else []
+    if not paths:
+        raise UserError(
+            f"{folder} holds no token shards (tokens_*.bin). Give the output_dir of a finished "
+            "tokenize run."
+        )
+    return [Shard(path, _read_info(path)) for path in paths]
+
+
+def _read_info(path: Path) -> ShardInfo:
+    sidecar = path.with_suffix(".json")
+    again = "Run the tokenize stage again into a new folder."
+    try:
+        content = json.loads(sidecar.read_text(encoding="utf-8"))
+        info = ShardInfo(**{item.name: content[item.name] for item in fields(ShardInfo)})
+        itemsize = DTYPES[info.dtype].itemsize
+    except FileNotFoundError:
+        raise UserError(f"{sidecar} is missing beside {path.name}. {again}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{sidecar} cannot be read as a shard's description. {again}") from None
+    expected = info.num_tokens * itemsize
+    if path.stat().st_size != expected:
+        raise UserError(
+            f"{path} has {path.stat().st_size} bytes; its description says {expected}. {again}"
+        )
+    return info
+
+
+def verify_content(shard: Shard) -> None:
+    """Compare a shard's SHA-256 with its sidecar's. Errors: UserError if they differ."""
+    with open(shard.path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != shard.info.sha256:
+        raise UserError(
+            f"The content of {shard.path} is not what was written (its SHA-256 differs from the "
+            "description's). Run the tokenize stage again into a new folder."
+        )

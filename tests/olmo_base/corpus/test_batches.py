@@ -1,0 +1,154 @@
+"""Batches: each token asked for once an epoch, in an order that only seed and step decide."""
+
+import numpy as np
+import pytest
+import torch
+
+from olmo_base.corpus.batches import (
+    TokenSequences,
+    micro_batches,
+    read_split,
+    sequences_of_step,
+    shuffled,
+)
+from olmo_base.corpus.shards import ShardWriter, read_shards
+from olmo_base.run.errors import UserError
+
+
+def write_shards(folder, documents, *, tokens_per_shard=10**9, tokenizer_sha256="a", vocab=100_000):
+    """Shards of documents given as lists of ids; the end token is 0."""
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = ShardWriter(
+        folder,
+        vocab_size=vocab,
+        eos_token_id=0,
+        tokenizer_sha256=tokenizer_sha256,
+        tokens_per_shard=tokens_per_shard,
+    )
+    for ids in documents:
+        writer.add(np.array([*ids, 0]), num_documents=1, num_bytes=len(ids))
+    writer.close()
+    return read_shards(folder)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 7, 16, 17, 100, 1000, 4097])
+def test_a_shuffle_visits_every_place_once(length):
+    places = np.arange(length)
+    orders = [
+        shuffled(places, length, seed=seed, epoch=epoch) for seed in (0, 1) for epoch in (0, 1)
+    ]
+    for order in orders:
+        assert sorted(order) == list(range(length))
+    if length >= 16:
+        assert len({tuple(order) for order in orders}) == 4
+
+
+def test_a_shuffle_looks_like_chance():
+    length, num_orders = 50, 2000
+    orders = np.stack(
+        [shuffled(np.arange(length), length, seed=seed, epoch=0) for seed in range(num_orders)]
+    )
+    # how often place p holds number n: 40 expected, standard deviation 6.3
+    counts = np.stack([np.bincount(orders[:, place], minlength=length) for place in range(length)])
+    chi_squared = ((counts - num_orders / length) ** 2 / (num_orders / length)).sum()
+    assert abs(chi_squared - 49 * 49) < 5 * np.sqrt(2 * 49 * 49)
+    neighbours = np.abs(np.diff(orders, axis=1)) == 1
+    assert neighbours.mean() == pytest.approx(2 / length, rel=0.05)
+
+
+def test_the_order_is_pinned():
+    # worked out once; a change here would change every run that is resumed
+    assert shuffled(np.arange(10), 10, seed=42, epoch=0).tolist() == [3, 9, 0, 2, 1, 8, 6, 5, 4, 7]
+
+
+def test_an_epoch_has_every_sequence_once_and_steps_run_across_epochs():
+    def step(number):
+        return sequences_of_step(number, num_sequences=10, sequences_per_step=4, seed=3)
+
+    row = np.concatenate([step(number) for number in range(5)])
+    assert sorted(row[:10]) == sorted(row[10:]) == list(range(10))
+    assert row[:10].tolist() != row[10:].tolist()
+    assert step(2).tolist() == row[8:12].tolist()
+
+
+def test_every_token_but_the_first_is_asked_for_once(tmp_path):
+    documents = [list(range(1 + 10 * n, 8 + 10 * n + n % 3)) for n in range(20)]
+    shards = write_shards(tmp_path, documents, tokens_per_shard=30)
+    assert len(shards) > 3  # sequences run across shards
+    sequences = TokenSequences(shards, 5)
+    row = np.concatenate([[*ids, 0] for ids in documents])
+    batch = sequences.batch(range(len(sequences)), mask=False)
+    num_used = len(sequences) * 5
+    assert len(row) - 1 - num_used < 5
+    assert batch.ids_BT.flatten().tolist() == row[:num_used].tolist()
+    assert batch.labels_BT.flatten().tolist() == row[1 : num_used + 1].tolist()
+    assert batch.num_labels == num_used
+    assert sequences.num_documents == 20
+    assert sequences.num_bytes == sum(map(len, documents))
+
+
+def test_document_ids_change_after_the_end_token(tmp_path):
+    sequences = TokenSequences(write_shards(tmp_path, [[5, 6], [7], [8, 9, 9]]), 8)
+    batch = sequences.batch([0], mask=True)
+    assert batch.ids_BT.tolist() == [[5, 6, 0, 7, 0, 8, 9, 9]]
+    assert batch.document_ids_BT is not None
+    assert batch.document_ids_BT.tolist() == [[0, 0, 0, 1, 1, 2, 2, 2]]
+
+
+def test_cutting_a_step_differently_gives_the_same_sequences(tmp_path):
+    sequences = TokenSequences(write_shards(tmp_path, [list(range(1, 300))]), 7)
+
+    def tokens_of(size, accumulation):
+        batches = micro_batches(
+            sequences,
+            step=5,
+            micro_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            seed=1,
+            mask=False,
+        )
+        assert len(batches) == accumulation
+        return torch.cat([batch.ids_BT for batch in batches])
+
+    whole = tokens_of(12, 1)
+    for size, accumulation in ((6, 2), (4, 3), (3, 4), (2, 6), (1, 12)):
+        assert torch.equal(tokens_of(size, accumulation), whole)
+
+
+def test_large_ids_survive(tmp_path):
+    (shard,) = write_shards(tmp_path, [[65_536, 99_999]])
+    assert TokenSequences([shard], 2).batch([0], mask=False).labels_BT.tolist() == [[99_999, 0]]
+
+
+def test_shards_of_two_tokenizers_are_not_mixed(tmp_path):
+    first = write_shards(tmp_path / "a", [[1, 2]])
+    second = write_shards(tmp_path / "b", [[1, 2]], tokenizer_sha256="b")
+    with pytest.raises(UserError, match="different tokenizers"):
+        TokenSequences([*first, *second], 2)
+
+
+def test_too_little_text_for_one_sequence_is_said(tmp_path):
+    shards = write_shards(tmp_path, [[1, 2, 3]])
+    TokenSequences(shards, 3)
+    with pytest.raises(UserError, match="holds 4 tokens; one sequence of max_length 4 needs 5"):
+        TokenSequences(shards, 4)
+
+
+def test_changed_content_is_found_when_asked_to_verify(tmp_path):
+    shards = write_shards(tmp_path, [[1, 2, 3]])
+    content = shards[0].path.read_bytes()
+    shards[0].path.write_bytes(b"\x07" + content[1:])
+    with pytest.raises(UserError, match="SHA-256 differs"):
+        TokenSequences(shards, 2, verify=True)
+
+
+def test_splits_of_several_runs_are_read_in_order(tmp_path):
+    write_shards(tmp_path / "a" / "tokens" / "train", [[1]])
+    write_shards(tmp_path / "b" / "tokens" / "train", [[2]])
+    (tmp_path / "a" / "tokens" / "eval").mkdir()
+    write_shards(tmp_path / "b" / "tokens" / "eval", [[3]])
+    folders = [tmp_path / "a", tmp_path / "b"]
+    assert [shard.tokens()[0] for shard in read_split(folders, "train")] == [1, 2]
+    assert [shard.tokens()[0] for shard in read_split(folders, "eval")] == [3]
+    with pytest.raises(UserError, match="holds no token shards"):
+        read_split([tmp_path / "c"], "train")

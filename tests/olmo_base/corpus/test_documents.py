@@ -1,0 +1,104 @@
+"""Reading documents: what is fine is read unchanged, what is not is named by file and line."""
+
+import gzip
+import json
+
+import pytest
+
+from olmo_base.corpus.documents import DocumentSource, DocumentStream, document_files
+from olmo_base.run.artefact import ExampleCounts
+from olmo_base.run.errors import DataError, UserError
+
+
+def texts_of(path, **keys):
+    return [document.text for document in DocumentStream((DocumentSource(str(path), **keys),))]
+
+
+def test_a_text_file_is_one_document_with_its_line_ends(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufefffirst\r\nsecond\n".encode())
+    assert texts_of(path) == ["first\r\nsecond\n"]
+
+
+def test_each_json_line_is_a_document_packed_or_not(tmp_path):
+    lines = b'{"text": "one"}\n\n{"text": "two\\n", "id": 3}\n'
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    (tmp_path / "b.json.gz").write_bytes(gzip.compress(lines))
+    assert texts_of(tmp_path / "a.jsonl") == texts_of(tmp_path / "b.json.gz") == ["one", "two\n"]
+
+
+def test_a_folder_is_read_in_order_of_name_and_other_files_are_left(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "c.txt").write_text("second")
+    (tmp_path / "a.txt").write_text("first")
+    (tmp_path / "image.png").write_bytes(b"\x89")
+    assert texts_of(tmp_path) == ["first", "second"]
+    source = DocumentSource(str(tmp_path))
+    assert len(document_files((source, source))) == 2
+
+
+def test_only_the_first_documents_are_read_if_so_wanted(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"body": str(n)}) + "\n" for n in range(9)) + "broken")
+    assert texts_of(path, text_field="body", max_documents=3) == ["0", "1", "2"]
+
+
+def test_documents_without_text_are_counted_and_left_out(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": " \\n"}\n{"text": "x"}\n{"text": ""}\n')
+    counts = ExampleCounts()
+    assert len(list(DocumentStream((DocumentSource(str(path)),), counts))) == 1
+    assert counts.as_dict() == {"used": 1, "truncated": 0, "dropped": {"empty text": 2}}
+
+
+def test_the_stream_tells_how_far_it_is(tmp_path):
+    (tmp_path / "a.txt").write_text("x" * 1000)
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "y" * 500}))
+    stream = DocumentStream((DocumentSource(str(tmp_path)),))
+    seen = [stream.bytes_read for _ in stream]
+    assert seen[0] == 1000
+    assert (
+        stream.bytes_read
+        == stream.bytes_total
+        == sum(file.stat().st_size for file in tmp_path.iterdir())
+    )
+
+
+GOOD = b'{"text": "good"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line", "message"),
+    [
+        ("a.jsonl", GOOD + b'{"text": "cut', 2, "broken JSON"),
+        ("a.jsonl", GOOD + b"\n" + b'["text"]', 3, "found a JSON list, needed an object"),
+        ("a.jsonl", GOOD + b'{"body": "x", "id": 1}', 2, "'text' is missing; found 'body', 'id'"),
+        ("a.jsonl", GOOD + b'{"text": null}', 2, "holds NoneType, needed text"),
+        ("a.jsonl", GOOD + GOOD + b'{"text": "\xe9"}', 3, "byte 10 .0xe9. is not UTF-8"),
+        ("a.jsonl", GOOD + b'{"text": "\\ud83d"}', 2, "half a surrogate pair"),
+        ("a.jsonl", b"", None, "the file is empty"),
+        ("a.jsonl", b"\n\n", None, "the file is empty"),
+        ("a.jsonl.gz", gzip.compress(GOOD * 1000)[:-20], None, "gzip data is damaged"),
+        ("a.jsonl.gz", GOOD, None, "gzip data is damaged"),
+        ("a.txt", b"", None, "the file is empty"),
+        ("a.txt", b"caf\xe9", None, "byte 3 .0xe9. is not UTF-8"),
+    ],
+)
+def test_what_cannot_be_read_is_named_by_file_and_line(tmp_path, name, content, line, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message) as raised:
+        texts_of(path)
+    assert raised.value.line == line
+    place = str(path) if line is None else f"{path}, line {line}"
+    assert str(raised.value).startswith(place)
+
+
+def test_a_path_that_holds_no_documents_is_refused(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        texts_of(tmp_path / "missing.jsonl")
+    with pytest.raises(UserError, match="holds no documents"):
+        texts_of(tmp_path)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="is no document file"):
+        texts_of(tmp_path / "a.parquet")

@@ -1,0 +1,151 @@
+"""The optimizer: schedules worked out by hand, parameters in the right group, clipping."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from olmo_base.optim import (
+    OptimConfig,
+    build_optimizer,
+    clip_gradients,
+    learning_rate_at,
+    parameter_groups,
+    set_learning_rate,
+)
+from olmo_base.run.recipe import RecipeError
+
+
+def rates(total_steps, **keys):
+    config = OptimConfig(learning_rate=1.0, **keys)
+    return [learning_rate_at(step, total_steps, config) for step in range(total_steps)]
+
+
+def test_a_constant_rate_is_constant_after_the_warmup():
+    assert rates(4, lr_scheduler_type="constant") == [1.0] * 4
+    assert rates(5, lr_scheduler_type="constant", warmup_steps=4) == [0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+def test_a_linear_rate_falls_in_equal_steps():
+    assert rates(4, lr_scheduler_type="linear") == [1.0, 0.75, 0.5, 0.25]
+    half = rates(6, lr_scheduler_type="linear", warmup_ratio=1 / 3, min_lr_ratio=0.5)
+    assert half == [0.5, 1.0, 1.0, 0.875, 0.75, 0.625]
+
+
+def test_a_cosine_rate_is_half_way_in_the_middle():
+    found = rates(8, lr_scheduler_type="cosine", min_lr_ratio=0.1)
+    assert found[0] == 1.0
+    assert found[4] == pytest.approx(0.55)
+    assert found[2] == pytest.approx(0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2)
+    assert found == sorted(found, reverse=True)
+    assert learning_rate_at(8, 8, OptimConfig(1.0, "cosine", min_lr_ratio=0.1)) == pytest.approx(
+        0.1
+    )
+
+
+def test_the_rates_after_the_warmup_are_those_of_transformers():
+    from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+
+    for name, peer in (
+        ("linear", get_linear_schedule_with_warmup),
+        ("cosine", get_cosine_schedule_with_warmup),
+    ):
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+        schedule = peer(optimizer, 3, 20)
+        expected = []
+        for _ in range(20):
+            expected.append(schedule.get_last_lr()[0])
+            optimizer.step()
+            schedule.step()
+        assert rates(20, lr_scheduler_type=name, warmup_steps=3)[3:] == pytest.approx(expected[3:])
+
+
+def test_no_step_has_a_rate_of_zero():
+    for name in ("constant", "linear", "cosine"):
+        for total in (1, 2, 3, 50):
+            assert min(rates(total, lr_scheduler_type=name, warmup_ratio=0.1)) > 0
+
+
+def test_a_warmup_longer_than_the_run_is_no_error():
+    assert rates(3, warmup_steps=6) == [1 / 6, 2 / 6, 3 / 6]
+
+
+def test_two_ways_to_say_the_warmup_are_one_too_many():
+    with pytest.raises(RecipeError, match="keep one of them"):
+        OptimConfig(warmup_ratio=0.1, warmup_steps=5)
+
+
+class Small(nn.Module):
+    def __init__(self, tied: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 3)
+        self.inner = nn.Linear(3, 3)
+        self.norm = nn.LayerNorm(3)
+        self.head = nn.Linear(3, 5, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+
+
+def decay_of_names(model, config):
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {}
+    for group in parameter_groups(model, config):
+        params = group["params"]
+        assert isinstance(params, list)
+        found.update({names[id(parameter)]: group["weight_decay"] for parameter in params})
+    return found
+
+
+def test_matrices_decay_and_norms_biases_and_embeddings_do_not():
+    found = decay_of_names(Small(), OptimConfig(weight_decay=0.1))
+    assert found == {
+        "embed.weight": 0.0,
+        "inner.weight": 0.1,
+        "inner.bias": 0.0,
+        "norm.weight": 0.0,
+        "norm.bias": 0.0,
+        "head.weight": 0.1,
+    }
+
+
+def test_norms_and_embeddings_decay_if_so_wanted():
+    found = decay_of_names(Small(), OptimConfig(weight_decay=0.1, decay_norms=True))
+    assert {name for name, decay in found.items() if decay == 0} == {"embed.weight"}
+    everything = OptimConfig(weight_decay=0.1, decay_norms=True, decay_embeddings=True)
+    assert set(decay_of_names(Small(), everything).values()) == {0.1}
+
+
+def test_a_tied_head_is_an_embedding_and_frozen_parameters_are_left_out():
+    model = Small(tied=True)
+    model.inner.weight.requires_grad_(False)
+    found = decay_of_names(model, OptimConfig(weight_decay=0.1))
+    assert "inner.weight" not in found
+    assert found["embed.weight"] == 0.0
+    assert "head.weight" not in found
+
+
+def test_a_step_is_adamw_as_published():
+    torch.manual_seed(0)
+    model = nn.Linear(2, 2, bias=False).double()
+    before = model.weight.detach().clone()
+    config = OptimConfig(0.1, weight_decay=0.5, adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-3)
+    optimizer = build_optimizer(model, config)
+    set_learning_rate(optimizer, 0.01)
+    gradient = torch.tensor([[1.0, -2.0], [0.5, 0.0]], dtype=torch.float64)
+    model.weight.grad = gradient.clone()
+    optimizer.step()
+    # after one step the bias-corrected moments are the gradient and its square
+    expected = before * (1 - 0.01 * 0.5) - 0.01 * gradient / (gradient.abs() + 1e-3)
+    torch.testing.assert_close(model.weight.detach(), expected)
+
+
+def test_gradients_are_clipped_together_and_the_norm_before_is_told():
+    first, second = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    unused = nn.Parameter(torch.zeros(1))
+    for limit, scale in ((1.0, 0.2), (10.0, 1.0), (0.0, 1.0)):
+        first.grad, second.grad = torch.tensor([3.0]), torch.tensor([-4.0])
+        norm = clip_gradients([first, second, unused], limit)
+        assert norm.item() == pytest.approx(5.0)
+        assert first.grad.item() == pytest.approx(3 * scale, rel=1e-5)
+        assert second.grad.item() == pytest.approx(-4 * scale, rel=1e-5)
