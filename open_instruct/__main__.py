@@ -1,7 +1,8 @@
 """The command line ``open-instruct``: arguments in, one message and an exit code out.
 
-Exit codes: 0 done, or stopped by SIGTERM with everything safe on disk; 2 something the user can
-mend; 130 stopped by Ctrl-C. A traceback (exit code 1) is a bug of ours.
+Exit codes: 0 done; 2 something the user can mend; 130 stopped by Ctrl-C, 143 by SIGTERM (128 + the
+signal's number, so that a script never takes a stopped run for a finished one). A traceback (exit
+code 1) is a bug of ours.
 """
 
 import errno
@@ -238,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Stopped as error:
         where = f": {error.where}" if error.where else ""
         _complain(f"Stopped{where}. {GO_ON}")
-        return 128 + signal.SIGINT if error.signal_number == signal.SIGINT else 0
+        return 128 + error.signal_number
     except UserError as error:
         _complain(str(error))
         return 2
