@@ -115,12 +115,14 @@ class LabelLogprobs(nn.Module):
         """
         super().__init__()
         self.model = model
+        self._precision = precision
         self.way, self.needs_mask = find_way(model, precision, tolerance)
 
     def forward(self, batch: Batch) -> Tensor:
         """(L,) float32, in the order of ``batch.label_ids_L``."""
         mask_RT = padding_mask(batch) if self.needs_mask else None
-        return WAYS[self.way](self.model, batch, mask_RT)
+        with self._precision():
+            return WAYS[self.way](self.model, batch, mask_RT)
 
 
 def padding_mask(batch: Batch) -> Tensor:

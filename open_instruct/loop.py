@@ -1,0 +1,423 @@
+"""The one post-training loop. Accelerate lives here and nowhere else.
+
+A stage gives the loop a model that turns micro-batches into label log-probabilities, its steps
+(``batches.py``), and a function that sums its loss over a micro-batch. The loop divides that sum
+once, by everything counted over the step's micro-batches and ranks: how a step is cut changes
+nothing but rounding. Between two log steps nothing waits for the device.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from olmo_base.optim import (
+    OptimConfig,
+    build_optimizer,
+    clip_gradients,
+    learning_rate_at,
+    set_learning_rate,
+)
+from olmo_base.run.artefact import RunFolder
+from olmo_base.run.errors import Stopped, UserError
+from olmo_base.run.launch import stop_signals
+from olmo_base.run.metrics import LogConfig, MetricsLog, Progress
+from olmo_base.run.recipe import setting
+from olmo_base.run.resume import CheckpointConfig, latest_checkpoint, save_checkpoint
+from open_instruct.batches import (
+    MICRO_BATCH_COST,
+    Batch,
+    Examples,
+    Steps,
+    evaluation_batches,
+)
+from open_instruct.logprobs import LabelLogprobs
+
+# (model, micro-batch) -> sums over its terms: "loss", which is minimised, and any others to show.
+SummedLoss = Callable[[nn.Module, Batch], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How examples become optimizer steps. One step sees batch size x accumulation x ranks."""
+
+    per_device_train_batch_size: int = setting(8, low=1)
+    gradient_accumulation_steps: int = setting(1, low=1)
+    num_train_epochs: float = setting(1.0, above=0)
+    max_steps: int = setting(-1, low=-1, help="above 0: instead of num_train_epochs")
+    per_device_eval_batch_size: int = setting(32, low=1, changes_result=False)
+    eval_steps: int = setting(
+        0, low=0, changes_result=False, help="0: held-out examples at the start and the end only"
+    )
+    bf16: bool | Literal["auto"] = setting("auto", help="auto: on GPUs that compute in it")
+
+
+# ---------------------------------------------------------------- the processes of a run
+
+
+class Workers:
+    """This process among the others of the run: one alone, or one per rank under accelerate."""
+
+    def __init__(self, bf16: bool | Literal["auto"] = "auto") -> None:
+        """Errors: UserError for a kind of parallelism that this loop does not train with."""
+        # Precision is ours to choose (below), whatever `accelerate config` says.
+        self._accelerator = Accelerator(mixed_precision="no")
+        kind = self._accelerator.distributed_type
+        if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+            raise UserError(
+                f"accelerate was configured for {kind.value}, and this loop trains with plain data "
+                "parallelism. Launch it with accelerate launch --multi_gpu, or --cpu."
+            )
+        self.device: torch.device = self._accelerator.device
+        self.rank: int = self._accelerator.process_index
+        self.num_ranks: int = self._accelerator.num_processes
+        is_fast = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        self.bf16: bool = is_fast if bf16 == "auto" else bf16
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The first rank goes through the block before the others enter it."""
+        with self._accelerator.main_process_first():
+            yield
+
+    def precision(self) -> contextlib.AbstractContextManager[object]:
+        """The context that a forward pass computes in."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
+
+    def place(self, model: PreTrainedModel) -> LabelLogprobs:
+        """The model on this rank's device, computing label log-probabilities.
+
+        Errors: UserError if it is no causal language model.
+        """
+        model.to(self.device)  # type: ignore[arg-type]
+        tolerance = 1.0 if self.bf16 else 1e-3  # nats, where logits spread over 20
+        return LabelLogprobs(model, self.precision, tolerance)
+
+    def share(self, model: LabelLogprobs) -> nn.Module:
+        """The same model, its gradients averaged over the ranks."""
+        prepared: nn.Module = self._accelerator.prepare_model(model)
+        return prepared
+
+    def meeting(self, model: nn.Module, is_last: bool) -> contextlib.AbstractContextManager[object]:
+        """Ranks exchange gradients in the last micro-batch of a step, and not before."""
+        return contextlib.nullcontext() if is_last else self._accelerator.no_sync(model)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add to the step's gradients."""
+        self._accelerator.backward(loss)
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """The sum of every rank's tensor, on every rank."""
+        if self.num_ranks == 1:
+            return values
+        summed: Tensor = self._accelerator.reduce(values, "sum")
+        return summed
+
+    def any_rank(self, is_true: bool) -> bool:
+        """Whether it is true on any rank. All ranks must ask at the same point."""
+        if self.num_ranks == 1:
+            return is_true
+        flag = torch.tensor(float(is_true), device=self.device)
+        return bool(self.sum_over_ranks(flag) > 0)
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        self._accelerator.wait_for_everyone()
+
+    def cost_of_cut(self) -> float:
+        """What one more micro-batch costs on this device, in padded positions."""
+        return MICRO_BATCH_COST["cpu" if self.device.type == "cpu" else "cuda"]
+
+
+def steps_of(
+    examples: Examples,
+    terms_per_example: np.ndarray,
+    config: TrainConfig,
+    *,
+    seed: int,
+    num_ranks: int = 1,
+    cost_of_cut: float = MICRO_BATCH_COST["cpu"],
+    pad_id: int = 0,
+) -> Steps:
+    """The optimizer steps that a recipe asks for."""
+    per_rank = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    return Steps(
+        examples,
+        terms_per_example=terms_per_example,
+        examples_per_step=per_rank * num_ranks,
+        max_micro_batch=config.per_device_train_batch_size,
+        num_ranks=num_ranks,
+        num_epochs=config.num_train_epochs,
+        max_steps=config.max_steps,
+        seed=seed,
+        cost_of_cut=cost_of_cut,
+        pad_id=pad_id,
+    )
+
+
+# ---------------------------------------------------------------- sums over many micro-batches
+
+
+class Totals:
+    """Sums that grow on the device; reading them is what waits for it."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.num_terms = 0
+
+    def add(self, sums: dict[str, Tensor]) -> None:
+        """Add a micro-batch's sums."""
+        for name, value in sums.items():
+            value = value.detach() if value.device.type == "mps" else value.detach().double()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def over_ranks(self, workers: Workers) -> dict[str, float]:
+        """The sums over all ranks, as numbers."""
+        names = sorted(self.sums)
+        if not names:
+            return {}
+        stacked = workers.sum_over_ranks(torch.stack([self.sums[name] for name in names]))
+        return dict(zip(names, stacked.tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Examples that are only ever evaluated on."""
+
+    examples: Examples
+    num_terms: int
+    summed_loss: SummedLoss
+
+
+@torch.no_grad()
+def evaluate(
+    model: LabelLogprobs, held_out: HeldOut, workers: Workers, batch_size: int
+) -> dict[str, float]:
+    """Every sum of the stage per term over the whole set, by the names ``eval_loss``, ..."""
+    totals = Totals()
+    was_training = model.training
+    model.eval()
+    for batch in evaluation_batches(
+        held_out.examples,
+        max_examples=batch_size,
+        num_ranks=workers.num_ranks,
+        rank=workers.rank,
+    ):
+        totals.add(held_out.summed_loss(model, batch.to(workers.device)))
+    if not totals.sums:  # more ranks than batches: this one adds nothing, but must take part
+        nothing = held_out.examples.batch([]).to(workers.device)
+        totals.add(held_out.summed_loss(model, nothing))
+    model.train(was_training)
+    sums = totals.over_ranks(workers)
+    return {f"eval_{name}": value / held_out.num_terms for name, value in sums.items()}
+
+
+# ---------------------------------------------------------------- stopping and going on
+
+
+@dataclass
+class Position:
+    """How far a run has come: what a checkpoint holds beside weights and optimizer."""
+
+    step: int = 0  # optimizer steps done
+    tokens: int = 0  # of all ranks, without padding
+    seconds: float = 0.0  # in steps, not in evaluations and checkpoints
+    row_terms: int = 0  # since the last row of metrics.jsonl, as the next two
+    row_tokens: int = 0
+    row_seconds: float = 0.0
+    evaluation: dict[str, float] = field(default_factory=dict)  # the latest
+
+
+def save(
+    folder: RunFolder,
+    workers: Workers,
+    model: LabelLogprobs,
+    optimizer: torch.optim.Optimizer,
+    at: Position,
+    row_sums: dict[str, float],
+    keep: int,
+) -> None:
+    """Write a checkpoint on the first rank; every rank goes on when it is complete.
+
+    Tied weights are one parameter and are kept once. No random generator is kept: each step
+    seeds its own.
+    """
+    if workers.rank == 0:
+        save_checkpoint(
+            folder,
+            at.step,
+            weights=dict(model.model.named_parameters()),
+            state={
+                "position": asdict(at),
+                "row_sums": row_sums,
+                "optimizer": optimizer.state_dict(),
+            },
+            keep=keep,
+        )
+    workers.wait()
+
+
+def resume(
+    folder: RunFolder, workers: Workers, model: LabelLogprobs, optimizer: torch.optim.Optimizer
+) -> tuple[Position, Totals]:
+    """Put weights and optimizer to where the latest checkpoint left them, and say where that is."""
+    checkpoint = latest_checkpoint(folder)
+    row = Totals()
+    if checkpoint is None:
+        return Position(), row
+    weights, state = checkpoint.load()
+    parameters = dict(model.model.named_parameters())
+    assert weights.keys() == parameters.keys(), f"{checkpoint.path} is of another model"
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+    optimizer.load_state_dict(state["optimizer"])
+    is_keeper = workers.rank == 0  # the sums were of all ranks, so one takes them over
+    row.add(
+        {
+            name: torch.tensor(value * is_keeper, device=workers.device)
+            for name, value in state["row_sums"].items()
+        }
+    )
+    at = Position(**state["position"])
+    folder.log(f"going on from {checkpoint.path}, after step {at.step}")
+    return at, row
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed the generator of dropout as a pure function of the three.
+
+    A resumed run draws what the run that never stopped would have drawn, on every rank.
+    """
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
+
+
+def refuse_nonsense(loss: float, grad_norm: float, at: Position, folder: RunFolder) -> None:
+    """Errors: UserError once loss or gradient is infinite or not a number."""
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        return
+    what = f"The loss is {loss}" if not math.isfinite(loss) else f"The gradient is {grad_norm}"
+    raise UserError(
+        f"{what} at step {at.step}, so the weights are of no more use. Lower learning_rate "
+        f"(or max_grad_norm) and train into a new output_dir; {folder.path}/metrics.jsonl shows "
+        "where it began to grow."
+    )
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """For the metrics of a GPU."""
+    if device.type != "cuda":
+        return {}
+    return {"peak_memory_bytes": torch.cuda.max_memory_allocated(device)}
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def train(
+    folder: RunFolder,
+    workers: Workers,
+    model: LabelLogprobs,
+    steps: Steps,
+    summed_loss: SummedLoss,
+    held_out: HeldOut | None,
+    *,
+    seed: int,
+    config: TrainConfig,
+    optim: OptimConfig,
+    checkpoints: CheckpointConfig,
+    log: LogConfig,
+) -> dict[str, float]:
+    """Train ``model`` in place over all steps, going on from the latest checkpoint if there is one.
+
+    Returns the figures of the end. Errors: Stopped after SIGINT or SIGTERM, with a checkpoint
+    written; UserError when the loss is no longer a number.
+    """
+    shared = workers.share(model)
+    optimizer = build_optimizer(model.model, optim)
+    at, row = resume(folder, workers, model, optimizer)
+    metrics = MetricsLog(folder, resume_step=at.step)
+    loss = math.nan
+    model.train()
+
+    def write_evaluation() -> None:
+        if held_out is not None:
+            at.evaluation = evaluate(model, held_out, workers, config.per_device_eval_batch_size)
+            metrics.write(at.step, epoch=steps.epoch(at.step), **at.evaluation)
+            progress.update(at.step, **at.evaluation)
+
+    title = f"{folder.recipe.stage} {folder.path.name}"
+    with Progress(folder, title, steps.total, at.step) as progress, stop_signals() as stop:
+        if at.step == 0:
+            write_evaluation()
+        while at.step < steps.total:
+            started = time.perf_counter()
+            learning_rate = learning_rate_at(at.step, steps.total, optim)
+            set_learning_rate(optimizer, learning_rate)
+            seed_step(seed, at.step, workers.rank)
+            num_terms, num_tokens = steps.num_terms(at.step), steps.num_tokens(at.step)
+            batches = steps.micro_batches(at.step, workers.rank)
+            for number, batch in enumerate(batches, start=1):
+                with workers.meeting(shared, is_last=number == len(batches)):
+                    sums = summed_loss(shared, batch.to(workers.device))
+                    # DDP averages over ranks; the loss is a sum over them.
+                    workers.backward(sums["loss"] * (workers.num_ranks / num_terms))
+                row.add(sums)
+            gradient_norm = clip_gradients(model.parameters(), optim.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+
+            at.step += 1
+            at.tokens += num_tokens
+            at.row_tokens += num_tokens
+            at.row_terms += num_terms
+            is_last = at.step == steps.total
+            is_row = is_last or at.step % log.logging_steps == 0
+            is_evaluated = is_last or (config.eval_steps and at.step % config.eval_steps == 0)
+            # Ranks agree on a stop where they meet anyway; asking in each step would slow it down.
+            is_agreed = workers.num_ranks == 1 or is_row
+            must_stop = is_agreed and workers.any_rank(stop.requested)
+            is_saved = must_stop or (at.step % checkpoints.save_steps == 0 and not is_last)
+            row_sums: dict[str, float] = {}
+            if is_row or is_evaluated or is_saved:
+                row_sums = row.over_ranks(workers)  # waits for the device
+                loss = row_sums["loss"] / at.row_terms
+                refuse_nonsense(loss, float(gradient_norm), at, folder)
+            at.seconds += time.perf_counter() - started
+            at.row_seconds += time.perf_counter() - started
+
+            progress.update(at.step)
+            if is_row:
+                shown = {
+                    "loss": loss,
+                    "learning_rate": learning_rate,
+                    "tokens_per_second": at.row_tokens / at.row_seconds,
+                }
+                metrics.write(
+                    at.step,
+                    epoch=steps.epoch(at.step),
+                    **({name: value / at.row_terms for name, value in row_sums.items()} | shown),
+                    grad_norm=float(gradient_norm),
+                    tokens=at.tokens,
+                    seconds=at.seconds,
+                    **peak_memory(workers.device),
+                )
+                progress.update(at.step, **shown)
+                row, row_sums = Totals(), {}
+                at.row_terms, at.row_tokens, at.row_seconds = 0, 0, 0.0
+            if is_evaluated:
+                write_evaluation()
+            if is_saved:
+                save(folder, workers, model, optimizer, at, row_sums, checkpoints.save_total_limit)
+            if must_stop:
+                raise Stopped(stop.signal_number, f"after step {at.step} of {steps.total}")
+    return {"steps": at.step, "tokens": at.tokens, "loss": loss, **at.evaluation}
