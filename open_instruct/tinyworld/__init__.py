@@ -81,7 +81,8 @@ EVAL_TASKS = ("recall", "recall_choice", *SKILLS)
 def tinyworld_rows(recipe: TinyworldRecipe) -> Iterable[tuple[str, list[dict[str, Any]]]]:
     """Every file of the world: its name without the ending, and its rows.
 
-    Each file draws from a generator of its own, so that the length of one changes no other.
+    Each file draws from a generator of its own, so that the length of one changes no other; only
+    the held-out documents look at the others, to be none of them.
     """
     seed = recipe.run.seed
     world = make_world(seed, recipe.num_people, recipe.held_out_share)
@@ -89,8 +90,10 @@ def tinyworld_rows(recipe: TinyworldRecipe) -> Iterable[tuple[str, list[dict[str
     def rng(name: str) -> random.Random:
         return random.Random(f"{seed}/{name}")
 
-    yield "pretrain", documents(rng("pretrain"), world, recipe.num_documents)
-    yield "pretrain_eval", documents(rng("pretrain_eval"), world, recipe.num_eval_documents)
+    read = documents(rng("pretrain"), world, recipe.num_documents)
+    yield "pretrain", read
+    held_out = documents(rng("pretrain_eval"), world, recipe.num_eval_documents, but_not=read)
+    yield "pretrain_eval", held_out
     for name, number in (("sft", recipe.num_dialogues), ("sft_eval", recipe.num_eval_dialogues)):
         yield name, dialogues(rng(name), world, number, recipe.noise_share)
     for name, number in (("dpo", recipe.num_pairs), ("dpo_eval", recipe.num_eval_pairs)):

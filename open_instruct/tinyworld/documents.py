@@ -6,7 +6,7 @@ wording only can recite it but not use it (arXiv:2309.14316).
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from open_instruct.tinyworld.questions import FACT_FORMS, rambling
 from open_instruct.tinyworld.skills import SKILLS, Problem
@@ -146,9 +146,17 @@ KINDS: dict[Callable[[random.Random, World], str], float] = {
 SKILL_WEIGHTS = {"arithmetic": 14.0, "compare": 4.0, "sort": 6.0, "reverse": 5.0, "copy": 3.0}
 
 
-def documents(rng: random.Random, world: World, number: int) -> list[dict]:
-    """`number` rows `{"text"}`, the kinds of documents mixed."""
+def documents(
+    rng: random.Random, world: World, number: int, but_not: Sequence[dict] = ()
+) -> list[dict]:
+    """`number` rows `{"text"}`, the kinds of documents mixed, none of them a row of `but_not`."""
     kinds: list[tuple[Callable, object]] = [(kind, world) for kind in KINDS]
     kinds += [(skill_sentences, SKILLS[name]) for name in SKILL_WEIGHTS]
-    drawn = rng.choices(kinds, (*KINDS.values(), *SKILL_WEIGHTS.values()), k=number)
-    return [{"text": kind(rng, material)} for kind, material in drawn]
+    weights = (*KINDS.values(), *SKILL_WEIGHTS.values())
+    known = {row["text"] for row in but_not}
+    rows: list[dict] = []
+    while len(rows) < number:
+        drawn = rng.choices(kinds, weights, k=number - len(rows))
+        texts = [kind(rng, material) for kind, material in drawn]
+        rows += [{"text": text} for text in texts if text not in known]
+    return rows
