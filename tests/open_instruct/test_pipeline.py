@@ -34,7 +34,9 @@ STAGES = {
 def recipes(tmp_path, monkeypatch):
     """A folder of recipes for two quick stages; the working directory holds their data."""
     monkeypatch.chdir(tmp_path)
-    write_text(tmp_path, ["the quick brown fox jumps over the lazy dog while seven grey geese sleep"] * 8)
+    write_text(
+        tmp_path, ["the quick brown fox jumps over the lazy dog while seven grey geese sleep"] * 8
+    )
     folder = tmp_path / "recipes"
     folder.mkdir()
     for name, content in STAGES.items():
@@ -111,7 +113,9 @@ def test_a_change_of_the_last_stage_leaves_the_first_alone(recipes):
 
 def test_changed_data_runs_again_and_the_old_folders_are_numbered(recipes):
     for number in range(3):
-        write_text(recipes.parent, [f"text number {number}: many brown geese jump over lazy seals"] * 9)
+        write_text(
+            recipes.parent, [f"text number {number}: many brown geese jump over lazy seals"] * 9
+        )
         run(recipes)
     assert {path.name for path in Path("runs/small").glob("tokens*")} == {
         "tokens",
@@ -202,7 +206,9 @@ def test_an_item_of_the_list_changes_keys_and_an_override_wins_over_it(recipes):
     change(recipes, "pipeline.yaml", stages=items)
     load = pipeline.load_pipeline
     assert load(recipes / "pipeline.yaml")[1][0].recipe.vocab_size == 320
-    assert load(recipes / "pipeline.yaml", ["tokenizer.vocab_size=330"])[1][0].recipe.vocab_size == 330
+    assert (
+        load(recipes / "pipeline.yaml", ["tokenizer.vocab_size=330"])[1][0].recipe.vocab_size == 330
+    )
 
 
 @pytest.mark.parametrize(

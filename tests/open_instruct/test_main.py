@@ -1,0 +1,189 @@
+import errno
+import itertools
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+import yaml
+
+from open_instruct import shipped_folder
+from open_instruct.__main__ import cli, main
+
+
+def verbs(command: click.Command = cli, words: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Every verb, and every verb's verbs: (), (run,), (data, inspect), …"""
+    inner = command.commands if isinstance(command, click.Group) else {}
+    return [words, *itertools.chain(*(verbs(inner[word], (*words, word)) for word in inner))]
+
+
+def start(*words: str, **options) -> subprocess.Popen[str]:
+    """The command in a process of its own, as a person would start it."""
+    command = [sys.executable, "-m", "open_instruct", *words]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A tokenizer recipe with its data, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    rows = [json.dumps({"text": "the quick brown fox jumps over the lazy dog"}) + "\n"] * 9
+    Path("text.jsonl").write_text("".join(rows))
+    keys = {
+        "stage": "tokenizer",
+        "dataset_mixer": [{"path": "text.jsonl"}],
+        "vocab_size": 280,
+        "output_dir": "runs/tokenizer",
+    }
+    Path("tokenizer.yaml").write_text(yaml.safe_dump(keys))
+    return tmp_path
+
+
+# ---------------------------------------------------------------- help and mistyped words
+
+
+def test_help_of_every_verb_imports_nothing_heavy():
+    code = (
+        "import sys\n"
+        "from open_instruct.__main__ import main\n"
+        f"for words in {verbs()!r}:\n"
+        "    assert main([*words, '--help']) == 0\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'tokenizers', 'matplotlib', 'yaml'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Usage: open-instruct") == len(verbs())
+
+
+def test_the_verbs_of_the_readme_are_there():
+    assert {"run", "chat", "eval", "report", "data"} <= set(cli.commands)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["rnu"], "Did you mean 'run'"),
+        (["data", "inspekt"], "Did you mean 'inspect'"),
+        (["chat", "m", "--temprature", "0"], "Did you mean '--temperature'"),
+        (["run", "r.yaml", "--dryrun"], "Did you mean '--dry-run'"),
+        (["run", "r.yaml", "--max-steps", "5"], "max_steps=VALUE"),
+        (["chat", "m", "--top-p", "2"], "0<x<=1"),
+        (["chat"], "Missing argument 'MODEL'"),
+    ],
+)
+def test_mistyped_words_exit_with_2_and_suggest_the_nearest(words, message, capsys):
+    assert main(words) == 2
+    assert message in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- run
+
+
+def test_a_dry_run_prints_a_recipe_that_loads_and_touches_nothing(small, capsys):
+    before = sorted(small.rglob("*"))
+    assert main(["run", "tokenizer.yaml", "vocab_size=290", "--dry-run"]) == 0
+    assert sorted(small.rglob("*")) == before
+    printed = capsys.readouterr().out
+    resolved = yaml.safe_load(printed)
+    assert (resolved["vocab_size"], resolved["seed"]) == (290, 42)
+    assert "# documents" in printed
+    Path("resolved.yaml").write_text(printed)
+    assert main(["run", "resolved.yaml", "--dry-run"]) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_a_run_makes_its_folder_and_is_not_done_twice(small, capsys):
+    assert main(["run", "tokenizer.yaml"]) == 0
+    manifest = Path("runs/tokenizer/manifest.json").read_bytes()
+    assert main(["run", "tokenizer.yaml"]) == 0
+    assert Path("runs/tokenizer/manifest.json").read_bytes() == manifest
+
+
+def test_a_shipped_pipeline_dry_runs_from_any_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "recipes/debug/pipeline.yaml", "root=here", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "# tinyworld: would run" in printed
+    assert "# tokenizer: waits for tinyworld" in printed
+    documents = list(yaml.safe_load_all(printed))
+    assert documents[0]["output_dir"] == "here/world"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("stage: tokeniser", "line 1: stage: 'tokeniser' is not a stage. Did you mean 'tokenizer'"),
+        ("vocab_size: 300", "does not say its stage"),
+        ("stage: tokenizer\nvocab_sise: 300", "line 2: vocab_sise: .*Did you mean 'vocab_size'"),
+        ("stage: tokenizer\nvocab_size: [", "line 2: broken YAML"),
+        ("", "is empty"),
+    ],
+)
+def test_a_recipe_that_cannot_be_used_is_one_message_and_exit_code_2(
+    small, content, message, capsys
+):
+    Path("bad.yaml").write_text(content)
+    assert main(["run", "bad.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert "Traceback" not in error
+    assert error.count("\n") == 1
+
+
+def test_an_error_of_a_stage_has_no_traceback(small):
+    Path("text.jsonl").write_text('{"text": "fine"}\n{"text": broken\n')
+    process = start("run", "tokenizer.yaml")
+    _, error = process.communicate()
+    assert process.returncode == 2
+    assert "text.jsonl, line 2" in error
+    assert "Traceback" not in error
+
+
+def test_a_full_disk_is_one_message_and_exit_code_2(small):
+    def allow_small_files_only() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+
+    process = start("run", "tokenizer.yaml", preexec_fn=allow_small_files_only)
+    _, error = process.communicate()
+    assert process.returncode == 2, error
+    assert os.strerror(errno.EFBIG) in error.splitlines()[-1]
+    assert "Traceback" not in error
+
+
+def test_a_bug_of_ours_keeps_its_traceback(monkeypatch):
+    with pytest.raises(ZeroDivisionError):
+
+        @cli.command("break")
+        def broken() -> None:
+            _ = 1 / 0
+
+        try:
+            main(["break"])
+        finally:
+            del cli.commands["break"]
+
+
+def test_no_arguments_show_the_help(capsys):
+    assert main([]) == 2
+    assert "Commands:" in capsys.readouterr().err
+
+
+def test_python_m_open_instruct_is_the_same_command():
+    process = start("--version")
+    output, _ = process.communicate()
+    assert process.returncode == 0
+    assert output.startswith("open-instruct, version")
+
+
+def test_shipped_folders_are_found():
+    assert list(shipped_folder("recipes").rglob("*.yaml"))
+    assert list(shipped_folder("chat_templates").glob("*.jinja"))
