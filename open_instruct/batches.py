@@ -9,6 +9,7 @@ a resumed run and every rank know what all the others do without asking them.
 # R rows of a micro-batch; T positions of its longest row; L its label tokens
 
 import functools
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -62,6 +63,14 @@ class Examples:
     def num_labels(self) -> int:
         """Tokens that are learnt."""
         return int(self.num_labels_NW.sum())
+
+    def fingerprint(self) -> str:
+        """SHA-256 over every id and every label, in order."""
+        digest = hashlib.sha256(self.lengths_NW.tobytes() + self.num_labels_NW.tobytes())
+        for ids, labels in zip(self._ids, self._labels, strict=True):
+            digest.update(ids.tobytes())
+            digest.update(labels.tobytes())
+        return digest.hexdigest()
 
     def batch(self, numbers: Sequence[int], pad_id: int = 0) -> "Batch":
         """The examples with these numbers, in this order, right-padded into one micro-batch.
@@ -255,6 +264,18 @@ class Steps:
     def epoch(self, step: int) -> float:
         """How many epochs are done after ``step`` steps."""
         return min(step * self.per_step, self._num_examples_in_run) / len(self.examples)
+
+    def largest_micro_batch(self, num_steps: int) -> tuple[int, int]:
+        """Positions with padding, and label tokens, of the largest in the first steps of a run."""
+        positions = labels = 0
+        for step in range(min(num_steps, self.total)):
+            for groups in self._cut(step).micro_batches:
+                for group in filter(None, groups):
+                    rows = len(group) * self.examples.width
+                    longest = int(self.examples.lengths_NW[group].max())
+                    positions = max(positions, rows * longest)
+                    labels = max(labels, int(self.examples.num_labels_NW[group].sum()))
+        return positions, labels
 
     def micro_batches(self, step: int, rank: int) -> list[Batch]:
         """This rank's micro-batches of a step."""
