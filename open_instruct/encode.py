@@ -70,6 +70,11 @@ class ChatTemplate:
             raise UserError(
                 f"{self.name}, line {error.lineno}: not a Jinja template: {error.message}."
             ) from None
+        except jinja2.UndefinedError as error:
+            raise CannotEncode(
+                f"{self.name} needs what this tokenizer or dialogue does not have: {error}.",
+                "refused by the chat template",
+            ) from None
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise CannotEncode(
                 f"{self.name} refuses this dialogue: {error}", "refused by the chat template"
@@ -118,7 +123,9 @@ class Layout:
 class ChatEncoder:
     """Turns messages into ids, with one tokenizer and one chat template.
 
-    Errors: UserError if the template cannot be masked exactly with this tokenizer, saying why.
+    Errors: CannotEncode (a UserError), with the reason, if the template does not write the turns
+    of a dialogue one after the other. A template that writes them and cannot be masked exactly
+    still serves for prompts.
     """
 
     end_of_turn_ids: set[int]  # where generation must stop
@@ -132,7 +139,7 @@ class ChatEncoder:
         self.tokenizer = tokenizer
         self.template = template
         self._template = ChatTemplate(template, tokenizer.special_tokens_map, template_name)
-        self._layouts: dict[tuple[tuple[str, ...], bool], Layout] = {}
+        self._layouts: dict[tuple[tuple[str, ...], bool, bool], Layout] = {}
 
         samples = self._sample_role_sequences()
         frames = [self._template.frames(roles) for roles in samples]
@@ -140,11 +147,9 @@ class ChatEncoder:
         self.end_of_turn_ids = set()
         if tokenizer.eos_token_id is not None:
             self.end_of_turn_ids.add(tokenizer.eos_token_id)
-        self._layout(samples[0])
-        self._unprompted_length(samples[0], 1, frames[0])
-        for roles in samples[1:]:
-            with contextlib.suppress(CannotEncode):  # a dialogue that needs this one will say so
-                self._layout(roles)
+        for roles in samples:  # finds the ends of turns; whoever learns from such a dialogue
+            with contextlib.suppress(CannotEncode):  # is told what is wrong with the template
+                self._layout(roles, is_learnt=True)
         # A sequence cut from the left keeps the token that opens every document.
         openers = {tokenizer.bos_token, tokenizer.eos_token} - {None}
         self.opens_with_bos = any(frames[0][0].startswith(str(opener)) for opener in openers)
@@ -165,13 +170,19 @@ class ChatEncoder:
 
     # ------------------------------------------------ what callers ask for
 
+    def check_can_be_learnt(self) -> None:
+        """Refuse a template whose answers cannot be told apart token by token, saying why."""
+        self._layout(("user", "assistant"), is_learnt=True)
+
     def encode_dialogue(self, messages: Sequence[Message]) -> Encoded:
         """A whole dialogue. Every assistant turn is learnt, with the token that ends it."""
         return self.encode_many([messages])[0]
 
     def encode_many(self, dialogues: Sequence[Sequence[Message]]) -> list[Encoded]:
         """``encode_dialogue`` for many, in one call of the tokenizer."""
-        return self._control_tokens.encode([self._rendered(turns) for turns in dialogues])
+        return self._control_tokens.encode(
+            [self._rendered(turns, learn_from=0) for turns in dialogues]
+        )
 
     def encode_prompt(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True
@@ -222,20 +233,24 @@ class ChatEncoder:
         messages: Sequence[Message],
         *,
         add_generation_prompt: bool = False,
-        learn_from: int = 0,
+        learn_from: int | None = None,
     ) -> Rendered:
-        """The text of a dialogue; messages before number ``learn_from`` are not learnt."""
-        roles = tuple(turn["role"] for turn in messages)
+        """The text of a dialogue, learnt from message number ``learn_from`` on (None: nothing)."""
+        key = (
+            tuple(turn["role"] for turn in messages),
+            add_generation_prompt,
+            learn_from is not None,
+        )
         text = self._template.render(messages, add_generation_prompt)
-        is_known = (roles, add_generation_prompt) in self._layouts
         contents = [turn["content"] for turn in messages]
-        layout = self._layout(roles, add_generation_prompt)
-        rendered = _locate(text, contents, layout, learn_from)
+        is_known = key in self._layouts
+        rendered = _locate(text, contents, self._layout(*key), learn_from or 0)
         if rendered is None and is_known:  # a template that writes the date, and a new day
-            del self._layouts[roles, add_generation_prompt]
-            layout = self._layout(roles, add_generation_prompt)
-            rendered = _locate(text, contents, layout, learn_from)
+            del self._layouts[key]
+            rendered = _locate(text, contents, self._layout(*key), learn_from or 0)
         if rendered is None:
+            if learn_from is None and not any(map(self._control_tokens.spans, contents)):
+                return Rendered(text, [], self._control_tokens.spans(text))
             raise CannotEncode(
                 f"{self._template.name} changes the text of a message (or what stands around it, "
                 "depending on the text), so it cannot be said which tokens are whose.",
@@ -243,17 +258,20 @@ class ChatEncoder:
             )
         return rendered
 
-    def _layout(self, roles: tuple[str, ...], add_generation_prompt: bool = False) -> Layout:
-        key = (roles, add_generation_prompt)
+    def _layout(
+        self, roles: tuple[str, ...], add_generation_prompt: bool = False, is_learnt: bool = False
+    ) -> Layout:
+        key = (roles, add_generation_prompt, is_learnt)
         if key not in self._layouts:
             frames = self._template.frames(roles, add_generation_prompt)
             controls = tuple(self._control_tokens.spans(frame) for frame in frames)
-            learnt: list[tuple[int, int] | None] = [None] * len(roles)
-            if not add_generation_prompt:  # a prompt is not learnt from
-                for number, role in enumerate(roles):
-                    if role == "assistant":
-                        learnt[number] = self._learnt_around(roles, number, frames, controls)
-            self._layouts[key] = Layout(frames, controls, tuple(learnt))
+            learnt = tuple(
+                self._learnt_around(roles, number, frames, controls)
+                if is_learnt and role == "assistant"
+                else None
+                for number, role in enumerate(roles)
+            )
+            self._layouts[key] = Layout(frames, controls, learnt)
         return self._layouts[key]
 
     def _learnt_around(
@@ -286,18 +304,18 @@ class ChatEncoder:
                 "with the tokenizer's eos token, such as tulu, or train the tokenizer with it.",
                 "no end of turn",
             )
-        if self._template.has_markers:
-            before_length, after_length = self._marked_around(roles, number)
-        else:
-            before_length = self._unprompted_length(roles, number, frames)
-            after_length = first_control[1]
+        self.end_of_turn_ids.add(self._control_tokens.ids[end_of_turn])
+        if not self._template.has_markers:
+            return self._unprompted_length(roles, number, frames), first_control[1]
+        before_length, after_length = self._marked_around(roles, number)
         if after_length < first_control[1]:
             raise CannotEncode(
                 f"{name} has its {{% endgeneration %}} before {end_of_turn!r}: the model would "
                 "never learn to end its turn. Move the marker behind it.",
                 "no end of turn",
             )
-        self.end_of_turn_ids.add(self._control_tokens.ids[end_of_turn])
+        if number == 1 and roles[0] == "user":
+            self._unprompted_length(roles, number, frames, before_length)
         return before_length, after_length
 
     def _marked_around(self, roles: tuple[str, ...], number: int) -> tuple[int, int]:
@@ -319,14 +337,20 @@ class ChatEncoder:
         return around[number]
 
     def _unprompted_length(
-        self, roles: tuple[str, ...], number: int, frames: tuple[str, ...]
+        self, roles: tuple[str, ...], number: int, frames: tuple[str, ...], marked_before: int = 0
     ) -> int:
-        """Characters between the generation prompt and message ``number``: spaces at most."""
-        prompt = self._template.render(_placeholders(roles[:number]), add_generation_prompt=True)
-        texts = [turn["content"] for turn in _placeholders(roles[:number])]
-        before = "".join(part for both in zip(frames, texts, strict=False) for part in both)
-        before += frames[number]
-        if not before.startswith(prompt) or before[len(prompt) :].strip():
+        """Characters between the generation prompt and message ``number``.
+
+        Apart from ``marked_before`` of them, which the template itself marks as learnt, they may
+        only be spaces.
+        """
+        turns = _placeholders(roles[:number])
+        prompt = self._template.render(turns, add_generation_prompt=True)
+        before = frames[0] + "".join(
+            turn["content"] + frame for turn, frame in zip(turns, frames[1:], strict=False)
+        )
+        unlearnt = before[len(prompt) : len(before) - marked_before]
+        if not before.startswith(prompt) or unlearnt.strip():
             raise CannotEncode(
                 f"{self._template.name} writes a prompt (add_generation_prompt) that is not the "
                 "start of what it writes once the answer is there, so the model would learn to "
@@ -389,6 +413,7 @@ def encode_dialogues(
     What is cut or left out is counted, with the reason. Errors: DataError at the first example
     that cannot be used, UserError if more than ``max_too_long_fraction`` are too long.
     """
+    encoder.check_can_be_learnt()
     encoded = _encode_each(
         dialogues,
         lambda batch: encoder.encode_many([item.messages for item in batch]),
@@ -420,6 +445,7 @@ def encode_pairs(
     Both sides of a pair keep the same prompt when it is cut. Counts and errors as in
     ``encode_dialogues``.
     """
+    encoder.check_can_be_learnt()
     encoded = _encode_each(
         pairs,
         lambda batch: encoder.encode_many_pairs(
