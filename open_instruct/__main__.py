@@ -117,6 +117,8 @@ def _readable(key: str, value: object) -> str:
     if isinstance(value, float):
         return f"{value:,.4g}"
     if isinstance(value, dict):
+        if not value:
+            return "none"
         return ", ".join(f"{name}: {_readable(str(name), item)}" for name, item in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(_readable(key, item) for item in value)
@@ -184,6 +186,109 @@ def chat(
         max_new_tokens=max_new_tokens,
         seed=seed,
     )
+
+
+# ---------------------------------------------------------------- eval and report
+
+
+@cli.command("eval")
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True)
+@click.option("--suite", help="A named set of tasks, such as quickstart.")
+@click.option("--tasks", metavar="A,B", help="Single tasks, by name.")
+@click.option("--output-dir", required=True, help="The report's folder.")
+@click.option("--data-dir", help="Where tasks find their files.")
+@click.option("--include-path", metavar="DIR", help="A folder of further tasks (YAML).")
+@click.option("--limit", type=click.IntRange(min=1), help="Questions of each task, not all.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), help="Longest answer, in tokens.")
+@click.option("--seed", type=click.IntRange(min=0), default=42, show_default=True)
+def evaluate(models: tuple[str, ...], tasks: str | None, **options: Any) -> None:
+    """Evaluate models and write a report of one, or of several side by side.
+
+    MODEL is a run's output_dir or a Hugging Face model folder; others are compared with the first.
+    """
+    from eval.harness import evaluate as run_evaluation
+
+    signal.signal(signal.SIGTERM, _stop_now)
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    run_evaluation(models, tasks=names, **options)
+
+
+@cli.command()
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True)
+@click.option("--output-dir", help="Write it here; else into the first evaluation's folder.")
+def report(runs: tuple[str, ...], output_dir: str | None) -> None:
+    """Write the report again from what is on disk.
+
+    RUN is an evaluation's folder, or a training run whose curves are to be shown.
+    """
+    from eval.report import write_report
+
+    write_report(runs, output_dir, show=True)
+
+
+# ---------------------------------------------------------------- data
+
+
+@cli.group()
+def data() -> None:
+    """Look at training data, or make some."""
+
+
+@data.command()
+@click.argument("recipe")
+@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+@click.option(
+    "-n",
+    "num_examples",
+    type=click.IntRange(min=0),
+    default=3,
+    show_default=True,
+    help="How many examples to show.",
+)
+@click.option("--tokens", is_flag=True, help="One line for each token.")
+def inspect(recipe: str, overrides: tuple[str, ...], num_examples: int, tokens: bool) -> None:
+    """Show what the model will see of an sft or dpo recipe.
+
+    Examples as text, with what is learnt marked; lengths; rows cut or dropped, with the reason.
+    """
+    from open_instruct import pipeline
+    from open_instruct.preview import preview
+
+    path = pipeline.find_recipe(recipe)
+    _, resolved = pipeline.load_stage_recipe(path, overrides)
+    if resolved.stage not in ("sft", "dpo"):
+        raise UserError(f"{path}: data inspect shows sft and dpo recipes, not {resolved.stage}.")
+    is_terminal = sys.stdout.isatty()
+    for line in preview(resolved, num_examples, by_token=tokens, colour=is_terminal):
+        click.echo(line)
+
+
+@data.command()
+@click.option("--output-dir", required=True, help="The folder to write to.")
+@click.option("--seed", type=int, help="Another seed is another world.")
+@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+def tinyworld(output_dir: str, seed: int | None, overrides: tuple[str, ...]) -> None:
+    """Write the quickstart's small invented world as JSON lines.
+
+    Texts to pretrain on, dialogues, preference pairs and evaluation tasks. KEY=VALUE changes a key
+    of the stage (num_documents=1000).
+    """
+    given = {"stage": "tinyworld", "output_dir": output_dir, "seed": seed}
+    _run_from_keys(given, overrides, "open-instruct data tinyworld")
+
+
+def _run_from_keys(given: dict[str, Any], overrides: Sequence[str], source: str) -> Any:
+    """Run the stage whose keys were given as options; None stands for an option left out."""
+    from olmo_base.run.recipe import Given, build_recipe, parse_override
+    from open_instruct import pipeline
+
+    signal.signal(signal.SIGTERM, _stop_now)
+    keys = {key: Given(value, source) for key, value in given.items() if value is not None}
+    for text in overrides:
+        key, value = parse_override(text)
+        keys[key] = Given(value, f"override {text!r}")
+    stage = pipeline.find_stage(str(given["stage"]), source)
+    return stage.run(build_recipe(stage.recipe_class, keys, source=source))
 
 
 # ---------------------------------------------------------------- errors out

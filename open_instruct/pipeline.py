@@ -442,6 +442,11 @@ def run(steps: Sequence[Step]) -> list[RunFolder]:
     interrupted one goes on; a changed one runs again, its old folder moved aside, never deleted.
     Errors: UserError; Stopped, after which the same call goes on.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "A pipeline runs in one process; this one is one of several. "
+            "Launch its stages one by one: accelerate launch -m open_instruct run STAGE.yaml."
+        )
     folders: list[RunFolder] = []
     rows: list[tuple[str, str, float]] = []
     for number, step in enumerate(steps, start=1):

@@ -20,6 +20,7 @@ from tokenizers.decoders import DecodeStream
 
 from olmo_base.run.errors import UserError
 from open_instruct.encode import ChatEncoder, load_chat_encoder
+from open_instruct.examples import Message
 
 COMMANDS = {
     "/help": "this list",
@@ -57,13 +58,15 @@ class Conversation:
     sampling: Sampling = Sampling()
     system: str | None = None
     notify: Callable[[str], None] = lambda notice: None
-    turns: list[dict[str, str]] = field(default_factory=list)
+    turns: list[Message] = field(default_factory=list)
     num_answers: int = 0  # moves the seed on: the same question twice may be answered in two ways
     was_cut: bool = False  # the last answer reached the limit before its end token
 
-    def messages(self) -> list[dict[str, str]]:
+    def messages(self) -> list[Message]:
         """The system prompt and all turns, as a dataset row's ``messages``."""
-        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        system: list[Message] = []
+        if self.system is not None:
+            system.append({"role": "system", "content": self.system})
         return system + self.turns
 
     def answer(self, text: str) -> Generator[str, None, None]:
@@ -143,7 +146,7 @@ class Conversation:
             yield whole[len(shown) :]
 
 
-def save_conversation(messages: list[dict[str, str]], path: str | Path) -> int:
+def save_conversation(messages: list[Message], path: str | Path) -> int:
     """Add a conversation to a JSON-lines file as ``{"messages": [...]}``; the number of its line.
 
     Errors: UserError if nothing was answered yet, or the file cannot be written.
