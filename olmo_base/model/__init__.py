@@ -1,0 +1,1 @@
+"""The OLMo models: shapes, forward pass, weights on disk, generation."""

@@ -1,0 +1,272 @@
+"""Causal self-attention of OLMo-2, and the cache of keys and values that decoding reads.
+
+B batch, T positions of this call, S positions attended to, D width, H query heads,
+K key/value heads, h channels of one head.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from olmo_base.model.feed_forward import Linear, RMSNorm, to_matmul_dtype
+from olmo_base.model.rope import rotate
+
+MAX_BLOCKED_LENGTH = 1024  # the CPU training path keeps H*T*T/2 probabilities per row and layer
+
+
+class KeyValueCache:
+    """Keys and values of all layers for a batch of left-padded rows.
+
+    Padding stands before a row, so all rows write the same slot and a step is one slice. Memory is
+    taken in blocks and doubles when it is full.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        padding_B: list[int],
+        *,
+        capacity: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        """``padding_B`` is how many padding positions stand before each row."""
+        self.length = 0  # slots written, the padding included
+        self.capacity = capacity
+        shape = (num_layers, len(padding_B), num_kv_heads, capacity, head_dim)
+        self._keys_LBKSh = torch.zeros(shape, device=device, dtype=dtype)
+        self._values_LBKSh = torch.zeros(shape, device=device, dtype=dtype)
+        self._padding = list(padding_B)
+        self._padding_B = torch.tensor(padding_B, device=device) if any(padding_B) else None
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in the batch now."""
+        return self._keys_LBKSh.shape[1]
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens in the longest row so far, its padding not counted."""
+        return self.length - min(self._padding)
+
+    def reserve(self, num_positions: int) -> None:
+        """Make room for ``num_positions`` more slots."""
+        needed = self.length + num_positions
+        if needed <= self.capacity:
+            return
+        self.capacity = max(needed, 2 * self.capacity)
+        grown = []
+        for old in (self._keys_LBKSh, self._values_LBKSh):
+            new = old.new_zeros((*old.shape[:3], self.capacity, old.shape[4]))
+            new[:, :, :, : self.length] = old[:, :, :, : self.length]
+            grown.append(new)
+        self._keys_LBKSh, self._values_LBKSh = grown
+
+    def positions(self, num_positions: int) -> Tensor:
+        """Where the next tokens stand in their own rows: T, or BT if rows have padding."""
+        device = self._keys_LBKSh.device
+        slots_T = torch.arange(self.length, self.length + num_positions, device=device)
+        if self._padding_B is None:
+            return slots_T
+        return (slots_T - self._padding_B[:, None]).clamp_(min=0)
+
+    def may_attend(self, num_positions: int) -> Tensor | None:
+        """B1TS, true where a new token may look; None where plain causality says it all."""
+        if self._padding_B is None and (num_positions == 1 or self.length == 0):
+            return None
+        device = self._keys_LBKSh.device
+        key_S = torch.arange(self.length + num_positions, device=device)
+        query_T1 = key_S[self.length :, None]
+        allowed = key_S <= query_T1
+        if self._padding_B is None:
+            return allowed[None, None]
+        is_text_B11S = key_S >= self._padding_B[:, None, None, None]
+        # Padding looks at itself: a row that looks nowhere would be NaN, and 0 * NaN is NaN.
+        return (allowed & is_text_B11S) | (key_S == query_T1)
+
+    def append(self, layer: int, k_BTKh: Tensor, v_BTKh: Tensor) -> tuple[Tensor, Tensor]:
+        """Write this call's keys and values; all of the layer's so far, as BKSh."""
+        end = self.length + k_BTKh.shape[1]
+        keys_BKSh, values_BKSh = self._keys_LBKSh[layer], self._values_LBKSh[layer]
+        keys_BKSh[:, :, self.length : end] = k_BTKh.transpose(1, 2)
+        values_BKSh[:, :, self.length : end] = v_BTKh.transpose(1, 2)
+        return keys_BKSh[:, :, :end], values_BKSh[:, :, :end]
+
+    def advance(self, num_positions: int) -> None:
+        """Count the slots that every layer has now written."""
+        self.length += num_positions
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """Only these rows stay, in this order."""
+        kept = torch.tensor(rows, device=self._keys_LBKSh.device)
+        moved = [new for new, old in enumerate(rows) if new != old]
+        if moved:  # rows that stay in place are not copied
+            source, target = kept[moved], torch.tensor(moved, device=kept.device)
+            for buffer in (self._keys_LBKSh, self._values_LBKSh):
+                buffer[:, target, :, : self.length] = buffer[:, source, :, : self.length]
+        self._keys_LBKSh = self._keys_LBKSh[:, : len(rows)]
+        self._values_LBKSh = self._values_LBKSh[:, : len(rows)]
+        self._padding = [self._padding[row] for row in rows]
+        if self._padding_B is not None:
+            self._padding_B = self._padding_B[kept]
+
+
+class Attention(nn.Module):
+    """Multi-head attention with fewer key/value heads if asked (GQA), RoPE, and QK-norm.
+
+    The norm covers the whole query and the whole key vector, before the heads are split and before
+    RoPE (OLMo-2, arXiv:2501.00656, 3.3). Query, key and value stay three maps: splitting a fused
+    one costs a CPU more than its larger product wins.
+    """
+
+    def __init__(
+        self, hidden_size: int, num_heads: int, num_kv_heads: int, norm_eps: float
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = hidden_size // num_heads
+        kv_size = num_kv_heads * self.head_dim
+        self.q_proj = Linear(hidden_size, hidden_size)
+        self.k_proj = Linear(hidden_size, kv_size)
+        self.v_proj = Linear(hidden_size, kv_size)
+        self.o_proj = Linear(hidden_size, hidden_size)
+        self.q_norm = RMSNorm(hidden_size, norm_eps)
+        self.k_norm = RMSNorm(kv_size, norm_eps)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        may_attend: Tensor | None,
+        cache: KeyValueCache | None,
+        layer: int,
+    ) -> Tensor:
+        """BTD to BTD. ``may_attend`` is B1TS or None for plain causality."""
+        x_BTD = to_matmul_dtype(x_BTD)
+        batch, num_positions, _ = x_BTD.shape
+        q_BTD = self.q_norm(self.q_proj(x_BTD))
+        k_BTD = self.k_norm(self.k_proj(x_BTD))
+        v_BTKh = self.v_proj(x_BTD).view(batch, num_positions, self.num_kv_heads, self.head_dim)
+        q_BTHh = rotate(q_BTD.view(batch, num_positions, self.num_heads, self.head_dim), *rotation)
+        k_BTKh = rotate(
+            k_BTD.view(batch, num_positions, self.num_kv_heads, self.head_dim), *rotation
+        )
+        q_BTHh, k_BTKh = q_BTHh.to(v_BTKh.dtype), k_BTKh.to(v_BTKh.dtype)
+        if cache is None:
+            mixed_BTD = causal_attention(q_BTHh, k_BTKh, v_BTKh, may_attend)
+        else:
+            k_BKSh, v_BKSh = cache.append(layer, k_BTKh, v_BTKh)
+            is_causal = may_attend is None and num_positions > 1
+            mixed_BTD = _sdpa(q_BTHh, k_BKSh, v_BKSh, may_attend, is_causal=is_causal)
+        return self.o_proj(mixed_BTD)
+
+
+def causal_attention(
+    q_BTHh: Tensor, k_BTKh: Tensor, v_BTKh: Tensor, may_attend: Tensor | None
+) -> Tensor:
+    """Each position's mix of the values at or before it, BTD.
+
+    ``may_attend`` (B1TT, true where a position may look) already holds causality; None is plain
+    causality.
+    """
+    num_positions = q_BTHh.shape[1]
+    is_training = torch.is_grad_enabled() and q_BTHh.requires_grad
+    if q_BTHh.device.type == "cpu" and is_training and num_positions <= MAX_BLOCKED_LENGTH:
+        groups = q_BTHh.shape[2] // k_BTKh.shape[2]
+        if groups > 1:
+            k_BTKh = k_BTKh.repeat_interleave(groups, dim=2)
+            v_BTKh = v_BTKh.repeat_interleave(groups, dim=2)
+        return _BlockedAttention.apply(q_BTHh, k_BTKh, v_BTKh, may_attend)
+    return _sdpa(
+        q_BTHh,
+        k_BTKh.transpose(1, 2),
+        v_BTKh.transpose(1, 2),
+        may_attend,
+        is_causal=may_attend is None,
+    )
+
+
+def _sdpa(
+    q_BTHh: Tensor, k_BKSh: Tensor, v_BKSh: Tensor, may_attend: Tensor | None, *, is_causal: bool
+) -> Tensor:
+    mixed_BHTh = F.scaled_dot_product_attention(
+        q_BTHh.transpose(1, 2),
+        k_BKSh,
+        v_BKSh,
+        attn_mask=may_attend,
+        is_causal=is_causal,
+        enable_gqa=q_BTHh.shape[2] != k_BKSh.shape[1],
+    )
+    return mixed_BHTh.transpose(1, 2).flatten(2)
+
+
+class _BlockedAttention(torch.autograd.Function):
+    """Softmax attention over blocks of queries, each seeing only the keys at or before it.
+
+    torch's CPU flash kernel spends most of a short-context training step in its backward pass;
+    plain batched products over cache-sized blocks take 75 % of its time in fp32 and half in bf16.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_BTHh: Tensor, k_BTHh: Tensor, v_BTHh: Tensor, may_attend: Tensor | None
+    ) -> Tensor:
+        batch, length, heads, head_dim = q_BTHh.shape
+        # N is batch times heads
+        q_NTh, k_NTh, v_NTh = (
+            x.transpose(1, 2).reshape(batch * heads, length, head_dim)
+            for x in (q_BTHh, k_BTHh, v_BTHh)
+        )
+        q_NTh = q_NTh * head_dim**-0.5
+        mixed_NTh = torch.empty_like(q_NTh)
+        block = _block_size(q_NTh)
+        future = torch.full((block, block), -math.inf, dtype=q_NTh.dtype).triu_(1)
+        probabilities = []
+        for start in range(0, length, block):
+            end = min(start + block, length)
+            scores_Nbs = torch.bmm(q_NTh[:, start:end], k_NTh[:, :end].transpose(1, 2))
+            if may_attend is None:
+                scores_Nbs[:, :, start:].add_(future[: end - start, : end - start])
+            else:
+                scores_BHbs = scores_Nbs.view(batch, heads, end - start, end)
+                scores_BHbs.masked_fill_(~may_attend[:, :, start:end, :end], -math.inf)
+            probabilities.append(torch.softmax(scores_Nbs, -1))
+            mixed_NTh[:, start:end] = torch.bmm(probabilities[-1], v_NTh[:, :end])
+        ctx.save_for_backward(q_NTh, k_NTh, v_NTh, *probabilities)
+        ctx.shape = (batch, heads, length, head_dim)
+        return mixed_NTh.view(ctx.shape).transpose(1, 2).flatten(2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, Tensor, None]:
+        q_NTh, k_NTh, v_NTh, *probabilities = ctx.saved_tensors
+        batch, heads, length, head_dim = ctx.shape
+        grad_BTHh = grads[0].view(batch, length, heads, head_dim)
+        grad_NTh = grad_BTHh.transpose(1, 2).reshape(batch * heads, length, head_dim)
+        dq_NTh = torch.empty_like(q_NTh)
+        dk_NTh, dv_NTh = torch.zeros_like(k_NTh), torch.zeros_like(v_NTh)
+        block = _block_size(q_NTh)
+        for start, probabilities_Nbs in zip(range(0, length, block), probabilities, strict=True):
+            end = min(start + block, length)
+            grad_Nbh = grad_NTh[:, start:end]
+            dv_NTh[:, :end].baddbmm_(probabilities_Nbs.transpose(1, 2), grad_Nbh)
+            dp_Nbs = torch.bmm(grad_Nbh, v_NTh[:, :end].transpose(1, 2))
+            ds_Nbs = torch._softmax_backward_data(
+                dp_Nbs, probabilities_Nbs, -1, probabilities_Nbs.dtype
+            )
+            dq_NTh[:, start:end] = torch.bmm(ds_Nbs, k_NTh[:, :end])
+            dk_NTh[:, :end].baddbmm_(ds_Nbs.transpose(1, 2), q_NTh[:, start:end])
+        dq_NTh.mul_(head_dim**-0.5)
+        dq, dk, dv = (
+            x.view(ctx.shape).transpose(1, 2).contiguous() for x in (dq_NTh, dk_NTh, dv_NTh)
+        )
+        return dq, dk, dv, None
+
+
+def _block_size(q_NTh: Tensor) -> int:
+    return 64 if q_NTh.dtype == torch.float32 else 128

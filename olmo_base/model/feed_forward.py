@@ -1,0 +1,111 @@
+"""What a position computes on its own: linear maps, RMSNorm and the SwiGLU feed-forward.
+
+B batch, T positions, D width of the residual stream, F width of the feed-forward.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+INIT_STD = 0.02  # OLMo-2 (arXiv:2501.00656, 3.2): every matrix, at every depth
+INIT_CUT = 3 * INIT_STD
+
+
+class Linear(nn.Linear):
+    """A linear map without bias, drawn as OLMo-2 draws it: normal, std 0.02, cut at 3 sigma."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Draw the weights from torch's global generator."""
+        nn.init.trunc_normal_(self.weight, std=INIT_STD, a=-INIT_CUT, b=INIT_CUT)
+
+
+class Embedding(nn.Embedding):
+    """A row for each id, drawn like the linear maps."""
+
+    def reset_parameters(self) -> None:
+        """Draw the weights from torch's global generator."""
+        nn.init.trunc_normal_(self.weight, std=INIT_STD, a=-INIT_CUT, b=INIT_CUT)
+
+
+def to_matmul_dtype(x: Tensor) -> Tensor:
+    """``x`` in autocast's dtype, so that several linear maps share one cast instead of one each."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis (arXiv:1910.07467), in fp32; the weight's dtype out.
+
+    Under autocast the weight is fp32 while x is bf16, so the residual stream stays fp32.
+    """
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape as ``x``."""
+        if x.device.type == "cpu" and torch.is_grad_enabled():
+            return _RMSNorm.apply(x, self.weight, self.eps)
+        weight = self.weight.float()
+        normed = F.rms_norm(x.float(), weight.shape, weight, self.eps)
+        return normed.to(self.weight.dtype)
+
+    def extra_repr(self) -> str:
+        """For print(model)."""
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class _RMSNorm(torch.autograd.Function):
+    """The backward pass in closed form; torch's CPU one is composed of many small steps.
+
+    With n = x / rms(x) and g the gradient of n * w:  dw = sum g n,
+    dx = (g w - n mean(g w n)) / rms(x). Measured 2.3 times as fast for 2048 rows of 256.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x32 = x.float()
+        inverse_rms = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
+        inverse_rms = inverse_rms.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        normed = x32 * inverse_rms
+        ctx.save_for_backward(normed, inverse_rms, weight)
+        ctx.dtype = x.dtype
+        return (normed * weight).to(weight.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None]:
+        normed, inverse_rms, weight = ctx.saved_tensors
+        grad = grads[0].float()
+        weight32 = weight.float()
+        grad_normed = (grad * normed).flatten(0, -2)
+        grad_weight = grad_normed.sum(0).to(weight.dtype)
+        mean = torch.mv(grad_normed, weight32).div_(normed.shape[-1]).view_as(inverse_rms)
+        grad_x = torch.addcmul(grad * weight32, normed, mean, value=-1).mul_(inverse_rms)
+        return grad_x.to(ctx.dtype), grad_weight, None
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv:2002.05202): down(silu(gate(x)) * up(x)), no biases.
+
+    Gate and up stay two maps: one fused map gives strided halves, and on a CPU what its one larger
+    product wins (3 %) the strided activations lose twice over.
+    """
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = Linear(hidden_size, intermediate_size)
+        self.up_proj = Linear(hidden_size, intermediate_size)
+        self.down_proj = Linear(intermediate_size, hidden_size)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """BTD to BTD."""
+        x_BTD = to_matmul_dtype(x_BTD)
+        gated_BTF = F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD)
+        return self.down_proj(gated_BTF)
