@@ -1,9 +1,7 @@
 """A task's data file -> its questions. A row that cannot be used is an error with file and line."""
 
-import gzip
 import json
 import random
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any, NoReturn
 from eval.tasks import Task
 from olmo_base.corpus.documents import DocumentSource, DocumentStream
 from olmo_base.run.errors import DataError, UserError
+from open_instruct.examples import BadRow, Message, read_rows
 
 ROLES = ("system", "user", "assistant")
 # OLMES request files hold each question a second time, without its text ("Answer:" alone), to
@@ -27,7 +26,7 @@ class Question:
     """To be answered in words."""
 
     doc_id: str
-    messages: tuple[dict[str, str], ...]  # the last one is the user's
+    messages: tuple[Message, ...]  # the last one is the user's
     targets: tuple[str, ...]  # accepted answers
     category: str | None = None
 
@@ -37,6 +36,7 @@ class Choice:
     """To be answered by the likeliest of its options."""
 
     doc_id: str
+    question: str  # for people; what the model reads are the contexts
     contexts: tuple[str, ...]  # one per option; usually all the same
     options: tuple[str, ...]  # continuations of the context, their leading blank included
     gold: int
@@ -68,7 +68,7 @@ def data_file(task: Task, data_dir: str | None) -> Path:
             raise UserError(f"data_dir {data_dir} is not a folder.")
         path = Path(data_dir) / path
     if not path.is_file():
-        found = sorted(file.name for file in path.parent.glob("*.json*")) if path.parent else []
+        found = sorted(file.name for file in path.parent.glob("*.json*"))
         listed = f" That folder holds {', '.join(found[:8])}." if found else ""
         raise UserError(
             f"{path} does not exist; the task {task.name} asks its questions from it.{listed} "
@@ -89,43 +89,17 @@ def read_items(task: Task, path: Path, *, limit: int | None = None, seed: int = 
     return items
 
 
-# ---------------------------------------------------------------- JSON lines
+# ---------------------------------------------------------------- rows of JSON
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of each line. Errors: DataError."""
-    is_packed = path.name.endswith(".gz")
-    found = False
-    try:
-        with gzip.open(path) if is_packed else open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                found = True
-                try:
-                    row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-                except UnicodeDecodeError as error:
-                    raise DataError(
-                        path, number, f"byte {error.start} is not UTF-8.", "Save it as UTF-8."
-                    ) from None
-                except ValueError as error:
-                    raise DataError(
-                        path,
-                        number,
-                        f"broken JSON ({error}).",
-                        "Each line must be one whole JSON object.",
-                    ) from None
-                if not isinstance(row, dict):
-                    raise DataError(
-                        path, number, f"found a JSON {type(row).__name__}, needed an object."
-                    )
-                yield number, row
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(
-            path, None, f"the gzip data is damaged ({error}).", "Fetch the file again."
-        ) from None
-    if not found:
-        raise DataError(path, None, "the file is empty.", "Write questions to it.")
+    """(line number, object) of each row. Errors: DataError."""
+    for row in read_rows(path):
+        if isinstance(row.value, BadRow):
+            raise DataError(path, row.line, row.value.problem, row.value.next_step)
+        if not isinstance(row.value, dict):
+            raise DataError(path, row.line, f"found {_named(row.value)}, needed an object.")
+        yield row.line, row.value
 
 
 class _Row:
@@ -145,6 +119,10 @@ class _Row:
         value = self.row[key]
         if not isinstance(value, kind) or isinstance(value, bool):
             self.fail(f"{key!r} holds {_named(value)}.", f"Needed: {needed}.")
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # JSON can spell half of a surrogate pair: "\\ud83d"
+            self.fail(f"{key!r} holds half a surrogate pair.", "Mend or remove the row.")
         return value
 
     def texts(self, key: str, needed: str) -> tuple[str, ...]:
@@ -219,6 +197,7 @@ def _read_choices(path: Path) -> list[Item]:
         items.append(
             Choice(
                 str(number),
+                question=question,
                 contexts=(context,) * len(options),
                 options=tuple(f" {option}" for option in options),
                 gold=gold,
@@ -263,16 +242,26 @@ def _read_requests(path: Path) -> list[Item]:
             problem = "has other options than its copy without the question."
         if problem is not None:
             raise DataError(path, last_line, f"question {doc_id} {problem}")
+        alone_contexts = None
+        if alone is not None:
+            alone_contexts = tuple(alone[index][0] for index in sorted(alone))
         items.append(
             Choice(
                 str(doc_id),
+                question=_last_question(options[min(labels)][0]),
                 contexts=tuple(options[index][0] for index in sorted(options)),
                 options=tuple(continuations),
                 gold=labels.pop(),
-                unconditional_contexts=alone and tuple(alone[index][0] for index in sorted(alone)),
+                unconditional_contexts=alone_contexts,
             )
         )
     return items
+
+
+def _last_question(context: str) -> str:
+    """The question at the end of a prompt that may begin with examples."""
+    last = context.rpartition("\n\n")[2]
+    return last.removeprefix("Question: ").removesuffix("\nAnswer:")
 
 
 def _read_documents(path: Path) -> list[Item]:

@@ -85,6 +85,7 @@ class Catalogue:
 
     tasks: dict[str, Task] = field(default_factory=dict)
     suites: dict[str, Suite] = field(default_factory=dict)
+    sources: dict[str, Path] = field(default_factory=dict)  # "tasks recall" -> its file
 
 
 def load_catalogue(include_path: str | None = None) -> Catalogue:
@@ -121,6 +122,7 @@ def _read_task_file(path: Path, catalogue: Catalogue) -> None:
             raise UserError(f"{path}: {section} must be a map of names to their settings.")
         for name, settings in entries.items():
             known[str(name)] = _build_entry(entry_class, path, str(name), settings)  # type: ignore[index]
+            catalogue.sources[f"{section} {name}"] = path
 
 
 def _build_entry(entry_class: type[Any], path: Path, name: str, settings: Any) -> Any:
@@ -138,10 +140,15 @@ class Selection:
     tasks: tuple[Task, ...]
     groups: dict[str, tuple[str, ...]]
     suite: str | None
+    sources: tuple[Path, ...]  # the files that define them
 
     def as_dict(self) -> dict[str, Any]:
         """For the evaluation's folder."""
-        return dataclasses.asdict(self)
+        return {
+            "suite": self.suite,
+            "tasks": [dataclasses.asdict(task) for task in self.tasks],
+            "groups": {group: list(members) for group, members in self.groups.items()},
+        }
 
 
 def select(
@@ -171,7 +178,10 @@ def select(
         }
     chosen = tuple(_look_up("task", name, catalogue.tasks) for name in dict.fromkeys(names))
     _check_groups(groups, chosen)
-    return Selection(chosen, groups, suite)
+    keys = [f"suites {suite}"] if suite is not None else []
+    keys += [f"tasks {task.name}" for task in chosen]
+    sources = tuple(dict.fromkeys(catalogue.sources[key] for key in keys))
+    return Selection(chosen, groups, suite, sources)
 
 
 def _look_up(what: str, name: str, known: dict[str, Any]) -> Any:

@@ -1,0 +1,338 @@
+"""One model asked one task: questions in, rows of samples/<model>/<task>.jsonl out.
+
+Every kind of question has a function here. Only they know what a model is given, token by token.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from eval.answers import is_correct
+from eval.questions import BLOCK_CHARACTERS, Choice, Document, Item, Question
+from eval.scores import is_right
+from eval.tasks import LOWER_IS_BETTER, METRICS, Task
+from olmo_base.model.generate import Generator, load_generator
+from olmo_base.run.artefact import resolve_model
+from olmo_base.run.errors import UserError
+from olmo_base.scorer import Request, Score, continuation_logprobs, context_length, rolling_logprobs
+from open_instruct.encode import ChatEncoder, load_chat_encoder, load_chat_tokenizer
+
+OnProgress = Callable[[int], None]  # told how many questions of the task are done
+EXCERPT = 200  # characters of a block of text kept in its sample
+
+
+@dataclass
+class Subject:
+    """A model that can be asked: weights, tokenizer, and its chat template if it has one."""
+
+    generator: Generator
+    tokenizer: PreTrainedTokenizerFast
+    encoder: ChatEncoder | None
+    max_length: int
+    batch_tokens: int
+    batch_size: int
+
+    @property
+    def model(self) -> Any:
+        """The native Transformer or the Hugging Face model inside."""
+        return self.generator.model
+
+    @property
+    def prefix_ids(self) -> list[int]:
+        """What this tokenizer puts before every text: the beginning-of-text token, or nothing."""
+        bos = self.tokenizer.bos_token_id
+        adds_bos = bos is not None and self.tokenizer("a").input_ids[:1] == [bos]
+        return [bos] if adds_bos else []
+
+    @property
+    def start_id(self) -> int:
+        """What stands before a text that has nothing before it."""
+        for token_id in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if token_id is not None:
+                return int(token_id)
+        raise UserError(
+            "The tokenizer names neither a beginning-of-text nor an end-of-text token, so a text "
+            "without context cannot be scored. Add eos_token to its tokenizer_config.json."
+        )
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of plain texts. A control token spelt in a text is ordinary characters."""
+        found = self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)
+        return [list(ids) for ids in found.input_ids]
+
+
+def load_encoders(model: str) -> tuple[PreTrainedTokenizerFast, ChatEncoder | None]:
+    """A model folder's tokenizer, and its chat template if it has one. Errors: UserError."""
+    folder: Path = resolve_model(model)
+    tokenizer = load_chat_tokenizer(folder)
+    return tokenizer, load_chat_encoder(folder) if tokenizer.chat_template else None
+
+
+def load_subject(model: str, *, batch_tokens: int, batch_size: int) -> Subject:
+    """Load a model folder. Errors: UserError, among them for a folder without tokenizer."""
+    tokenizer, encoder = load_encoders(model)
+    generator = load_generator(str(resolve_model(model)))
+    length = context_length(generator.model)
+    return Subject(
+        generator=generator,
+        tokenizer=tokenizer,
+        encoder=encoder,
+        max_length=generator.max_length if length is None else min(length, generator.max_length),
+        batch_tokens=batch_tokens,
+        batch_size=batch_size,
+    )
+
+
+def ask(
+    subject: Subject,
+    task: Task,
+    items: Sequence[Item],
+    *,
+    max_new_tokens: int | None = None,
+    on_progress: OnProgress = lambda done: None,
+) -> list[dict[str, Any]]:
+    """The sample rows of a task, in the order of its questions.
+
+    ``max_new_tokens`` replaces the task's own limit. Rows of questions that do not fit the model's
+    context carry ``not_fitting``.
+    """
+    if task.kind == "exact_match":
+        questions = [item for item in items if isinstance(item, Question)]
+        limit = max_new_tokens or task.max_new_tokens
+        return _answer(subject, task, questions, limit, on_progress)
+    if task.kind == "perplexity":
+        documents = [item for item in items if isinstance(item, Document)]
+        return _predict(subject, documents, on_progress)
+    choices = [item for item in items if isinstance(item, Choice)]
+    return _choose(subject, task, choices, on_progress)
+
+
+# ---------------------------------------------------------------- answers in words
+
+
+def plain_prompt(task: Task, question: Question) -> str:
+    """The question as a base model reads it; earlier turns stand before it as examples do."""
+    parts: list[str] = []
+    for turn in question.messages:
+        if turn["role"] == "assistant":
+            parts[-1] += f" {turn['content']}"
+        elif turn["role"] == "system":
+            parts.append(turn["content"])
+        else:
+            parts.append(task.plain_prompt.replace("{prompt}", turn["content"]))
+    return "\n\n".join(parts)
+
+
+def _answer(
+    subject: Subject,
+    task: Task,
+    questions: Sequence[Question],
+    max_new_tokens: int,
+    on_progress: OnProgress,
+) -> list[dict[str, Any]]:
+    if subject.encoder is not None:
+        prompts = [subject.encoder.encode_prompt(list(item.messages)) for item in questions]
+        stops = set(subject.encoder.end_of_turn_ids)
+    else:
+        plain = [plain_prompt(task, item) for item in questions]
+        prompts = [subject.prefix_ids + ids for ids in subject.encode(plain)]
+        stops = _newline_ids(subject.tokenizer)  # a base model's answer is one line
+    stops |= subject.generator.eos_token_ids
+    answers: dict[int, list[int]] = {}
+    fitting = [n for n, ids in enumerate(prompts) if len(ids) < subject.max_length]
+    fitting.sort(key=lambda n: (-len(prompts[n]), n))
+    for start in range(0, len(fitting), subject.batch_size):
+        batch = fitting[start : start + subject.batch_size]
+        room = subject.max_length - len(prompts[batch[0]])  # of the longest prompt
+        found = subject.generator.generate(
+            [prompts[n] for n in batch],
+            max_new_tokens=min(max_new_tokens, room),
+            temperature=0.0,
+            stop_token_ids=sorted(stops),
+        )
+        answers |= dict(zip(batch, found, strict=True))
+        on_progress(len(answers) + len(questions) - len(fitting))
+    rows = []
+    for number, item in enumerate(questions):
+        row: dict[str, Any] = {
+            "doc_id": item.doc_id,
+            "category": item.category,
+            "question": item.messages[-1]["content"],
+            "prompt": _text(subject.tokenizer, prompts[number]),
+            "target": list(item.targets),
+        }
+        if number not in answers:
+            rows.append(row | {"answer": None, "correct": False, "not_fitting": True})
+            continue
+        ids = answers[number]
+        length = next((n for n, token_id in enumerate(ids) if token_id in stops), len(ids))
+        if subject.encoder is not None:
+            answer = _text(subject.tokenizer, ids[:length], skip_special_tokens=True)
+        else:  # the token with the line break may begin with the end of the answer
+            line = _text(subject.tokenizer, ids[: length + 1], skip_special_tokens=True)
+            answer = line.partition("\n")[0]
+        rows.append(
+            row
+            | {
+                "answer": answer,
+                "correct": is_correct(answer, list(item.targets), task.answer_rule),
+                "num_answer_tokens": len(ids),
+                "is_cut": length == len(ids) and length >= max_new_tokens,
+            }
+        )
+    return rows
+
+
+def _text(
+    tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], *, skip_special_tokens: bool = False
+) -> str:
+    """Ids as exactly the characters they stand for."""
+    return str(
+        tokenizer.decode(
+            list(ids),
+            skip_special_tokens=skip_special_tokens,
+            clean_up_tokenization_spaces=False,
+        )
+    )
+
+
+def _newline_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:
+    """Every token whose text holds a line break."""
+    return {token_id for token_id in range(len(tokenizer)) if "\n" in _text(tokenizer, [token_id])}
+
+
+# ---------------------------------------------------------------- the likeliest option
+
+
+def encode_pairs(subject: Subject, pairs: Sequence[tuple[str, str]]) -> list[Request]:
+    """(context, continuation) texts as ids, the way lm-eval splits them.
+
+    Both are tokenised as one text; what the context alone would have taken is the context. Blanks
+    at the end of a context belong to the continuation.
+    """
+    moved = []
+    for context, continuation in pairs:
+        kept = context.rstrip()
+        moved.append((kept, context[len(kept) :] + continuation))
+    contexts = list(dict.fromkeys(context for context, _ in moved))
+    length_of = {
+        context: len(ids) for context, ids in zip(contexts, subject.encode(contexts), strict=True)
+    }
+    wholes = subject.encode([context + continuation for context, continuation in moved])
+    requests: list[Request] = []
+    for (context, continuation), ids in zip(moved, wholes, strict=True):
+        split = length_of[context]
+        if split >= len(ids):  # the continuation merged into the context's last token
+            ids = subject.encode([context])[0] + subject.encode([continuation])[0]
+        before = subject.prefix_ids + ids[:split]
+        requests.append((before or [subject.start_id], ids[split:]))
+    return requests
+
+
+def _choose(
+    subject: Subject, task: Task, choices: Sequence[Choice], on_progress: OnProgress
+) -> list[dict[str, Any]]:
+    pairs: list[tuple[str, str]] = []
+    for item in choices:
+        pairs += zip(item.contexts, item.options, strict=True)
+        if item.unconditional_contexts is not None:
+            pairs += zip(item.unconditional_contexts, item.options, strict=True)
+    requests = encode_pairs(subject, pairs)
+    fits = [len(continuation) <= subject.max_length for _, continuation in requests]
+    per_question = len(choices) / max(1, sum(fits))
+    found = iter(
+        continuation_logprobs(
+            subject.model,
+            [request for request, is_fitting in zip(requests, fits, strict=True) if is_fitting],
+            batch_tokens=subject.batch_tokens,
+            pad_id=subject.start_id,
+            max_length=subject.max_length,
+            on_progress=lambda done: on_progress(int(done * per_question)),
+        )
+    )
+    scores = iter([next(found) if is_fitting else None for is_fitting in fits])
+    metric = task.main_metric
+    if metric in LOWER_IS_BETTER:
+        metric = METRICS[task.kind][0]
+    rows = []
+    for item in choices:
+        given: list[Score | None] = [next(scores) for _ in item.options]
+        alone: list[Score | None] = [None] * len(item.options)
+        if item.unconditional_contexts is not None:
+            alone = [next(scores) for _ in item.options]
+        row: dict[str, Any] = {
+            "doc_id": item.doc_id,
+            "category": item.category,
+            "question": item.question,
+            "prompt": item.contexts[item.gold],
+            "target": item.options[item.gold],
+            "gold": item.gold,
+            "options": [
+                {
+                    "text": text,
+                    "logprob": None if score is None else score.logprob,
+                    "logprob_alone": None if by_itself is None else by_itself.logprob,
+                    "num_tokens": 0 if score is None else score.num_tokens,
+                }
+                for text, score, by_itself in zip(item.options, given, alone, strict=True)
+            ],
+        }
+        if None in given:
+            row["not_fitting"] = True
+        row["context_cut"] = any(score is not None and score.num_cut > 0 for score in given)
+        rows.append(row | {"correct": is_right(row, metric)})
+    return rows
+
+
+# ---------------------------------------------------------------- text predicted
+
+
+def _predict(
+    subject: Subject, documents: Sequence[Document], on_progress: OnProgress
+) -> list[dict[str, Any]]:
+    encoded = subject.tokenizer(
+        [document.text for document in documents],
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_offsets_mapping=True,
+    )
+    num_windows = sum(-(-len(ids) // subject.max_length) for ids in encoded.input_ids)
+    scores = rolling_logprobs(
+        subject.model,
+        encoded.input_ids,
+        prefix_id=subject.start_id,
+        max_length=subject.max_length,
+        batch_tokens=subject.batch_tokens,
+        pad_id=subject.start_id,
+        on_progress=lambda done: on_progress(done * len(documents) // num_windows),
+    )
+    rows = []
+    for document, score, offsets in zip(documents, scores, encoded["offset_mapping"], strict=True):
+        text = document.text
+        num_blocks = -(-len(text) // BLOCK_CHARACTERS)
+        logprobs, num_tokens, num_words = ([0.0] * num_blocks, [0] * num_blocks, [0] * num_blocks)
+        for logprob, (start, _) in zip(score.token_logprobs, offsets, strict=True):
+            block = min(start, len(text) - 1) // BLOCK_CHARACTERS
+            logprobs[block] += logprob
+            num_tokens[block] += 1
+        for word in re.finditer(r"\S+", text):
+            num_words[word.start() // BLOCK_CHARACTERS] += 1
+        for block in range(num_blocks):
+            piece = text[block * BLOCK_CHARACTERS : (block + 1) * BLOCK_CHARACTERS]
+            rows.append(
+                {
+                    "doc_id": f"{document.doc_id}:{block}",
+                    "prompt": "",
+                    "target": piece[:EXCERPT],
+                    "logprob": logprobs[block],
+                    "num_tokens": num_tokens[block],
+                    "num_bytes": len(piece.encode()),
+                    "num_words": num_words[block],
+                    "correct": None,
+                }
+            )
+    return rows
