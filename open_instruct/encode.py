@@ -413,16 +413,60 @@ def encode_dialogues(
     What is cut or left out is counted, with the reason. Errors: DataError at the first example
     that cannot be used, UserError if more than ``max_too_long_fraction`` are too long.
     """
+    whole = encode_whole_dialogues(dialogues, encoder, config, counts)
+    return fit_dialogues(whole, encoder, config, counts)
+
+
+def encode_pairs(
+    pairs: Sequence[Pair], encoder: ChatEncoder, config: DataConfig, counts: ExampleCounts
+) -> list[EncodedPair]:
+    """Pairs whose two sequences have at most ``max_length`` ids each, in order.
+
+    Both sides of a pair keep the same prompt when it is cut. Counts and errors as in
+    ``encode_dialogues``.
+    """
+    whole = encode_whole_pairs(pairs, encoder, config, counts)
+    return fit_pairs(whole, encoder, config, counts)
+
+
+def encode_whole_dialogues(
+    dialogues: Sequence[Dialogue], encoder: ChatEncoder, config: DataConfig, counts: ExampleCounts
+) -> list[tuple[Dialogue, Encoded]]:
+    """The first half of ``encode_dialogues``: sequences of any length."""
     encoder.check_can_be_learnt()
-    encoded = _encode_each(
+    return _encode_each(
         dialogues,
         lambda batch: encoder.encode_many([item.messages for item in batch]),
         config,
         counts,
     )
-    _check_lengths([(item, len(sequence.ids)) for item, sequence in encoded], config)
+
+
+def encode_whole_pairs(
+    pairs: Sequence[Pair], encoder: ChatEncoder, config: DataConfig, counts: ExampleCounts
+) -> list[tuple[Pair, EncodedPair]]:
+    """The first half of ``encode_pairs``: sequences of any length."""
+    encoder.check_can_be_learnt()
+    return _encode_each(
+        pairs,
+        lambda batch: encoder.encode_many_pairs(
+            [(item.prompt, item.chosen, item.rejected) for item in batch]
+        ),
+        config,
+        counts,
+    )
+
+
+def fit_dialogues(
+    whole: Sequence[tuple[Dialogue, Encoded]],
+    encoder: ChatEncoder,
+    config: DataConfig,
+    counts: ExampleCounts,
+) -> list[Encoded]:
+    """The second half of ``encode_dialogues``: what to do with those that are too long."""
+    _check_lengths([(item, len(sequence.ids)) for item, sequence in whole], config)
     kept = []
-    for _, sequence in encoded:
+    for _, sequence in whole:
         if len(sequence.ids) > config.max_length:
             if config.on_too_long == "drop":
                 counts.drop("longer than max_length")
@@ -437,27 +481,17 @@ def encode_dialogues(
     return kept
 
 
-def encode_pairs(
-    pairs: Sequence[Pair], encoder: ChatEncoder, config: DataConfig, counts: ExampleCounts
+def fit_pairs(
+    whole: Sequence[tuple[Pair, EncodedPair]],
+    encoder: ChatEncoder,
+    config: DataConfig,
+    counts: ExampleCounts,
 ) -> list[EncodedPair]:
-    """Pairs whose two sequences have at most ``max_length`` ids each, in order.
-
-    Both sides of a pair keep the same prompt when it is cut. Counts and errors as in
-    ``encode_dialogues``.
-    """
-    encoder.check_can_be_learnt()
-    encoded = _encode_each(
-        pairs,
-        lambda batch: encoder.encode_many_pairs(
-            [(item.prompt, item.chosen, item.rejected) for item in batch]
-        ),
-        config,
-        counts,
-    )
-    _check_lengths([(item, _pair_length(pair)) for item, pair in encoded], config)
+    """The second half of ``encode_pairs``: what to do with those that are too long."""
+    _check_lengths([(item, pair_length(pair)) for item, pair in whole], config)
     kept = []
-    for _, pair in encoded:
-        if _pair_length(pair) > config.max_length:
+    for _, pair in whole:
+        if pair_length(pair) > config.max_length:
             if config.on_too_long == "drop":
                 counts.drop("longer than max_length")
                 continue
@@ -501,7 +535,8 @@ def _batches(items: Sequence[Example]) -> Iterator[Sequence[Example]]:
         yield items[start : start + BATCH_SIZE]
 
 
-def _pair_length(pair: EncodedPair) -> int:
+def pair_length(pair: EncodedPair) -> int:
+    """Ids of the longer side."""
     return max(len(pair.chosen.ids), len(pair.rejected.ids))
 
 
@@ -526,8 +561,8 @@ def _check_lengths(lengths: Sequence[tuple[Dialogue | Pair, int]], config: DataC
     if len(too_long) > config.max_too_long_fraction * len(lengths):
         raise UserError(
             f"{found}; max_too_long_fraction allows {config.max_too_long_fraction:.1%}. Raise "
-            f"max_length, or raise max_too_long_fraction to let on_too_long "
-            f"({config.on_too_long}) change that many."
+            f"max_length, or raise max_too_long_fraction to let on_too_long: {config.on_too_long} "
+            "change that many."
         )
 
 
@@ -552,7 +587,7 @@ def _cut_pair(pair: EncodedPair, config: DataConfig, opens_with_bos: bool) -> En
         chosen, rejected = (_cut(side, config, opens_with_bos) for side in pair[:2])
         shared = min(pair.shared_prompt_length, config.max_length)
     else:
-        number = _pair_length(pair) - config.max_length
+        number = pair_length(pair) - config.max_length
         start = int(opens_with_bos)
         if number > pair.shared_prompt_length - start:
             return "answer longer than max_length"

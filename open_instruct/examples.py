@@ -6,6 +6,7 @@ A row that cannot be used as it is stops the run with its file and line, or is d
 """
 
 import gzip
+import hashlib
 import itertools
 import json
 import random
@@ -32,12 +33,17 @@ class Source:
 
     At most one of ``samples`` (a count), ``fraction`` (a share, drawn by the seed) and ``repeat``
     (2.5: every row twice and half of them once more); none of them takes every row once.
+
+    ``part`` shares one set between training and its held-out loss: the hash of a row's first
+    question decides, so neither seed nor order nor a repeated question moves a row across.
     """
 
     path: str  # a file, a folder of files, or the name of a data set on the Hugging Face hub
     samples: int | None = setting(None, low=1)
     fraction: float | None = setting(None, above=0, high=1)
     repeat: float | None = setting(None, low=1)
+    part: Literal["all", "train", "held_out"] = setting("all")
+    held_out_fraction: float = setting(0.1, above=0, below=1)  # of all rows, where part is not all
     split: str = "train"  # of a data set on the hub
 
     def __post_init__(self) -> None:
@@ -100,7 +106,7 @@ class SourceUse:
 
     path: str
     formats: tuple[str, ...]  # as recognised in its rows
-    asked: str  # in words: "all", "500 rows", "50%", "2.5 times"
+    asked: str  # in words: "all rows", "500 train rows", "2.5 times the rows"
     available: int  # usable rows
     used: int
 
@@ -358,8 +364,12 @@ def _text(value: Any, what: str) -> str:
 
 def _kind(value: Any) -> str:
     """What a JSON value is, in words."""
-    names = {dict: "an object", list: "a list", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number" if isinstance(value, int | float) else "no text")
+    names = {dict: "an object", list: "a list", str: "a text", bool: "a boolean"}
+    return names.get(type(value), "null" if value is None else "a number")
+
+
+def _a(role: str) -> str:
+    return f"an {role}" if role == "assistant" else f"a {role}"
 
 
 def _field(row: dict[str, Any], key: str) -> Any:
@@ -454,7 +464,7 @@ def _check_dialogue(messages: Sequence[Message], what: str = "the dialogue") -> 
     if roles[-1] != "assistant":
         raise BadRow(
             "ends without an answer",
-            f"{what} ends with a {roles[-1]} turn that nobody answers.",
+            f"{what} ends with {_a(roles[-1])} turn that nobody answers.",
             "Add the answer or remove the turn.",
         )
 
@@ -593,7 +603,7 @@ def _check_pair(prompt: list[Message], chosen: list[Message], rejected: list[Mes
     if prompt[-1]["role"] != "user":
         raise BadRow(
             "prompt does not end with the user",
-            f"the prompt ends with a {prompt[-1]['role']} turn; an answer follows a user turn.",
+            f"the prompt ends with {_a(prompt[-1]['role'])} turn; an answer follows a user turn.",
             "Write whole dialogues in chosen and rejected, or end the prompt with a user turn.",
         )
     for what, answer in (("chosen", chosen), ("rejected", rejected)):
@@ -717,8 +727,9 @@ def _read(
             if row.source != file:  # a folder's files may differ in format
                 file, form = row.source, None
             try:
-                form = form or _recognise(_object(row.value), formats)
-                examples.append(make(Row(_object(row.value), *_place(row)), form))
+                content = _object(row.value)
+                form = form or _recognise(content, formats)
+                examples.append(make(row, form))
                 names.add(form.name)
             except BadRow as bad:
                 if on_bad_row == "error":
@@ -727,6 +738,8 @@ def _read(
                         row.source, row.line, number + bad.problem, bad.next_step
                     ) from None
                 counts.drop(bad.reason)
+        if source.part != "all":
+            examples = [item for item in examples if _is_in_part(item, source)]
         taken = _take(examples, source, random.Random(f"{seed}/{position}"))
         mixture += taken
         if uses is not None:
@@ -736,10 +749,6 @@ def _read(
                 )
             )
     return mixture
-
-
-def _place(row: Row) -> tuple[str, int, int | None]:
-    return row.source, row.line, row.number
 
 
 def _object(value: Any) -> dict[str, Any]:
@@ -755,19 +764,33 @@ def _object(value: Any) -> dict[str, Any]:
 
 
 def _asked(source: Source) -> str:
+    rows = "rows" if source.part == "all" else f"{source.part} rows"
     if source.samples is not None:
-        return f"{source.samples:,} rows"
+        return f"{source.samples:,} {rows}"
     if source.fraction is not None:
-        return f"{source.fraction:.4g} of the rows"
+        return f"{source.fraction:.4g} of the {rows}"
     if source.repeat is not None:
-        return f"{source.repeat:g} times the rows"
-    return "all rows"
+        return f"{source.repeat:g} times the {rows}"
+    return f"all {rows}"
+
+
+def _is_in_part(example: Dialogue | Pair, source: Source) -> bool:
+    turns = example.messages if isinstance(example, Dialogue) else example.prompt
+    question = next(turn["content"] for turn in turns if turn["role"] == "user")
+    digest = hashlib.blake2b(question.encode("utf-8"), digest_size=8).digest()
+    is_held_out = int.from_bytes(digest, "big") < source.held_out_fraction * 2**64
+    return is_held_out == (source.part == "held_out")
 
 
 def _take(examples: list[Example], source: Source, draw: random.Random) -> list[Example]:
     """As many examples as the source asks for: a drawn subset, in the order of the rows."""
     if not examples:
-        raise DataError(source.path, None, "no row can be used.", "Look at the dropped rows.")
+        raise DataError(
+            source.path,
+            None,
+            f"no row can be used (asked for {_asked(source)}).",
+            "Set on_bad_row: error to see why at the first of them.",
+        )
     number = len(examples)
     if source.samples is not None:
         if source.samples > number:
