@@ -63,7 +63,8 @@ def logits_at(model: nn.Module, ids_BT: Tensor, is_scored_BT: Tensor) -> Tensor:
     """
     if isinstance(model, Transformer):
         return model.logits(model(ids_BT)[is_scored_BT]).float()
-    head: nn.Module = model.get_output_embeddings()
+    hugging_face: Any = model
+    head: nn.Module = hugging_face.get_output_embeddings()
 
     def keep_scored(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (arguments[0][is_scored_BT][None], *arguments[1:])
@@ -72,7 +73,8 @@ def logits_at(model: nn.Module, ids_BT: Tensor, is_scored_BT: Tensor) -> Tensor:
     # does to its logits afterwards (Gemma's cap, Granite's and Cohere's scale).
     hook = head.register_forward_pre_hook(keep_scored)
     try:
-        return model(input_ids=ids_BT, use_cache=False).logits[0].float()
+        logits_NV: Tensor = hugging_face(input_ids=ids_BT, use_cache=False).logits[0]
+        return logits_NV.float()
     finally:
         hook.remove()
 

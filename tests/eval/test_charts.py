@@ -21,6 +21,7 @@ def test_a_bar_is_as_long_as_its_value():
     )
     half, whole = chart.bars
     assert half.width == pytest.approx(whole.width / 2)
+    assert half.low is not None and half.high is not None
     assert half.low < half.x + half.width < half.high
     assert whole.low is None
     assert [tick.text for tick in chart.ticks] == ["0%", "50%", "100%"]

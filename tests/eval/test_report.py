@@ -92,7 +92,7 @@ def test_training_runs_are_found_through_the_models_they_led_to(make_evaluation)
     report = gather([make_evaluation(names=("dpo",))])
     assert [stage.name for stage in report.stages] == ["base", "sft", "dpo"]
     assert report.stages[0].curve("eval_loss")[0][0] == 200
-    assert report.stages[2].curve("eval_accuracy")[-1] == (300, pytest.approx(0.9))
+    assert report.stages[2].curve("eval_accuracy")[-1][1] == pytest.approx(0.9)
 
 
 def test_evaluations_stand_side_by_side_with_names_of_their_own(make_evaluation, tmp_path):
@@ -160,14 +160,15 @@ def test_the_page_shows_table_bars_curves_answers_and_settings(make_evaluation):
     ):
         assert expected in words, expected
     bars = [attributes for tag, attributes in page.elements if tag == "rect"]
-    assert len(bars) == 3 * 7  # models, and rows of the table
+    assert len(bars) == 3 * 6  # models, and rows of the table
     errors = [a for tag, a in page.elements if tag == "path" and a.get("class") == "error"]
     assert len(errors) == len(bars)
 
 
 HOSTILE = (
     "</p></div></body><script>alert(1)</script><img src=x onerror=alert(1)>"
-    "<svg onload=alert(1)> {{ 7*7 }} &lt;b&gt; \u202egnp.exe \x00\x1b[31m <!-- | ``` [x](javascript:1)"
+    "<svg onload=alert(1)> {{ 7*7 }} &lt;b&gt; \u202egnp.exe \x00\x1b[31m "
+    "<!-- | ``` [x](javascript:1)"
 )
 
 

@@ -85,6 +85,7 @@ def test_models_are_compared_on_questions_both_were_asked():
     first = answers((0, True), (1, False), (2, False))
     second = answers((2, True), (1, True), (5, True))
     difference = compare(first, second, "exact_match")
+    assert difference is not None
     assert (difference.wins, difference.losses, difference.ties) == (2, 0, 0)
     assert compare(first, answers((9, True)), "exact_match") is None
 
@@ -93,6 +94,7 @@ def test_fewer_bits_are_a_win():
     first = [block(str(n), -200.0 - n, 100) for n in range(5)]
     second = [block(str(n), -180.0 - n, 100) for n in range(5)]
     difference = compare(first, second, "bits_per_byte")
+    assert difference is not None
     assert difference.value == pytest.approx(-20 / 100 / math.log(2))
     assert (difference.wins, difference.losses) == (5, 0)
     assert difference.is_separated

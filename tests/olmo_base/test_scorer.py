@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from olmo_base.scorer import (
     rolling_windows,
 )
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 97,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -39,7 +40,7 @@ SIZES = {
     "max_position_embeddings": 24,
 }
 CONFIGS = {
-    "olmo2": Olmo2Config(**SIZES),
+    "olmo2": Olmo2Config(**SIZES, eos_token_id=0, pad_token_id=1),
     "llama": LlamaConfig(**SIZES, tie_word_embeddings=True),
     "gpt2": GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=24),
     # A cap on the logits that a scorer calling the head by itself would miss.
@@ -252,7 +253,7 @@ def test_accuracy_and_log_likelihoods_equal_lm_eval(tmp_path, word_tokenizer):
 
     chance = random.Random(2)
     words = [word for word in word_tokenizer.get_vocab() if word.isalpha()]
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "query": "Question: " + " ".join(chance.choices(words, k=chance.randint(1, 8))),
             "choices": [" ".join(chance.choices(words, k=chance.randint(1, 3))) for _ in "abc"],
