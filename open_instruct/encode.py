@@ -144,6 +144,7 @@ class ChatEncoder:
         samples = self._sample_role_sequences()
         frames = [self._template.frames(roles) for roles in samples]
         self._control_tokens = ControlTokens(tokenizer, frames)
+        self.control_ids = frozenset(self._control_tokens.ids.values())
         self.end_of_turn_ids = set()
         if tokenizer.eos_token_id is not None:
             self.end_of_turn_ids.add(tokenizer.eos_token_id)
