@@ -42,11 +42,15 @@ BAR_WIDTH = 40  # characters
 
 
 def inspect_recipe(
-    recipe: SftRecipe | PreferenceRecipe, *, num_shown: int = 3, console: Console | None = None
+    recipe: SftRecipe | PreferenceRecipe,
+    *,
+    num_shown: int = 3,
+    by_token: bool = False,
+    console: Console | None = None,
 ) -> None:
     """Print the training data of a recipe as its model will see it; writes nothing to disk.
 
-    Errors: those of the stage itself. One about lengths comes last, after they are shown.
+    ``by_token`` shows one token a line, with its id. Errors: those of the stage itself. One about lengths comes last, after they are shown.
     """
     console = console or Console()
     encoder = load_chat_encoder(recipe.model.model_name_or_path, recipe.chat_template)
@@ -81,7 +85,8 @@ def inspect_recipe(
             console.print(
                 Text(f"{name}: {len(part.ids)} tokens, {sum(part.is_learnt)} learnt", "dim")
             )
-            console.print(_coloured(part, encoder, console), soft_wrap=True)
+            show = _token_lines if by_token else _coloured
+            console.print(show(part, encoder, console), soft_wrap=True)
     console.print(Rule())
     for line in mixture_lines(uses):
         console.print(Text(line), soft_wrap=True)
@@ -110,7 +115,7 @@ def _parts(encoded: Encoded | EncodedPair) -> list[tuple[str, Encoded]]:
 
 
 def _coloured(part: Encoded, encoder: ChatEncoder, console: Console) -> Text:
-    """The ids as text: learnt ones green, and in ⟦ ⟧ where there are no colours; control tokens
+    """The ids as text: learnt ones green (in ⟦ ⟧ where there are no colours), control tokens
     underlined, so that they differ from text that merely spells them."""
     text = Text()
     marks = ("", "") if console.color_system else ("⟦", "⟧")
@@ -122,6 +127,16 @@ def _coloured(part: Encoded, encoder: ChatEncoder, console: Console) -> Text:
             decoded = str(encoder.tokenizer.decode(list(stretch)))
             text.append(_printable(decoded), style or None)
         text.append(marks[1] * is_learnt)
+    return text
+
+
+def _token_lines(part: Encoded, encoder: ChatEncoder, console: Console) -> Text:
+    """The ids one below the other."""
+    text = Text()
+    for number, is_learnt in zip(*part, strict=True):
+        decoded = encoder.tokenizer.decode([number])
+        line = f"{number:>8}  {'learnt' if is_learnt else '      '}  {decoded!r}\n"
+        text.append(line, "bold green" if is_learnt else None)
     return text
 
 

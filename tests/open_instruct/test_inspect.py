@@ -65,6 +65,14 @@ def test_a_dialogue_is_shown_with_what_is_learnt(tmp_path, model_folder):
     assert "\x1b[1;32mfour\x1b[0m\x1b[1;4;32m<|endoftext|>" in coloured
 
 
+def test_tokens_can_be_shown_one_a_line_with_their_ids(tmp_path, model_folder, chat_tokenizer):
+    path = write(tmp_path / "rows.jsonl", rows("!"))
+    lines = shown(sft_recipe(model_folder, path), by_token=True).splitlines()
+    eos, user = (chat_tokenizer.convert_tokens_to_ids(f"<|{t}|>") for t in ("endoftext", "user"))
+    assert f"{eos:>8}  learnt  '<|endoftext|>'" in lines
+    assert f"{user:>8}          '<|user|>'" in lines
+
+
 def test_lengths_totals_and_drops_are_counted(tmp_path, model_folder):
     path = write(tmp_path / "rows.jsonl", [*rows("é" * 5, "é" * 5, "é" * 45), {"prompt": "q"}])
     keys = {"on_bad_row": "drop", "on_too_long": "drop", "max_too_long_fraction": 0.5}
