@@ -50,7 +50,8 @@ def inspect_recipe(
 ) -> None:
     """Print the training data of a recipe as its model will see it; writes nothing to disk.
 
-    ``by_token`` shows one token a line, with its id. Errors: those of the stage itself. One about lengths comes last, after they are shown.
+    ``by_token`` shows one token a line, with its id. Errors: those of the stage itself. One about
+    lengths comes last, after they are shown.
     """
     console = console or Console()
     encoder = load_chat_encoder(recipe.model.model_name_or_path, recipe.chat_template)
