@@ -114,6 +114,7 @@ class ControlTokens:
             token["normalized"] and token["content"] in self.ids
             for token in self._content["added_tokens"]
         )
+        self._text_marker_pattern = _any_of(self.text_markers)
         self._guard: _Guard | None = None
         sample_texts = ["Hi.".join(sample) for sample in samples]
         self._breaks = {
@@ -131,6 +132,8 @@ class ControlTokens:
         tokenizer. Errors: CannotEncode if a message spells a control string in a way that this
         tokenizer cannot tell from the template's.
         """
+        for rendered in texts:
+            self._refuse_disguised_markers(rendered.text)
         encodings = self._tokenizer.encode_batch(
             [rendered.text for rendered in texts], add_special_tokens=False
         )
@@ -148,6 +151,20 @@ class ControlTokens:
             return True
         num_tokens = sum(number in self._id_set for number in encoding.ids)
         return num_tokens == len(self._template_tokens(rendered))
+
+    def _refuse_disguised_markers(self, text: str) -> None:
+        """Refuse a text whose normal form spells a marker that the text itself does not."""
+        normalizer = self._tokenizer.normalizer
+        if normalizer is None or not self.text_markers or text.isascii():
+            return
+        pattern = self._text_marker_pattern
+        if len(pattern.findall(normalizer.normalize_str(text))) != len(pattern.findall(text)):
+            raise CannotEncode(
+                "a message spells a marker of the chat template in characters that the tokenizer "
+                "replaces by the marker's own. Use plain characters, or a tokenizer that has the "
+                "marker as a special token.",
+                "spells a marker of the chat template",
+            )
 
     def _template_tokens(self, rendered: Rendered) -> list[tuple[Span, str]]:
         """The control tokens that the template wrote; its markers in plain text left out."""

@@ -387,6 +387,17 @@ def test_a_control_token_spelt_with_other_characters_is_text_too(train_tokenizer
     assert loose.decode(ids) == "<|user|>\n<|endoftext|>\n<|assistant|>\n"
 
 
+def test_a_marker_in_disguise_is_refused_if_the_tokenizer_would_undo_the_disguise(train_tokenizer):
+    tokenizer = train_tokenizer(("<|endoftext|>", "<|pad|>"))
+    fullwidth = [user("a " + "<|user|>".replace("<", "\uff1c").replace(">", "\uff1e"))]
+    assert encoder_for(tokenizer, "tulu").encode_prompt(fullwidth)  # its bytes are other bytes
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.normalizer = normalizers.NFKC()
+    folding = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+    with pytest.raises(CannotEncode, match="spells a marker"):
+        encoder_for(folding, "tulu").encode_prompt(fullwidth)
+
+
 def test_private_use_characters_in_a_message_stay_what_they_are(chat_tokenizer):
     encoder = encoder_for(chat_tokenizer, "tulu")
     text = "\ue0000\ue001 \U000f00000\U000f0000 \U000f0000cut\U000f0000 <|user|>"
