@@ -1,0 +1,437 @@
+"""Answers from a model, token by token: ours with its own cache, any other through transformers.
+
+A folder -> a Generator -> rows of a batch, decoded together -> ids. Prompts and answers are lists
+of token ids; the words are the caller's business (``Generator.tokenizer``).
+
+B rows still being decoded, T positions, V vocabulary.
+"""
+
+import inspect
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from olmo_base.model.hf_weights import is_native, load_native
+from olmo_base.model.transformer import Transformer
+from olmo_base.run.artefact import resolve_model
+from olmo_base.run.errors import UserError
+from olmo_base.run.launch import pick_device
+
+MAX_ROWS = 64  # prompts decoded together; more wins little on a CPU and costs cache
+FIRST_CAPACITY = 64  # new positions a cache has room for before it grows
+
+
+# ---------------------------------------------------------------- choosing the next token
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. Temperature 0 takes the likeliest and ignores the rest.
+
+    Applied in transformers' order: temperature, then ``top_k`` (0 keeps all), then ``top_p`` (the
+    fewest tokens that together have at least this probability).
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < float("inf"):
+            raise UserError(f"temperature is {self.temperature}; it must be 0 (greedy) or more.")
+        if not 0.0 < self.top_p <= 1.0:
+            raise UserError(f"top_p is {self.top_p}; it must be above 0 and at most 1.")
+        if self.top_k < 0:
+            raise UserError(f"top_k is {self.top_k}; it must be 0 (no limit) or more.")
+
+
+def next_ids(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor | None) -> Tensor:
+    """The next id of each row; ``uniform_B`` in [0, 1) decides it where it is drawn by chance."""
+    if sampling.temperature == 0.0:
+        return logits_BV.argmax(-1)
+    assert uniform_B is not None
+    scaled_BV = logits_BV.float() / sampling.temperature
+    vocab_size = scaled_BV.shape[-1]
+    if sampling.top_k == 0 and sampling.top_p == 1.0:
+        return _inverse_cdf(scaled_BV.softmax(-1), uniform_B)
+    # The k likeliest, likeliest first
+    top_k = min(sampling.top_k or vocab_size, vocab_size)
+    values_Bk, ids_Bk = scaled_BV.topk(top_k, dim=-1)
+    probabilities_Bk = values_Bk.softmax(-1)
+    if sampling.top_p < 1.0:
+        before_Bk = probabilities_Bk.cumsum(-1) - probabilities_Bk
+        probabilities_Bk = probabilities_Bk.masked_fill(before_Bk >= sampling.top_p, 0.0)
+    return ids_Bk.gather(-1, _inverse_cdf(probabilities_Bk, uniform_B)[:, None]).squeeze(-1)
+
+
+def _inverse_cdf(weights_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """The index whose stretch of the cumulated weights holds ``uniform_B``; never one of weight 0.
+
+    Unlike torch.multinomial this gives a row the same draw whoever shares the batch with it.
+    """
+    cumulated_BV = weights_BV.cumsum(-1)
+    target_B1 = uniform_B[:, None] * cumulated_BV[:, -1:]
+    # Rounding can bring the target up to the total: then it is the last index of any weight.
+    last_B = (cumulated_BV < cumulated_BV[:, -1:]).sum(-1)
+    return torch.searchsorted(cumulated_BV, target_B1, right=True).squeeze(-1).minimum(last_B)
+
+
+# ---------------------------------------------------------------- the two engines
+
+
+class Decoder(Protocol):
+    """A batch of rows on their way through a model: what both engines do."""
+
+    def prefill(self) -> Tensor:
+        """Read the prompts; the logits after each, BV."""
+
+    def step(self, ids_B: Tensor) -> Tensor:
+        """Read one more token of each row; the logits after it, BV."""
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """Only these rows go on, in this order."""
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, list[int]]:
+    """ids_BT ending in the prompts, and how much padding stands before each."""
+    width = max(map(len, prompts))
+    padding_B = [width - len(prompt) for prompt in prompts]
+    rows = [
+        [pad_id] * padding + list(prompt)
+        for padding, prompt in zip(padding_B, prompts, strict=True)
+    ]
+    return torch.tensor(rows), padding_B
+
+
+class NativeDecoder:
+    """Our model with a preallocated cache of keys and values."""
+
+    def __init__(self, model: Transformer, prompts: Sequence[Sequence[int]]) -> None:
+        ids_BT, padding_B = _left_padded(prompts, model.config.pad_token_id)
+        self.model = model
+        self.prompt_ids_BT = ids_BT.to(model.device)
+        self.cache = model.new_cache(padding_B, capacity=ids_BT.shape[1] + FIRST_CAPACITY)
+
+    def prefill(self) -> Tensor:
+        """See Decoder."""
+        return self._last_logits(self.prompt_ids_BT)
+
+    def step(self, ids_B: Tensor) -> Tensor:
+        """See Decoder."""
+        return self._last_logits(ids_B[:, None])
+
+    def _last_logits(self, ids_BT: Tensor) -> Tensor:
+        hidden_BTD = self.model(ids_BT, cache=self.cache)
+        return self.model.logits(hidden_BTD[:, -1])
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """See Decoder."""
+        self.cache.keep_rows(rows)
+
+
+class TransformersDecoder:
+    """Any causal language model of transformers, with the cache of its own kind."""
+
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], pad_id: int) -> None:
+        from transformers import DynamicCache  # heavy; the native engine needs none of it
+
+        ids_BT, padding_B = _left_padded(prompts, pad_id)
+        self.model = model
+        self.prompt_ids_BT = ids_BT.to(model.device)
+        columns_T = torch.arange(ids_BT.shape[1], device=model.device)
+        self.mask_BT = (columns_T >= torch.tensor(padding_B, device=model.device)[:, None]).long()
+        self.cache: Any = DynamicCache(config=model.config.get_text_config(decoder=True))
+        accepted = inspect.signature(model.forward).parameters
+        self.takes_positions = "position_ids" in accepted
+        names = [name for name in ("past_key_values", "cache_params") if name in accepted]
+        if not names:
+            raise UserError(
+                f"{type(model).__name__} keeps no cache that generation could use. "
+                "Choose a decoder-only model."
+            )
+        self.cache_name = names[0]
+        self.extra = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+
+    def prefill(self) -> Tensor:
+        """See Decoder."""
+        return self._last_logits(self.prompt_ids_BT)
+
+    def step(self, ids_B: Tensor) -> Tensor:
+        """See Decoder."""
+        self.mask_BT = torch.cat([self.mask_BT, self.mask_BT.new_ones(len(ids_B), 1)], dim=-1)
+        return self._last_logits(ids_B[:, None])
+
+    def _last_logits(self, ids_BT: Tensor) -> Tensor:
+        inputs = {"input_ids": ids_BT, "attention_mask": self.mask_BT, **self.extra}
+        if self.takes_positions:
+            positions_BT = (self.mask_BT.cumsum(-1) - 1).clamp(min=0)
+            inputs["position_ids"] = positions_BT[:, -ids_BT.shape[1] :]
+        outputs = self.model(**inputs, **{self.cache_name: self.cache}, use_cache=True)
+        return outputs.logits[:, -1]
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """See Decoder."""
+        kept = torch.tensor(rows, device=self.mask_BT.device)
+        self.cache.reorder_cache(kept)  # named after beam search; it selects rows
+        self.mask_BT = self.mask_BT[kept]
+
+
+# ---------------------------------------------------------------- the generator
+
+
+class Generator:
+    """One interface over the native model and any causal language model of transformers.
+
+    An answer holds neither the prompt nor the token that ended it. It ends at a token of
+    ``eos_token_ids`` or ``stop_token_ids``, after ``max_new_tokens``, or where prompt and answer
+    together reach ``max_length``, whichever comes first.
+
+    Greedy answers do not depend on which prompts share a batch (but for the rounding of a tie), and
+    sampled ones only on the prompt, the seed and the prompt's place in ``prompts``.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        eos_token_ids: Iterable[int],
+        max_length: int,
+        source: str | Path | None = None,
+    ) -> None:
+        """``model``: a Transformer or a transformers model; ``source``: where its tokenizer is."""
+        self.model = model
+        self.eos_token_ids = set(eos_token_ids)
+        self.max_length = max_length
+        self.source = None if source is None else str(source)
+        self.is_native = isinstance(model, Transformer)
+        config = model.config if self.is_native else model.config.get_text_config(decoder=True)
+        self.vocab_size: int = config.vocab_size
+        pad_id = getattr(config, "pad_token_id", None)  # a transformers config may lack it
+        self.pad_id: int = min(self.eos_token_ids, default=0) if pad_id is None else pad_id
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, a transformers PreTrainedTokenizerFast.
+
+        Errors: UserError if the model has none.
+        """
+        if self.source is None:
+            raise UserError("This model was given without a folder, so it has no tokenizer.")
+        from transformers import AutoTokenizer  # heavy; callers that bring ids do not need it
+
+        if Path(self.source).is_dir() and not _has_tokenizer(Path(self.source)):
+            raise UserError(
+                f"{self.source} has no tokenizer (tokenizer.json). "
+                "Copy the tokenizer files of the model it came from."
+            )
+        return AutoTokenizer.from_pretrained(self.source)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+        stop_token_ids: Iterable[int] = (),
+    ) -> list[list[int]]:
+        """An answer for each prompt, in their order; batches of similar length are made inside.
+
+        Errors: UserError for an empty or too long prompt, an unknown id, or a value out of range.
+        """
+        sampling = Sampling(temperature, top_p, top_k, seed)
+        self._check(prompts, max_new_tokens)
+        answers: list[list[int]] = [[] for _ in prompts]
+        longest_first = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+        for start in range(0, len(prompts), MAX_ROWS):
+            batch = {index: prompts[index] for index in longest_first[start : start + MAX_ROWS]}
+            for index, token in self._decode(batch, max_new_tokens, sampling, stop_token_ids):
+                answers[index].append(token)
+        return answers
+
+    def stream(
+        self,
+        prompt: Sequence[int],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+        stop_token_ids: Iterable[int] = (),
+    ) -> Iterator[int]:
+        """The answer that ``generate`` gives to this prompt alone, each id as soon as it is known.
+
+        Bad values are refused when it is called, not at the first id. Errors: as ``generate``.
+        """
+        sampling = Sampling(temperature, top_p, top_k, seed)
+        self._check([prompt], max_new_tokens)
+        decoded = self._decode({0: prompt}, max_new_tokens, sampling, stop_token_ids)
+        return (token for _, token in decoded)
+
+    def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
+        for number, prompt in enumerate(prompts, start=1):
+            which = f"Prompt {number} of {len(prompts)}" if len(prompts) > 1 else "The prompt"
+            if len(prompt) == 0:
+                raise UserError(f"{which} is empty; a model goes on from at least one token.")
+            if len(prompt) >= self.max_length:
+                raise UserError(
+                    f"{which} has {len(prompt)} tokens; this model can hold {self.max_length}, the "
+                    "answer included. Shorten the prompt."
+                )
+            if min(prompt) < 0 or max(prompt) >= self.vocab_size:
+                wrong = next(id_ for id_ in prompt if not 0 <= id_ < self.vocab_size)
+                raise UserError(
+                    f"{which} holds the id {wrong}; the model's vocabulary has {self.vocab_size}. "
+                    "Use the tokenizer that the model was made with."
+                )
+
+    @torch.inference_mode()
+    def _decode(
+        self,
+        prompts: dict[int, Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling,
+        stop_token_ids: Iterable[int],
+    ) -> Iterator[tuple[int, int]]:
+        """(key of the prompt, its next id), step by step for all rows; finished rows leave."""
+        stops = self.eos_token_ids | set(stop_token_ids)
+        limits = {
+            key: min(max_new_tokens, self.max_length - len(prompt))
+            for key, prompt in prompts.items()
+        }
+        uniforms = {
+            key: _uniforms(limit, sampling.seed, key)
+            for key, limit in limits.items()
+            if sampling.temperature > 0.0
+        }
+        keys = list(prompts)
+        decoder = self._new_decoder(list(prompts.values()))
+        logits_BV = decoder.prefill()
+        if not logits_BV.isfinite().all():
+            raise UserError(
+                "The model's logits are not finite numbers: its weights are damaged, or its "
+                "training diverged. Use an earlier checkpoint."
+            )
+        step = 0
+        while True:
+            uniform_B = None
+            if uniforms:
+                drawn = [uniforms[key][step] for key in keys]
+                uniform_B = torch.tensor(drawn, device=logits_BV.device)
+            ids_B = next_ids(logits_BV, sampling, uniform_B)
+            step += 1
+            kept = []
+            for row, (key, token) in enumerate(zip(keys, ids_B.tolist(), strict=True)):
+                if token in stops:
+                    continue
+                yield key, token
+                if step < limits[key]:
+                    kept.append(row)
+            if not kept:
+                return
+            if len(kept) < len(keys):
+                rows = _fill_holes(kept)
+                decoder.keep_rows(rows)
+                keys = [keys[row] for row in rows]
+                ids_B = ids_B[rows]
+            logits_BV = decoder.step(ids_B)
+
+    def _new_decoder(self, prompts: Sequence[Sequence[int]]) -> Decoder:
+        if isinstance(self.model, Transformer):
+            return NativeDecoder(self.model, prompts)
+        return TransformersDecoder(self.model, prompts, self.pad_id)
+
+
+def _uniforms(number: int, seed: int, index: int) -> list[float]:
+    """The chances of one row: they depend on the seed and its place only."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
+    return torch.rand(number, generator=generator).tolist()
+
+
+def _fill_holes(kept: list[int]) -> list[int]:
+    """The kept rows, moved as little as possible: the last ones take the places of those gone."""
+    size = len(kept)
+    staying = {row for row in kept if row < size}
+    moving = [row for row in kept if row >= size]
+    return [row if row in staying else moving.pop() for row in range(size)]
+
+
+# ---------------------------------------------------------------- from a folder
+
+
+def load_generator(
+    folder_or_name: str | Path,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Generator:
+    """A generator for a model folder or hub name: native for OLMo-2, transformers' otherwise.
+
+    ``device`` None takes a GPU if there is one; ``dtype`` None keeps what the weights are saved in.
+    Errors: UserError if it is no model, or no causal language model.
+    """
+    folder = resolve_model(str(folder_or_name))
+    target = pick_device() if device is None else torch.device(device)
+    config = _read_if_there(folder / "config.json")
+    generation = _read_if_there(folder / "generation_config.json")
+    eos = generation.get("eos_token_id", config.get("eos_token_id"))
+    eos_token_ids = {eos} if isinstance(eos, int) else set(eos or ())
+    model: Any
+    if is_native(folder):
+        model = load_native(folder, device=target, dtype=dtype)
+        max_length = model.config.max_position_embeddings
+    else:
+        model = _load_with_transformers(folder, target, dtype)
+        max_length = _max_length(model.config.get_text_config(decoder=True))
+    return Generator(model, eos_token_ids=eos_token_ids, max_length=max_length, source=folder)
+
+
+def _load_with_transformers(folder: Path, device: torch.device, dtype: torch.dtype | None) -> Any:
+    from transformers import AutoModelForCausalLM  # heavy, and only for other architectures
+
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto" if dtype is None else dtype
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise UserError(
+            f"{folder} cannot be opened as a causal language model: {first_line}"
+        ) from None
+    return model.to(device).eval()
+
+
+def _max_length(config: Any) -> int:
+    """Positions a transformers model can hold; architectures without a limit get a large one."""
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"):
+        limit = getattr(config, name, None)  # each architecture has its own word for it
+        if isinstance(limit, int) and limit > 0:
+            return limit
+    return 2**20
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+    return any((folder / name).is_file() for name in names)
+
+
+def _read_if_there(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}.") from None
+    return content if isinstance(content, dict) else {}
