@@ -6,9 +6,9 @@ Every kind of question has a function here. Only they know what a model is given
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from eval.answers import is_correct
@@ -18,10 +18,17 @@ from eval.tasks import LOWER_IS_BETTER, METRICS, Task
 from olmo_base.model.generate import Generator, load_generator
 from olmo_base.run.artefact import resolve_model
 from olmo_base.run.errors import UserError
-from olmo_base.scorer import Request, Score, continuation_logprobs, context_length, rolling_logprobs
+from olmo_base.scorer import Request, Score, context_length, continuation_logprobs, rolling_logprobs
 from open_instruct.encode import ChatEncoder, load_chat_encoder, load_chat_tokenizer
 
 OnProgress = Callable[[int], None]  # told how many questions of the task are done
+WINDOW_WITHOUT_LIMIT = 2048  # for architectures that could read on for ever; as in lm-eval
+# No beginning or end is added, control tokens are spelt out, and texts may be of any length.
+AS_TEXT: dict[str, Any] = {
+    "add_special_tokens": False,
+    "split_special_tokens": True,
+    "verbose": False,
+}
 EXCERPT = 200  # characters of a block of text kept in its sample
 
 
@@ -32,7 +39,7 @@ class Subject:
     generator: Generator
     tokenizer: PreTrainedTokenizerFast
     encoder: ChatEncoder | None
-    max_length: int
+    window: int  # tokens that a log-likelihood may look at
     batch_tokens: int
     batch_size: int
 
@@ -61,27 +68,28 @@ class Subject:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of plain texts. A control token spelt in a text is ordinary characters."""
-        found = self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)
+        found = self.tokenizer(list(texts), **AS_TEXT)
         return [list(ids) for ids in found.input_ids]
 
 
 def load_encoders(model: str) -> tuple[PreTrainedTokenizerFast, ChatEncoder | None]:
     """A model folder's tokenizer, and its chat template if it has one. Errors: UserError."""
-    folder: Path = resolve_model(model)
+    folder = resolve_model(model)
     tokenizer = load_chat_tokenizer(folder)
     return tokenizer, load_chat_encoder(folder) if tokenizer.chat_template else None
 
 
-def load_subject(model: str, *, batch_tokens: int, batch_size: int) -> Subject:
+def load_subject(
+    model: str, *, batch_tokens: int, batch_size: int, dtype: torch.dtype | None = None
+) -> Subject:
     """Load a model folder. Errors: UserError, among them for a folder without tokenizer."""
     tokenizer, encoder = load_encoders(model)
-    generator = load_generator(str(resolve_model(model)))
-    length = context_length(generator.model)
+    generator = load_generator(model, dtype=dtype)
     return Subject(
         generator=generator,
         tokenizer=tokenizer,
         encoder=encoder,
-        max_length=generator.max_length if length is None else min(length, generator.max_length),
+        window=context_length(generator.model) or WINDOW_WITHOUT_LIMIT,
         batch_tokens=batch_tokens,
         batch_size=batch_size,
     )
@@ -135,24 +143,19 @@ def _answer(
     on_progress: OnProgress,
 ) -> list[dict[str, Any]]:
     if subject.encoder is not None:
-        prompts = [subject.encoder.encode_prompt(list(item.messages)) for item in questions]
+        prompts = [subject.encoder.encode_prompt(item.messages) for item in questions]
         stops = set(subject.encoder.end_of_turn_ids)
     else:
         plain = [plain_prompt(task, item) for item in questions]
         prompts = [subject.prefix_ids + ids for ids in subject.encode(plain)]
         stops = _newline_ids(subject.tokenizer)  # a base model's answer is one line
-    stops |= subject.generator.eos_token_ids
-    answers: dict[int, list[int]] = {}
-    fitting = [n for n, ids in enumerate(prompts) if len(ids) < subject.max_length]
+    fitting = [n for n, ids in enumerate(prompts) if len(ids) < subject.generator.max_length]
     fitting.sort(key=lambda n: (-len(prompts[n]), n))
+    answers: dict[int, list[int]] = {}
     for start in range(0, len(fitting), subject.batch_size):
         batch = fitting[start : start + subject.batch_size]
-        room = subject.max_length - len(prompts[batch[0]])  # of the longest prompt
         found = subject.generator.generate(
-            [prompts[n] for n in batch],
-            max_new_tokens=min(max_new_tokens, room),
-            temperature=0.0,
-            stop_token_ids=sorted(stops),
+            [prompts[n] for n in batch], max_new_tokens=max_new_tokens, stop_token_ids=stops
         )
         answers |= dict(zip(batch, found, strict=True))
         on_progress(len(answers) + len(questions) - len(fitting))
@@ -169,19 +172,20 @@ def _answer(
             rows.append(row | {"answer": None, "correct": False, "not_fitting": True})
             continue
         ids = answers[number]
-        length = next((n for n, token_id in enumerate(ids) if token_id in stops), len(ids))
-        if subject.encoder is not None:
-            answer = _text(subject.tokenizer, ids[:length], skip_special_tokens=True)
-        else:  # the token with the line break may begin with the end of the answer
-            line = _text(subject.tokenizer, ids[: length + 1], skip_special_tokens=True)
-            answer = line.partition("\n")[0]
+        answer = _text(subject.tokenizer, ids, skip_special_tokens=True)
+        is_cut = len(ids) == max_new_tokens or (
+            len(prompts[number]) + len(ids) == subject.generator.max_length
+        )
+        if subject.encoder is None:
+            line, line_break, _ = answer.partition("\n")
+            answer, is_cut = line, is_cut and not line_break
         rows.append(
             row
             | {
                 "answer": answer,
                 "correct": is_correct(answer, list(item.targets), task.answer_rule),
                 "num_answer_tokens": len(ids),
-                "is_cut": length == len(ids) and length >= max_new_tokens,
+                "is_cut": is_cut,
             }
         )
     return rows
@@ -201,35 +205,35 @@ def _text(
 
 
 def _newline_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:
-    """Every token whose text holds a line break."""
-    return {token_id for token_id in range(len(tokenizer)) if "\n" in _text(tokenizer, [token_id])}
+    """Every token that begins with a line break, and so ends the answer before it."""
+    texts = ((token_id, _text(tokenizer, [token_id])) for token_id in range(len(tokenizer)))
+    return {token_id for token_id, text in texts if text.lstrip(" \t").startswith("\n")}
 
 
 # ---------------------------------------------------------------- the likeliest option
 
 
 def encode_pairs(subject: Subject, pairs: Sequence[tuple[str, str]]) -> list[Request]:
-    """(context, continuation) texts as ids, the way lm-eval splits them.
+    """(context, continuation) texts as ids, split the way lm-eval splits them.
 
-    Both are tokenised as one text; what the context alone would have taken is the context. Blanks
-    at the end of a context belong to the continuation.
+    Both are tokenised as one text; blanks at the end of a context belong to the continuation.
+    Where a token would span the boundary, each side is tokenised by itself. (There lm-eval loses
+    the characters in between.)
     """
     moved = []
     for context, continuation in pairs:
         kept = context.rstrip()
         moved.append((kept, context[len(kept) :] + continuation))
     contexts = list(dict.fromkeys(context for context, _ in moved))
-    length_of = {
-        context: len(ids) for context, ids in zip(contexts, subject.encode(contexts), strict=True)
-    }
+    ids_of = dict(zip(contexts, subject.encode(contexts), strict=True))
     wholes = subject.encode([context + continuation for context, continuation in moved])
     requests: list[Request] = []
-    for (context, continuation), ids in zip(moved, wholes, strict=True):
-        split = length_of[context]
-        if split >= len(ids):  # the continuation merged into the context's last token
-            ids = subject.encode([context])[0] + subject.encode([continuation])[0]
-        before = subject.prefix_ids + ids[:split]
-        requests.append((before or [subject.start_id], ids[split:]))
+    for (context, continuation), whole in zip(moved, wholes, strict=True):
+        before = ids_of[context]
+        after = whole[len(before) :]
+        if whole[: len(before)] != before or not after:
+            (after,) = subject.encode([continuation])
+        requests.append((subject.prefix_ids + before or [subject.start_id], after))
     return requests
 
 
@@ -242,7 +246,7 @@ def _choose(
         if item.unconditional_contexts is not None:
             pairs += zip(item.unconditional_contexts, item.options, strict=True)
     requests = encode_pairs(subject, pairs)
-    fits = [len(continuation) <= subject.max_length for _, continuation in requests]
+    fits = [len(continuation) <= subject.window for _, continuation in requests]
     per_question = len(choices) / max(1, sum(fits))
     found = iter(
         continuation_logprobs(
@@ -250,7 +254,7 @@ def _choose(
             [request for request, is_fitting in zip(requests, fits, strict=True) if is_fitting],
             batch_tokens=subject.batch_tokens,
             pad_id=subject.start_id,
-            max_length=subject.max_length,
+            max_length=subject.window,
             on_progress=lambda done: on_progress(int(done * per_question)),
         )
     )
@@ -296,16 +300,15 @@ def _predict(
 ) -> list[dict[str, Any]]:
     encoded = subject.tokenizer(
         [document.text for document in documents],
-        add_special_tokens=False,
-        split_special_tokens=True,
         return_offsets_mapping=True,
+        **AS_TEXT,
     )
-    num_windows = sum(-(-len(ids) // subject.max_length) for ids in encoded.input_ids)
+    num_windows = sum(-(-len(ids) // subject.window) for ids in encoded.input_ids)
     scores = rolling_logprobs(
         subject.model,
         encoded.input_ids,
         prefix_id=subject.start_id,
-        max_length=subject.max_length,
+        max_length=subject.window,
         batch_tokens=subject.batch_tokens,
         pad_id=subject.start_id,
         on_progress=lambda done: on_progress(done * len(documents) // num_windows),

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from eval.asking import Subject, ask, load_encoders, load_subject
 from eval.questions import Document, Item, data_file, read_items
 from eval.report import write_report
@@ -50,6 +52,7 @@ class EvalRecipe:
     data_dir: str | None = setting(None, changes_result=False)  # where tasks find their files
     limit: int | None = setting(None, low=1)  # questions of each task, drawn with the seed
     max_new_tokens: int | None = setting(None, low=1)  # of an answer; the task's own if null
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: as the weights are stored
     batch_tokens: int = setting(8192, low=1, changes_result=False)
     generation_batch_size: int = setting(64, low=1, changes_result=False)
 
@@ -68,10 +71,9 @@ class EvalRecipe:
 
 def model_names(models: Sequence[str]) -> list[str]:
     """A short name for each model: the last part of its path, and more where that is not enough."""
-    parts = [
-        [part for part in Path(model).parts if part not in ("/", "..", ".")] for model in models
-    ]
-    for length in range(1, max(len(item) for item in parts) + 1):
+    parts = [[part for part in Path(model).parts if part not in ("/", "..")] for model in models]
+    names = ["model"] * len(models)
+    for length in range(1, max(map(len, parts)) + 1):
         names = ["-".join(item[-length:]) or "model" for item in parts]
         if len(set(names)) == len(names):
             return names
@@ -136,6 +138,14 @@ def run(recipe: EvalRecipe) -> RunFolder:
         if folder.is_main:
             write_report([folder.path], show=True)
         return folder
+    try:
+        _evaluate(recipe, folder)
+    finally:
+        folder.release()
+    return folder
+
+
+def _evaluate(recipe: EvalRecipe, folder: RunFolder) -> None:
     selection = _selection(recipe)
     for model in recipe.models:
         load_encoders(model)  # a folder without a tokenizer is found before hours of work
@@ -169,7 +179,6 @@ def run(recipe: EvalRecipe) -> RunFolder:
             for item in scores["models"]
         },
     )
-    return folder
 
 
 def _ask_model(
@@ -195,6 +204,7 @@ def _ask_model(
                     model,
                     batch_tokens=recipe.batch_tokens,
                     batch_size=recipe.generation_batch_size,
+                    dtype=None if recipe.dtype == "auto" else getattr(torch, recipe.dtype),
                 )
             started = time.monotonic()
             scale = weight / len(questions[task.name])
@@ -259,6 +269,7 @@ def _samples_key(recipe: EvalRecipe, folder: RunFolder, task: Task, model: str) 
         "limit": recipe.limit,
         "seed": recipe.run.seed,
         "max_new_tokens": recipe.max_new_tokens,
+        "dtype": recipe.dtype,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
