@@ -51,18 +51,21 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """The dialogue as text. Errors: CannotEncode with what the template said against it."""
-        return self.render_with_marked(messages, add_generation_prompt)[0]
+        return self._render(messages, add_generation_prompt, with_marked=False)[0]
 
-    def render_with_marked(
-        self, messages: Sequence[Message], add_generation_prompt: bool = False
-    ) -> tuple[str, list[Span]]:
+    def render_with_marked(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
         """The text, and the characters between ``{% generation %}`` and ``{% endgeneration %}``."""
+        return self._render(messages, False, with_marked=True)
+
+    def _render(
+        self, messages: Sequence[Message], add_generation_prompt: bool, with_marked: bool
+    ) -> tuple[str, list[Span]]:
         turns = [{"role": turn["role"], "content": turn["content"]} for turn in messages]
         try:
             rendered: Any = render_jinja_template(
                 [turns],
                 chat_template=self.source,
-                return_assistant_tokens_mask=self.has_markers,
+                return_assistant_tokens_mask=with_marked,
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,
             )
@@ -80,7 +83,7 @@ class ChatTemplate:
                 f"{self.name} refuses this dialogue: {error}", "refused by the chat template"
             ) from None
         texts, spans = rendered
-        return texts[0], spans[0] if self.has_markers else []
+        return texts[0], spans[0] if with_marked else []
 
     def frames(self, roles: Sequence[str], add_generation_prompt: bool = False) -> tuple[str, ...]:
         """The template's own text before, between and after messages with these roles."""
