@@ -252,15 +252,13 @@ def inspect(recipe: str, overrides: tuple[str, ...], num_examples: int, tokens: 
     Examples as text, with what is learnt marked; lengths; rows cut or dropped, with the reason.
     """
     from open_instruct import pipeline
-    from open_instruct.preview import preview
+    from open_instruct.inspect import inspect_recipe
 
     path = pipeline.find_recipe(recipe)
     _, resolved = pipeline.load_stage_recipe(path, overrides)
     if resolved.stage not in ("sft", "dpo"):
         raise UserError(f"{path}: data inspect shows sft and dpo recipes, not {resolved.stage}.")
-    is_terminal = sys.stdout.isatty()
-    for line in preview(resolved, num_examples, by_token=tokens, colour=is_terminal):
-        click.echo(line)
+    inspect_recipe(resolved, num_shown=num_examples, by_token=tokens)
 
 
 @data.command()
