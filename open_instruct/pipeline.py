@@ -148,6 +148,18 @@ def _yaml_in(folder: Path) -> list[Path]:
 VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a recipe's value, however deep."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+
+
 def fill_variables(value: Any, variables: Mapping[str, str], place: str) -> Any:
     """``value`` with every ``${name}`` in its texts replaced. Errors: UserError if one is unset."""
     if isinstance(value, str):
@@ -189,14 +201,20 @@ def load_stage_recipe(
     """A stage's recipe file, its ``vars:`` and overrides, as the stage and its frozen recipe.
 
     ``variables`` and ``changes`` are what a pipeline sets in it; ``overrides`` win over both. An
-    override that names a variable sets the variable. Errors: UserError.
+    override that names a variable, one of ``vars:`` or one that the recipe uses, sets that. Errors: UserError.
     """
     keys = read_keys(path)
     values = _own_variables(keys) | dict(variables or {})
     keys |= changes or {}
+    names = values.keys() | {
+        name
+        for given in keys.values()
+        for text in _texts(given.value)
+        for name in VARIABLE.findall(text)
+    }
     for text in overrides:
         key, value = parse_override(text)
-        if key.removeprefix("vars.") in values:
+        if key.removeprefix("vars.") in names:
             values[key.removeprefix("vars.")] = text.partition("=")[2]
         else:
             keys[key] = Given(value, f"override {text!r}")
@@ -363,18 +381,8 @@ def state_of(step: Step) -> State:
 def _needs(step: Step, others: Sequence[Step]) -> list[Step]:
     """Those of the other steps whose folder this step's recipe names."""
 
-    def texts(value: Any) -> Iterator[str]:
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, Mapping):
-            for item in value.values():
-                yield from texts(item)
-        elif isinstance(value, list):
-            for item in value:
-                yield from texts(item)
-
     keys = {key: value for key, value in recipe_to_dict(step.recipe).items() if key != "output_dir"}
-    named = [_absolute(text) for text in texts(keys)]
+    named = [_absolute(text) for text in _texts(keys)]
     return [
         other
         for other in others

@@ -7,6 +7,7 @@ lines in and read the answers.
 
 import contextlib
 import json
+import os
 import sys
 import unicodedata
 from collections.abc import Callable, Generator, Iterator
@@ -14,10 +15,10 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 
-from olmo_base.model.generate import Generator as TextGenerator
-from olmo_base.model.generate import load_generator
 from tokenizers.decoders import DecodeStream
 
+from olmo_base.model.generate import Generator as TextGenerator
+from olmo_base.model.generate import load_generator
 from olmo_base.run.errors import UserError
 from open_instruct.encode import ChatEncoder, load_chat_encoder
 from open_instruct.examples import Message
@@ -146,24 +147,24 @@ class Conversation:
             yield whole[len(shown) :]
 
 
-def save_conversation(messages: list[Message], path: str | Path) -> int:
-    """Add a conversation to a JSON-lines file as ``{"messages": [...]}``; the number of its line.
+def save_conversation(messages: list[Message], path: str | Path) -> None:
+    """Add a conversation to a JSON-lines file as ``{"messages": [...]}``.
 
     Errors: UserError if nothing was answered yet, or the file cannot be written.
     """
     if not any(message["role"] == "assistant" for message in messages):
         raise UserError("There is nothing to save yet: ask something first.")
-    row = json.dumps({"messages": messages}, ensure_ascii=False)
+    row = json.dumps({"messages": messages}, ensure_ascii=False).encode("utf-8")
     path = Path(path).expanduser()
     try:
         with open(path, "a+b") as file:
-            file.seek(0)
-            content = file.read()
-            gap = b"" if not content or content.endswith(b"\n") else b"\n"
-            file.write(gap + row.encode("utf-8") + b"\n")
+            if os.fstat(file.fileno()).st_size > 0:
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    row = b"\n" + row
+            file.write(row + b"\n")
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}.") from None
-    return content.count(b"\n") + len(gap) + 1
 
 
 # ---------------------------------------------------------------- lines in
@@ -183,8 +184,8 @@ def follow_command(conversation: Conversation, line: str) -> bool:
     elif word == "/save":
         if not rest:
             raise UserError("/save needs a file: /save conversations.jsonl")
-        number = save_conversation(conversation.messages(), rest)
-        conversation.notify(f"(Saved as line {number} of {rest}.)")
+        save_conversation(conversation.messages(), rest)
+        conversation.notify(f"(Added to {rest} as one line.)")
     else:
         known = [command.split()[0] for command in COMMANDS]
         near = get_close_matches(word, known, n=1, cutoff=0.4)

@@ -186,6 +186,8 @@ def test_a_stage_recipe_runs_alone_with_variables_of_its_own(recipes):
     path = recipes / "tokenizer.yaml"
     with pytest.raises(UserError, match=r"\$\{data\} is not set.*data=VALUE"):
         pipeline.load_stage_recipe(path)
+    _, recipe = pipeline.load_stage_recipe(path, ["root=x", "data=data"])
+    assert recipe.run.output_dir == "x/tokenizer"
     change(recipes, "tokenizer.yaml", vars={"root": "runs/alone", "data": "data"})
     _, recipe = pipeline.load_stage_recipe(path)
     assert recipe.run.output_dir == "runs/alone/tokenizer"
