@@ -21,7 +21,7 @@ from olmo_base.run.errors import UserError
 from olmo_base.scorer import Request, Score, context_length, continuation_logprobs, rolling_logprobs
 from open_instruct.encode import ChatEncoder, load_chat_encoder, load_chat_tokenizer
 
-OnProgress = Callable[[int], None]  # told how many questions of the task are done
+OnProgress = Callable[[float], None]  # told how many questions of the task are done
 WINDOW_WITHOUT_LIMIT = 2048  # for architectures that could read on for ever; as in lm-eval
 # No beginning or end is added, control tokens are spelt out, and texts may be of any length.
 AS_TEXT: dict[str, Any] = {
@@ -255,7 +255,7 @@ def _choose(
             batch_tokens=subject.batch_tokens,
             pad_id=subject.start_id,
             max_length=subject.window,
-            on_progress=lambda done: on_progress(int(done * per_question)),
+            on_progress=lambda done: on_progress(done * per_question),
         )
     )
     scores = iter([next(found) if is_fitting else None for is_fitting in fits])
@@ -311,7 +311,7 @@ def _predict(
         max_length=subject.window,
         batch_tokens=subject.batch_tokens,
         pad_id=subject.start_id,
-        on_progress=lambda done: on_progress(done * len(documents) // num_windows),
+        on_progress=lambda done: on_progress(done * len(documents) / num_windows),
     )
     rows = []
     for document, score, offsets in zip(documents, scores, encoded["offset_mapping"], strict=True):

@@ -87,7 +87,7 @@ def _selection(recipe: EvalRecipe) -> Selection:
 def input_files(recipe: EvalRecipe) -> list[Path]:
     """The models' files, the tasks' data and their definitions. Errors: UserError if one lacks."""
     selection = _selection(recipe)
-    files = [data_file(task, recipe.data_dir) for task in selection.tasks]
+    files = [_data_file(recipe, selection, task) for task in selection.tasks]
     for model in recipe.models:
         files += model_files(model)
     return list(dict.fromkeys([*files, *selection.sources]))
@@ -111,12 +111,16 @@ def _read_questions(recipe: EvalRecipe, selection: Selection) -> dict[str, list[
     return {
         task.name: read_items(
             task,
-            data_file(task, recipe.data_dir),
+            _data_file(recipe, selection, task),
             limit=recipe.limit,
             seed=recipe.run.seed,
         )
         for task in selection.tasks
     }
+
+
+def _data_file(recipe: EvalRecipe, selection: Selection, task: Task) -> Path:
+    return data_file(task, recipe.data_dir or selection.data_dir)
 
 
 def _weight(items: Sequence[Item]) -> int:
@@ -197,7 +201,7 @@ def _ask_model(
     for task in selection.tasks:
         weight = _weight(questions[task.name])
         samples = folder.path / SAMPLES / name / f"{task.name}.jsonl"
-        key = _samples_key(recipe, folder, task, model)
+        key = _samples_key(recipe, folder, selection, task, model)
         if not _is_finished(samples, key):
             if subject is None:
                 subject = load_subject(
@@ -209,7 +213,7 @@ def _ask_model(
             started = time.monotonic()
             scale = weight / len(questions[task.name])
 
-            def on_progress(count: int, before: int = done, scale: float = scale) -> None:
+            def on_progress(count: float, before: int = done, scale: float = scale) -> None:
                 progress.update(before + int(count * scale))
                 if stop.requested:
                     raise Stopped(stop.signal_number, "finished tasks are kept")
@@ -250,12 +254,14 @@ def _warn(folder: RunFolder, name: str, record: dict[str, Any], number: int) -> 
         )
     if record["context_cut"]:
         folder.log(
-            f"{name}: in {record['task']} the beginning of {record['context_cut']:,} contexts was "
-            "left out because the model's context is too short."
+            f"{name}: {record['context_cut']:,} of {number:,} contexts of {record['task']} lost "
+            "their beginning, because they are too long for the model."
         )
 
 
-def _samples_key(recipe: EvalRecipe, folder: RunFolder, task: Task, model: str) -> str:
+def _samples_key(
+    recipe: EvalRecipe, folder: RunFolder, selection: Selection, task: Task, model: str
+) -> str:
     """What decides a samples file: the model's files, the questions, and how they are asked."""
     hashes = {
         path: item["sha256"]
@@ -264,7 +270,7 @@ def _samples_key(recipe: EvalRecipe, folder: RunFolder, task: Task, model: str) 
     content = {
         "version": SAMPLES_VERSION,
         "model": sorted((path.name, hashes[str(path)]) for path in model_files(model)),
-        "data": hashes[str(data_file(task, recipe.data_dir))],
+        "data": hashes[str(_data_file(recipe, selection, task))],
         "task": dataclasses.asdict(task) | {"file": None, "about": None},
         "limit": recipe.limit,
         "seed": recipe.run.seed,

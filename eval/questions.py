@@ -65,7 +65,10 @@ def data_file(task: Task, data_dir: str | None) -> Path:
                 "Say which folder with data_dir (--data-dir)."
             )
         if not Path(data_dir).is_dir():
-            raise UserError(f"data_dir {data_dir} is not a folder.")
+            raise UserError(
+                f"data_dir {data_dir} is not a folder; the task {task.name} reads {task.file} "
+                "from it. Say where the data is with data_dir (--data-dir)."
+            )
         path = Path(data_dir) / path
     if not path.is_file():
         found = sorted(file.name for file in path.parent.glob("*.json*"))

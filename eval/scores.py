@@ -58,10 +58,12 @@ def _surprise(row: Row, metric: str) -> tuple[float, float]:
 def measured(kind: str, rows: Sequence[Row]) -> list[str]:
     """The metrics of a kind that these samples hold: unconditional ones not in every file."""
     names = list(METRICS[kind])
-    if "acc_uncond" in names and any(
-        option["logprob_alone"] is None for row in rows for option in row["options"]
-    ):
-        names.remove("acc_uncond")
+    if "acc_uncond" in names:
+        read = [
+            option for row in rows for option in row["options"] if option["logprob"] is not None
+        ]
+        if not read or any(option["logprob_alone"] is None for option in read):
+            names.remove("acc_uncond")
     if not any(map(_is_readable, rows)):
         names = [name for name in names if name not in LOWER_IS_BETTER]
     return names

@@ -22,7 +22,7 @@ from rich.text import Text
 from eval.report.charts import BarChart, LineChart, bar_chart, line_chart
 from eval.report.gather import ModelResult, Report, evaluation_time, subject_key
 from eval.report.training import Stage
-from eval.scores import is_right, picked_option
+from eval.scores import estimate, is_right, picked_option
 from eval.statistics import Difference, Estimate
 from eval.tasks import LOWER_IS_BETTER, METRICS
 
@@ -55,21 +55,23 @@ METRIC_WORDS = {
 
 
 def value_text(value: float, is_share: bool) -> str:
-    """61.2 for a share of 0.612; three decimals for bits."""
-    return f"{100 * value:.1f}" if is_share else f"{value:.3f}"
+    """61.2 for a share of 0.612; three decimals for bits, fewer for large perplexities."""
+    if is_share:
+        return f"{100 * value:.1f}"
+    return f"{value:.3f}" if value < 100 else f"{value:,.1f}" if value < 1e6 else f"{value:.3g}"
 
 
-def interval_text(estimate: Estimate, is_share: bool) -> str:
+def interval_text(item: Estimate, is_share: bool) -> str:
     """58.9-63.4, or nothing where there is no interval."""
-    if estimate.low is None or estimate.high is None:
+    if item.low is None or item.high is None:
         return ""
-    return f"{value_text(estimate.low, is_share)}–{value_text(estimate.high, is_share)}"
+    return f"{value_text(item.low, is_share)}–{value_text(item.high, is_share)}"
 
 
 def difference_text(value: float, is_share: bool) -> str:
     """+58.1 or −0.8, with a real minus sign."""
     words = value_text(abs(value), is_share)
-    sign = "" if not float(words) else "+" if value > 0 else "−"
+    sign = "" if not float(words.replace(",", "")) else "+" if value > 0 else "−"
     return sign + words
 
 
@@ -159,7 +161,7 @@ class ScoreRow:
     is_group: bool
     about: str
     unit: str
-    n: int
+    n: str
     chance: str
     cells: Sequence[Cell | None]
     chart: BarChart
@@ -190,11 +192,11 @@ def _score_row(report: Report, subject: str, is_group: bool) -> ScoreRow:
     bars: list[tuple[str, int, float, float | None, float | None, str]] = []
     n = 0
     for index, model in enumerate(report.models):
-        estimate = _estimate(report, model, subject, is_group)
-        if estimate is None:
+        scored = _estimate(report, model, subject, is_group)
+        if scored is None:
             cells.append(None)
             continue
-        n = max(n, estimate.n)
+        n = max(n, scored.n)
         change = None
         if index > 0:
             against = report.models[index - 1].name
@@ -203,8 +205,8 @@ def _score_row(report: Report, subject: str, is_group: bool) -> ScoreRow:
                 change = _change(found.difference, against, is_share, lower_is_better)
         cells.append(
             Cell(
-                value=value_text(estimate.value, is_share),
-                interval=interval_text(estimate, is_share),
+                value=value_text(scored.value, is_share),
+                interval=interval_text(scored, is_share),
                 is_best=report.best.get(subject_key(subject, is_group)) == model.name,
                 change=change,
             )
@@ -213,10 +215,10 @@ def _score_row(report: Report, subject: str, is_group: bool) -> ScoreRow:
             (
                 visible(model.name),
                 index % NUM_COLORS,
-                estimate.value,
-                estimate.low,
-                estimate.high,
-                value_text(estimate.value, is_share),
+                scored.value,
+                scored.low,
+                scored.high,
+                value_text(scored.value, is_share),
             )
         )
     levels = [report.chance[member] for member in members if member in report.chance]
@@ -229,7 +231,7 @@ def _score_row(report: Report, subject: str, is_group: bool) -> ScoreRow:
         is_group=is_group,
         about="mean of " + ", ".join(members) if is_group and len(members) > 1 else task.about,
         unit=f"{words}{', %' if is_share else ', lower is better'}",
-        n=n,
+        n=f"{n:,} {'blocks' if task.kind == 'perplexity' else 'questions'}",
         chance="" if chance is None or lower_is_better else value_text(chance, is_share),
         cells=cells,
         chart=bar_chart(
@@ -286,6 +288,40 @@ def headlines(report: Report, rows: Sequence[ScoreRow]) -> list[str]:
             sentence += f" {text[:1].upper()}{text[1:]}."
         sentences.append(sentence)
     return sentences
+
+
+def measure_rows(report: Report, task: str) -> list[list[str]]:
+    """Name, number and one cell a model: for every metric, and for every kind of question."""
+    results = [model.tasks.get(task) for model in report.models]
+    rows = []
+    for metric in METRICS[report.tasks[task].kind]:
+        found = [result.metrics.get(metric) if result else None for result in results]
+        if any(found):
+            rows.append(_measure_row(METRIC_WORDS[metric], found, metric not in LOWER_IS_BETTER))
+    main = report.tasks[task].main_metric
+    by_kind: dict[str, list[Estimate | None]] = {}
+    for index, result in enumerate(results):
+        kinds: dict[str, list[dict[str, Any]]] = {}
+        for row in result.rows if result else ():
+            if row.get("category"):
+                kinds.setdefault(row["category"], []).append(row)
+        for kind, members in kinds.items():
+            found = by_kind.setdefault(kind, [None] * len(results))
+            found[index] = estimate(members, main)
+    rows += [
+        _measure_row(visible(kind), by_kind[kind], main not in LOWER_IS_BETTER)
+        for kind in sorted(by_kind)
+    ]
+    return rows
+
+
+def _measure_row(name: str, found: Sequence[Estimate | None], is_share: bool) -> list[str]:
+    cells = []
+    for item in found:
+        interval = interval_text(item, is_share) if item else ""
+        value = value_text(item.value, is_share) if item else "–"
+        cells.append(f"{value} ({interval})" if interval else value)
+    return [name, f"{max(item.n for item in found if item):,}", *cells]
 
 
 # ---------------------------------------------------------------- training
@@ -428,7 +464,7 @@ def _sample_card(
         target = " or ".join(target)
     is_text = "num_bytes" in first
     return SampleCard(
-        question=clipped(target if is_text else first["question"]),
+        question=clipped(target.strip() if is_text else first["question"]),
         target=None if is_text else clipped(target.strip()),
         kind=kind,
         answers=answers,
@@ -502,8 +538,8 @@ def _problems(report: Report) -> list[str]:
             number = result.record.get("context_cut", 0)
             if number:
                 lines.append(
-                    f"{model.name}: in {name} the beginning of {number:,} contexts was left out "
-                    "because the model's context is too short."
+                    f"{model.name}: {number:,} of {len(result.rows):,} contexts of {name} lost "
+                    "their beginning, because they are too long for the model."
                 )
         missing = [name for name in report.tasks if name not in model.tasks]
         if missing:
@@ -539,8 +575,14 @@ def html_page(report: Report) -> str:
         duration=duration_text(report.seconds) if report.models else None,
         num_questions=sum(
             max((len(m.tasks[name].rows) for m in report.models if name in m.tasks), default=0)
-            for name in report.tasks
+            for name, task in report.tasks.items()
+            if task.kind != "perplexity"
         ),
+        measures=[
+            (name, measures)
+            for name in report.tasks
+            if len(measures := measure_rows(report, name)) > 1
+        ],
         models=[
             {"name": visible(model.name), "color": index % NUM_COLORS}
             for index, model in enumerate(report.models)
@@ -618,7 +660,7 @@ def markdown(report: Report) -> str:
     lines += [f"- **Note:** {_plain(problem)}" for problem in _problems(report)]
     if report.models:
         lines += ["", "## Scores", ""]
-        lines.append("| | questions | " + " | ".join(names) + " |")
+        lines.append("| | asked | " + " | ".join(names) + " |")
         lines.append("|---|---:|" + "---:|" * len(names))
         for row in rows:
             name = f"**{_plain(row.name)}**" if row.is_group else _plain(row.name)
@@ -630,7 +672,7 @@ def markdown(report: Report) -> str:
                 value = f"**{cell.value}**" if cell.is_best else cell.value
                 cells.append(f"{value} ({cell.interval})" if cell.interval else value)
             unit = "" if row.unit.endswith("%") else f" ({row.unit})"
-            lines.append(f"| {name}{unit} | {row.n:,} | " + " | ".join(cells) + " |")
+            lines.append(f"| {name}{unit} | {row.n} | " + " | ".join(cells) + " |")
         lines += [
             "",
             "Scores in percent with 95 % intervals. Bold: better than every other model, judged "

@@ -73,6 +73,7 @@ class Suite:
     name: str
     groups: dict[str, tuple[str, ...]]
     about: str = ""
+    data_dir: str | None = None  # where its files are, if the evaluation does not say
 
     def __post_init__(self) -> None:
         if not self.groups or not all(self.groups.values()):
@@ -140,6 +141,7 @@ class Selection:
     tasks: tuple[Task, ...]
     groups: dict[str, tuple[str, ...]]
     suite: str | None
+    data_dir: str | None  # the suite's own
     sources: tuple[Path, ...]  # the files that define them
 
     def as_dict(self) -> dict[str, Any]:
@@ -165,8 +167,10 @@ def select(
             f"Say what to ask: a suite ({', '.join(sorted(catalogue.suites))}) or tasks by name."
         )
     groups: dict[str, tuple[str, ...]] = {}
+    data_dir: str | None = None
     if suite is not None:
-        groups = _look_up("suite", suite, catalogue.suites).groups
+        found: Suite = _look_up("suite", suite, catalogue.suites)
+        groups, data_dir = found.groups, found.data_dir
         of_suite = list(dict.fromkeys(name for group in groups.values() for name in group))
         for name in names:
             _look_up(f"task of suite {suite}", name, dict.fromkeys(of_suite))
@@ -181,7 +185,7 @@ def select(
     keys = [f"suites {suite}"] if suite is not None else []
     keys += [f"tasks {task.name}" for task in chosen]
     sources = tuple(dict.fromkeys(catalogue.sources[key] for key in keys))
-    return Selection(chosen, groups, suite, sources)
+    return Selection(chosen, groups, suite, data_dir, sources)
 
 
 def _look_up(what: str, name: str, known: dict[str, Any]) -> Any:

@@ -216,8 +216,8 @@ def test_half_a_surrogate_pair_can_be_written(make_evaluation):
 
 def test_markdown_table_has_a_column_for_each_model(make_evaluation):
     text = markdown(gather([make_evaluation()]))
-    (head,) = [line for line in text.splitlines() if line.startswith("| | questions")]
-    assert head == "| | questions | base | sft | dpo |"
+    (head,) = [line for line in text.splitlines() if line.startswith("| | asked")]
+    assert head == "| | asked | base | sft | dpo |"
     (row,) = [line for line in text.splitlines() if line.startswith("| **instruction following**")]
     assert row.count("|") == head.count("|")
     assert re.search(r"\*\*\d\d\.\d\*\* \(\d\d\.\d–\d\d\.\d\) \|$", row)  # dpo's, which is best
