@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from olmo_base.run.artefact import RunFolder, atomic_folder, move_into, resolve_model
 from olmo_base.run.errors import UserError
@@ -18,6 +19,7 @@ from olmo_base.run.recipe import setting
 from open_instruct.encode import ChatEncoder, save_chat_files
 
 FLOAT_BYTES = 4
+transformers_logging.disable_progress_bar()  # ours tell what is long
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ nothing but rounding. Between two log steps nothing waits for the device.
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
@@ -75,7 +75,7 @@ class Workers:
         if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
             raise UserError(
                 f"accelerate was configured for {kind.value}, and this loop trains with plain data "
-                "parallelism. Launch it with accelerate launch --multi_gpu, or --cpu."
+                "parallelism. Launch it with accelerate launch --multi_gpu, or torchrun."
             )
         self.device: torch.device = self._accelerator.device
         self.rank: int = self._accelerator.process_index
@@ -323,6 +323,26 @@ def peak_memory(device: torch.device) -> dict[str, int]:
 # ---------------------------------------------------------------- the loop
 
 
+def add_gradients(
+    workers: Workers,
+    model: nn.Module,
+    batches: Sequence[Batch],
+    num_terms: int,
+    summed_loss: SummedLoss,
+    totals: Totals,
+) -> None:
+    """One step's gradients from this rank's micro-batches.
+
+    ``num_terms`` is what was counted over the micro-batches of all ranks.
+    """
+    for number, batch in enumerate(batches, start=1):
+        with workers.meeting(model, is_last=number == len(batches)):
+            sums = summed_loss(model, batch.to(workers.device))
+            # DDP averages over ranks; the loss is a sum over them.
+            workers.backward(sums["loss"] * (workers.num_ranks / num_terms))
+        totals.add(sums)
+
+
 def train(
     folder: RunFolder,
     workers: Workers,
@@ -366,12 +386,7 @@ def train(
             seed_step(seed, at.step, workers.rank)
             num_terms, num_tokens = steps.num_terms(at.step), steps.num_tokens(at.step)
             batches = steps.micro_batches(at.step, workers.rank)
-            for number, batch in enumerate(batches, start=1):
-                with workers.meeting(shared, is_last=number == len(batches)):
-                    sums = summed_loss(shared, batch.to(workers.device))
-                    # DDP averages over ranks; the loss is a sum over them.
-                    workers.backward(sums["loss"] * (workers.num_ranks / num_terms))
-                row.add(sums)
+            add_gradients(workers, shared, batches, num_terms, summed_loss, row)
             gradient_norm = clip_gradients(model.parameters(), optim.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
