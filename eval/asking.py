@@ -206,8 +206,9 @@ def _text(
 
 def _newline_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:
     """Every token that begins with a line break, and so ends the answer before it."""
-    texts = ((token_id, _text(tokenizer, [token_id])) for token_id in range(len(tokenizer)))
-    return {token_id for token_id, text in texts if text.lstrip(" \t").startswith("\n")}
+    singles = [[token_id] for token_id in range(len(tokenizer))]
+    texts = tokenizer.backend_tokenizer.decode_batch(singles, skip_special_tokens=False)
+    return {n for n, text in enumerate(texts) if text.lstrip(" \t").startswith("\n")}
 
 
 # ---------------------------------------------------------------- the likeliest option

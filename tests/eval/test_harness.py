@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from eval.asking import ask, encode_pairs, load_subject
 from eval.harness import EvalRecipe, evaluate, input_files, model_names, plan, run
@@ -451,6 +452,31 @@ def test_blocks_of_a_document_add_up_to_the_whole(models, monkeypatch):
     whole = rolling_logprob(base.model, ids, prefix_id=0)
     assert sum(row["num_tokens"] for row in rows) == len(ids)
     assert math.isclose(sum(row["logprob"] for row in rows), whole.logprob, rel_tol=1e-6)
+
+
+def test_any_hugging_face_model_can_be_asked(models, data, tmp_path):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=330,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=CONTEXT,
+        eos_token_id=0,
+        bos_token_id=None,
+    )
+    shutil.copytree(models / "tokenizer", tmp_path / "llama")
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    folder = run(recipe(tmp_path, data, tmp_path / "out", "llama")).path
+    bits = scores(folder)["llama"]["text bits_per_byte"]
+    assert bits == pytest.approx(samples_bits(folder), rel=1e-6)
+    assert {row["correct"] for row in samples(folder, "llama", "words")} == {False}
+
+
+def samples_bits(folder: Path) -> float:
+    (row,) = samples(folder, "llama", "text")
+    return -row["logprob"] / math.log(2) / row["num_bytes"]
 
 
 def test_a_choice_reports_the_log_likelihood_of_every_option(models):
