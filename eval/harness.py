@@ -7,16 +7,17 @@ recipe -> tasks and their questions -> each model asked each task -> samples/<mo
 import dataclasses
 import gc
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from eval.asking import Subject, ask, load_encoders, load_subject
+from eval.asking import OnProgress, Subject, ask, load_encoders, load_subject
 from eval.questions import Document, Item, data_file, read_items
 from eval.report import write_report
 from eval.report.gather import EVALUATION, SAMPLES
@@ -123,11 +124,6 @@ def _data_file(recipe: EvalRecipe, selection: Selection, task: Task) -> Path:
     return data_file(task, recipe.data_dir or selection.data_dir)
 
 
-def _weight(items: Sequence[Item]) -> int:
-    """Progress counts questions, and a document as many as it has thousands of characters."""
-    return sum(1 + len(item.text) // 1000 if isinstance(item, Document) else 1 for item in items)
-
-
 # ---------------------------------------------------------------- doing it
 
 
@@ -142,6 +138,8 @@ def run(recipe: EvalRecipe) -> RunFolder:
         if folder.is_main:
             write_report([folder.path], show=True)
         return folder
+    if not folder.is_main:
+        return folder  # the first process asks; the others have nothing to do yet
     try:
         _evaluate(recipe, folder)
     finally:
@@ -150,143 +148,162 @@ def run(recipe: EvalRecipe) -> RunFolder:
 
 
 def _evaluate(recipe: EvalRecipe, folder: RunFolder) -> None:
-    selection = _selection(recipe)
     for model in recipe.models:
         load_encoders(model)  # a folder without a tokenizer is found before hours of work
-    questions = _read_questions(recipe, selection)
-    names = model_names(recipe.models)
-    content = selection.as_dict() | {
-        "models": [
-            {"name": name, "path": model} for name, model in zip(names, recipe.models, strict=True)
-        ]
-    }
-    atomic_write(folder.path / EVALUATION, json.dumps(content, indent=2) + "\n")
+    selection = _selection(recipe)
+    jobs = _jobs(recipe, folder, selection)
+    models = [{"name": name, "path": model} for name, model in _named(recipe.models)]
+    content = json.dumps(selection.as_dict() | {"models": models}, indent=2)
+    atomic_write(folder.path / EVALUATION, content + "\n")
     seed_everything(recipe.run.seed)
-    total = len(recipe.models) * sum(map(_weight, questions.values()))
+    total = sum(job.weight for job in jobs)
     with (
         stop_signals() as stop,
         Progress(folder, "evaluation", total, unit="questions") as progress,
     ):
         done = 0
-        for name, model in zip(names, recipe.models, strict=True):
-            done = _ask_model(
-                recipe, folder, selection, questions, name, model, stop, progress, done
-            )
+        for model, of_model in itertools.groupby(jobs, key=lambda job: job.model):
+            subject: Subject | None = None
+            for job in of_model:
+                if not job.is_finished():
+                    subject = subject or _load(recipe, model)
+                    _ask(recipe, folder, job, subject, _Ticker(progress, stop, done, job))
+                done += job.weight
+                progress.update(done)
+            del subject
+            gc.collect()  # one model's weights, before the next one's are loaded
     folder.note_time()
     path = write_report([folder.path], show=True)
-    scores = json.loads((folder.path / "report.json").read_text(encoding="utf-8"))
-    folder.counts.used = sum(map(len, questions.values()))
+    report = json.loads((folder.path / "report.json").read_text(encoding="utf-8"))
+    folder.counts.used = sum(len(job.items) for job in jobs if job.model == recipe.models[0])
     folder.finish(
         report=str(path),
         scores={
             item["name"]: {group: score["value"] for group, score in item["groups"].items()}
-            for item in scores["models"]
+            for item in report["models"]
         },
     )
 
 
-def _ask_model(
-    recipe: EvalRecipe,
-    folder: RunFolder,
-    selection: Selection,
-    questions: dict[str, list[Item]],
-    name: str,
-    model: str,
-    stop: StopFlag,
-    progress: Progress,
-    done: int,
-) -> int:
-    """One model's tasks, those with finished samples skipped; returns what is done then."""
-    subject: Subject | None = None
-    for task in selection.tasks:
-        weight = _weight(questions[task.name])
-        samples = folder.path / SAMPLES / name / f"{task.name}.jsonl"
-        key = _samples_key(recipe, folder, selection, task, model)
-        if not _is_finished(samples, key):
-            if subject is None:
-                subject = load_subject(
-                    model,
-                    batch_tokens=recipe.batch_tokens,
-                    batch_size=recipe.generation_batch_size,
-                    dtype=None if recipe.dtype == "auto" else getattr(torch, recipe.dtype),
-                )
-            started = time.monotonic()
-            scale = weight / len(questions[task.name])
+@dataclass(frozen=True)
+class Job:
+    """One task that one model is asked."""
 
-            def on_progress(count: float, before: int = done, scale: float = scale) -> None:
-                progress.update(before + int(count * scale))
-                if stop.requested:
-                    raise Stopped(stop.signal_number, "finished tasks are kept")
+    name: str  # of the model
+    model: str
+    task: Task
+    items: Sequence[Item]
+    samples: Path
+    key: str  # what decides the samples
 
-            rows = ask(
-                subject,
-                task,
-                questions[task.name],
-                max_new_tokens=recipe.max_new_tokens,
-                on_progress=on_progress,
-            )
-            record = {
-                "key": key,
-                "task": task.name,
-                "model": model,
-                "seconds": round(time.monotonic() - started, 3),
-                "uses_chat_template": subject.encoder is not None and task.kind == "exact_match",
-                "not_fitting": sum(bool(row.get("not_fitting")) for row in rows),
-                "context_cut": sum(bool(row.get("context_cut")) for row in rows),
+    @property
+    def record(self) -> Path:
+        """The file beside the samples that says how they were made."""
+        return self.samples.with_suffix(".json")
+
+    @property
+    def weight(self) -> int:
+        """For the progress: questions; of a document, thousands of characters."""
+        return sum(
+            1 + len(item.text) // 1000 if isinstance(item, Document) else 1 for item in self.items
+        )
+
+    def is_finished(self) -> bool:
+        """Whether the samples are there and were made from the same things."""
+        try:
+            record = json.loads(self.record.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        is_same = isinstance(record, dict) and record.get("key") == self.key
+        return is_same and self.samples.is_file()
+
+
+def _named(models: Sequence[str]) -> list[tuple[str, str]]:
+    return list(zip(model_names(models), models, strict=True))
+
+
+def _jobs(recipe: EvalRecipe, folder: RunFolder, selection: Selection) -> list[Job]:
+    questions = _read_questions(recipe, selection)
+    inputs = (read_manifest(folder.path) or {}).get("inputs", {})
+    jobs = []
+    for name, model in _named(recipe.models):
+        weights = sorted((path.name, inputs[str(path)]["sha256"]) for path in model_files(model))
+        for task in selection.tasks:
+            content = {
+                "version": SAMPLES_VERSION,
+                "model": weights,
+                "data": inputs[str(_data_file(recipe, selection, task))]["sha256"],
+                "task": dataclasses.asdict(task) | {"file": None, "about": None},
+                "limit": recipe.limit,
+                "seed": recipe.run.seed,
+                "max_new_tokens": recipe.max_new_tokens,
+                "dtype": recipe.dtype,
             }
-            lines = "".join(json.dumps(row) + "\n" for row in rows)
-            atomic_write(samples, lines)
-            # Written last: samples count as finished once their record is there.
-            atomic_write(samples.with_suffix(".json"), json.dumps(record, indent=2) + "\n")
-            _warn(folder, name, record, len(rows))
-        done += weight
-        progress.update(done)
-    del subject
-    gc.collect()
-    return done
+            key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+            samples = folder.path / SAMPLES / name / f"{task.name}.jsonl"
+            jobs.append(Job(name, model, task, questions[task.name], samples, key))
+    return jobs
 
 
-def _warn(folder: RunFolder, name: str, record: dict[str, Any], number: int) -> None:
+def _load(recipe: EvalRecipe, model: str) -> Subject:
+    return load_subject(
+        model,
+        batch_tokens=recipe.batch_tokens,
+        batch_size=recipe.generation_batch_size,
+        dtype=None if recipe.dtype == "auto" else getattr(torch, recipe.dtype),
+    )
+
+
+@dataclass(frozen=True)
+class _Ticker:
+    """Told how many questions of a job are done; moves the bar, and ends the job on a signal."""
+
+    progress: Progress
+    stop: StopFlag
+    done_before: int
+    job: Job
+
+    def __call__(self, count: float) -> None:
+        share = count / len(self.job.items)
+        self.progress.update(self.done_before + int(share * self.job.weight))
+        if self.stop.requested:
+            raise Stopped(self.stop.signal_number, "finished tasks are kept")
+
+
+def _ask(
+    recipe: EvalRecipe, folder: RunFolder, job: Job, subject: Subject, on_progress: OnProgress
+) -> None:
+    """Ask one task and keep the samples."""
+    started = time.monotonic()
+    rows = ask(
+        subject,
+        job.task,
+        job.items,
+        max_new_tokens=recipe.max_new_tokens,
+        on_progress=on_progress,
+    )
+    record = {
+        "key": job.key,
+        "task": job.task.name,
+        "model": job.model,
+        "seconds": round(time.monotonic() - started, 3),
+        "uses_chat_template": subject.encoder is not None and job.task.kind == "exact_match",
+        "not_fitting": sum(bool(row.get("not_fitting")) for row in rows),
+        "context_cut": sum(bool(row.get("context_cut")) for row in rows),
+    }
+    atomic_write(job.samples, "".join(json.dumps(row) + "\n" for row in rows))
+    # Written last: samples count as finished once their record is there.
+    atomic_write(job.record, json.dumps(record, indent=2) + "\n")
     if record["not_fitting"]:
         folder.log(
-            f"{name}: {record['not_fitting']:,} of {number:,} questions of {record['task']} do "
-            "not fit the model's context; they count as wrong."
+            f"{job.name}: {record['not_fitting']:,} of {len(rows):,} questions of "
+            f"{job.task.name} do not fit the model's context; they count as wrong."
         )
     if record["context_cut"]:
         folder.log(
-            f"{name}: {record['context_cut']:,} of {number:,} contexts of {record['task']} lost "
-            "their beginning, because they are too long for the model."
+            f"{job.name}: {record['context_cut']:,} of {len(rows):,} contexts of {job.task.name} "
+            "lost their beginning, because they are too long for the model."
         )
-
-
-def _samples_key(
-    recipe: EvalRecipe, folder: RunFolder, selection: Selection, task: Task, model: str
-) -> str:
-    """What decides a samples file: the model's files, the questions, and how they are asked."""
-    hashes = {
-        path: item["sha256"]
-        for path, item in (read_manifest(folder.path) or {}).get("inputs", {}).items()
-    }
-    content = {
-        "version": SAMPLES_VERSION,
-        "model": sorted((path.name, hashes[str(path)]) for path in model_files(model)),
-        "data": hashes[str(_data_file(recipe, selection, task))],
-        "task": dataclasses.asdict(task) | {"file": None, "about": None},
-        "limit": recipe.limit,
-        "seed": recipe.run.seed,
-        "max_new_tokens": recipe.max_new_tokens,
-        "dtype": recipe.dtype,
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _is_finished(samples: Path, key: str) -> bool:
-    """Whether the samples are there and were made from the same things."""
-    try:
-        record = json.loads(samples.with_suffix(".json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return samples.is_file() and isinstance(record, dict) and record.get("key") == key
 
 
 # ---------------------------------------------------------------- the verb

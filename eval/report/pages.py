@@ -541,6 +541,11 @@ def _problems(report: Report) -> list[str]:
                     f"{model.name}: {number:,} of {len(result.rows):,} contexts of {name} lost "
                     "their beginning, because they are too long for the model."
                 )
+        if not Path(model.path).is_dir():
+            lines.append(
+                f"{model.name}: {model.path} is not a folder here, so its size and training are "
+                "not shown."
+            )
         missing = [name for name in report.tasks if name not in model.tasks]
         if missing:
             lines.append(f"{model.name}: not yet asked {', '.join(missing)}.")

@@ -109,6 +109,13 @@ def test_evaluations_stand_side_by_side_with_names_of_their_own(make_evaluation,
         gather([other, third])
 
 
+def test_a_model_that_was_moved_away_is_said_to_be_missing(make_evaluation):
+    folder = make_evaluation(names=("base",))
+    (folder.parent / "base").rename(folder.parent / "moved")
+    page = Page(write_report([folder]).read_text())
+    assert "is not a folder here, so its size and training are not shown" in page.text
+
+
 def test_training_runs_alone_make_a_report_of_their_curves(make_evaluation):
     runs = make_evaluation().parent
     path = write_report([runs / "sft"])
