@@ -89,12 +89,12 @@ class KeyValueCache:
         # Padding looks at itself: a row that looks nowhere would be NaN, and 0 * NaN is NaN.
         return (allowed & is_text_B11S) | (key_S == query_T1)
 
-    def append(self, layer: int, k_BTKh: Tensor, v_BTKh: Tensor) -> tuple[Tensor, Tensor]:
+    def append(self, layer: int, k_BKTh: Tensor, v_BKTh: Tensor) -> tuple[Tensor, Tensor]:
         """Write this call's keys and values; all of the layer's so far, as BKSh."""
-        end = self.length + k_BTKh.shape[1]
+        end = self.length + k_BKTh.shape[2]
         keys_BKSh, values_BKSh = self._keys_LBKSh[layer], self._values_LBKSh[layer]
-        keys_BKSh[:, :, self.length : end] = k_BTKh.transpose(1, 2)
-        values_BKSh[:, :, self.length : end] = v_BTKh.transpose(1, 2)
+        keys_BKSh[:, :, self.length : end] = k_BKTh
+        values_BKSh[:, :, self.length : end] = v_BKTh
         return keys_BKSh[:, :, :end], values_BKSh[:, :, :end]
 
     def advance(self, num_positions: int) -> None:
@@ -149,82 +149,61 @@ class Attention(nn.Module):
     ) -> Tensor:
         """BTD to BTD. ``may_attend`` is B1TS or None for plain causality."""
         x_BTD = to_matmul_dtype(x_BTD)
-        batch, num_positions, _ = x_BTD.shape
-        q_BTD = self.q_norm(self.q_proj(x_BTD))
-        k_BTD = self.k_norm(self.k_proj(x_BTD))
-        v_BTKh = self.v_proj(x_BTD).view(batch, num_positions, self.num_kv_heads, self.head_dim)
-        q_BTHh = rotate(q_BTD.view(batch, num_positions, self.num_heads, self.head_dim), *rotation)
-        k_BTKh = rotate(
-            k_BTD.view(batch, num_positions, self.num_kv_heads, self.head_dim), *rotation
-        )
-        q_BTHh, k_BTKh = q_BTHh.to(v_BTKh.dtype), k_BTKh.to(v_BTKh.dtype)
-        if cache is None:
-            mixed_BTD = causal_attention(q_BTHh, k_BTKh, v_BTKh, may_attend)
-        else:
-            k_BKSh, v_BKSh = cache.append(layer, k_BTKh, v_BTKh)
-            is_causal = may_attend is None and num_positions > 1
-            mixed_BTD = _sdpa(q_BTHh, k_BKSh, v_BKSh, may_attend, is_causal=is_causal)
-        return self.o_proj(mixed_BTD)
+        v_BKTh = self._heads(self.v_proj(x_BTD)).transpose(1, 2)
+        q_BHTh = rotate(self._heads(self.q_norm(self.q_proj(x_BTD))), *rotation, v_BKTh.dtype)
+        k_BKTh = rotate(self._heads(self.k_norm(self.k_proj(x_BTD))), *rotation, v_BKTh.dtype)
+        is_causal = may_attend is None and x_BTD.shape[1] > 1
+        if cache is not None:
+            k_BKTh, v_BKTh = cache.append(layer, k_BKTh, v_BKTh)
+        mixed_BHTh = attend(q_BHTh, k_BKTh, v_BKTh, may_attend, is_causal=is_causal)
+        return self.o_proj(mixed_BHTh.transpose(1, 2).flatten(2))
+
+    def _heads(self, x_BTD: Tensor) -> Tensor:
+        return x_BTD.unflatten(-1, (-1, self.head_dim))
 
 
-def causal_attention(
-    q_BTHh: Tensor, k_BTKh: Tensor, v_BTKh: Tensor, may_attend: Tensor | None
+def attend(
+    q_BHTh: Tensor, k_BKSh: Tensor, v_BKSh: Tensor, may_attend: Tensor | None, *, is_causal: bool
 ) -> Tensor:
-    """Each position's mix of the values at or before it, BTD.
+    """Each position's mix of the values that it may look at, BHTh.
 
-    ``may_attend`` (B1TT, true where a position may look) already holds causality; None is plain
-    causality.
+    ``may_attend`` (B1TS or 11TS, true where a position may look) holds the whole rule; without it
+    ``is_causal`` says whether a position sees only what is not after it.
     """
-    num_positions = q_BTHh.shape[1]
-    is_training = torch.is_grad_enabled() and q_BTHh.requires_grad
-    if q_BTHh.device.type == "cpu" and is_training and num_positions <= MAX_BLOCKED_LENGTH:
-        groups = q_BTHh.shape[2] // k_BTKh.shape[2]
+    num_positions = q_BHTh.shape[2]
+    is_training = torch.is_grad_enabled() and q_BHTh.requires_grad
+    if q_BHTh.device.type == "cpu" and is_training and num_positions <= MAX_BLOCKED_LENGTH:
+        groups = q_BHTh.shape[1] // k_BKSh.shape[1]
         if groups > 1:
-            k_BTKh = k_BTKh.repeat_interleave(groups, dim=2)
-            v_BTKh = v_BTKh.repeat_interleave(groups, dim=2)
-        return _BlockedAttention.apply(q_BTHh, k_BTKh, v_BTKh, may_attend)
-    return _sdpa(
-        q_BTHh,
-        k_BTKh.transpose(1, 2),
-        v_BTKh.transpose(1, 2),
-        may_attend,
-        is_causal=may_attend is None,
-    )
-
-
-def _sdpa(
-    q_BTHh: Tensor, k_BKSh: Tensor, v_BKSh: Tensor, may_attend: Tensor | None, *, is_causal: bool
-) -> Tensor:
-    mixed_BHTh = F.scaled_dot_product_attention(
-        q_BTHh.transpose(1, 2),
+            k_BKSh = k_BKSh.repeat_interleave(groups, dim=1)
+            v_BKSh = v_BKSh.repeat_interleave(groups, dim=1)
+        return _BlockedAttention.apply(q_BHTh, k_BKSh, v_BKSh, may_attend)
+    return F.scaled_dot_product_attention(
+        q_BHTh,
         k_BKSh,
         v_BKSh,
         attn_mask=may_attend,
         is_causal=is_causal,
-        enable_gqa=q_BTHh.shape[2] != k_BKSh.shape[1],
+        enable_gqa=q_BHTh.shape[1] != k_BKSh.shape[1],
     )
-    return mixed_BHTh.transpose(1, 2).flatten(2)
 
 
 class _BlockedAttention(torch.autograd.Function):
-    """Softmax attention over blocks of queries, each seeing only the keys at or before it.
+    """Causal softmax attention over blocks of queries, each seeing only the keys up to its end.
 
     torch's CPU flash kernel spends most of a short-context training step in its backward pass;
     plain batched products over cache-sized blocks take 75 % of its time in fp32 and half in bf16.
+    N is batch times heads, b the queries of a block, s the keys they see.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, q_BTHh: Tensor, k_BTHh: Tensor, v_BTHh: Tensor, may_attend: Tensor | None
+        ctx: Any, q_BHTh: Tensor, k_BHTh: Tensor, v_BHTh: Tensor, may_attend: Tensor | None
     ) -> Tensor:
-        batch, length, heads, head_dim = q_BTHh.shape
-        # N is batch times heads
-        q_NTh, k_NTh, v_NTh = (
-            x.transpose(1, 2).reshape(batch * heads, length, head_dim)
-            for x in (q_BTHh, k_BTHh, v_BTHh)
-        )
+        batch, heads, length, head_dim = q_BHTh.shape
+        q_NTh, k_NTh, v_NTh = (x.reshape(-1, length, head_dim) for x in (q_BHTh, k_BHTh, v_BHTh))
         q_NTh = q_NTh * head_dim**-0.5
-        mixed_NTh = torch.empty_like(q_NTh)
+        mixed_BTHh = q_NTh.new_empty(batch, length, heads, head_dim)
         block = _block_size(q_NTh)
         future = torch.full((block, block), -math.inf, dtype=q_NTh.dtype).triu_(1)
         probabilities = []
@@ -237,17 +216,17 @@ class _BlockedAttention(torch.autograd.Function):
                 scores_BHbs = scores_Nbs.view(batch, heads, end - start, end)
                 scores_BHbs.masked_fill_(~may_attend[:, :, start:end, :end], -math.inf)
             probabilities.append(torch.softmax(scores_Nbs, -1))
-            mixed_NTh[:, start:end] = torch.bmm(probabilities[-1], v_NTh[:, :end])
+            mixed_Nbh = torch.bmm(probabilities[-1], v_NTh[:, :end])
+            mixed_BTHh[:, start:end] = mixed_Nbh.view(batch, heads, -1, head_dim).transpose(1, 2)
         ctx.save_for_backward(q_NTh, k_NTh, v_NTh, *probabilities)
-        ctx.shape = (batch, heads, length, head_dim)
-        return mixed_NTh.view(ctx.shape).transpose(1, 2).flatten(2)
+        ctx.shape = q_BHTh.shape
+        return mixed_BTHh.transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, Tensor, None]:
         q_NTh, k_NTh, v_NTh, *probabilities = ctx.saved_tensors
-        batch, heads, length, head_dim = ctx.shape
-        grad_BTHh = grads[0].view(batch, length, heads, head_dim)
-        grad_NTh = grad_BTHh.transpose(1, 2).reshape(batch * heads, length, head_dim)
+        length = q_NTh.shape[1]
+        grad_NTh = grads[0].reshape(q_NTh.shape)
         dq_NTh = torch.empty_like(q_NTh)
         dk_NTh, dv_NTh = torch.zeros_like(k_NTh), torch.zeros_like(v_NTh)
         block = _block_size(q_NTh)
@@ -261,11 +240,8 @@ class _BlockedAttention(torch.autograd.Function):
             )
             dq_NTh[:, start:end] = torch.bmm(ds_Nbs, k_NTh[:, :end])
             dk_NTh[:, :end].baddbmm_(ds_Nbs.transpose(1, 2), q_NTh[:, start:end])
-        dq_NTh.mul_(head_dim**-0.5)
-        dq, dk, dv = (
-            x.view(ctx.shape).transpose(1, 2).contiguous() for x in (dq_NTh, dk_NTh, dv_NTh)
-        )
-        return dq, dk, dv, None
+        dq_NTh.mul_(q_NTh.shape[-1] ** -0.5)
+        return dq_NTh.view(ctx.shape), dk_NTh.view(ctx.shape), dv_NTh.view(ctx.shape), None
 
 
 def _block_size(q_NTh: Tensor) -> int:

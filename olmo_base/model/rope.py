@@ -45,35 +45,45 @@ def rotary_table(
         return angles_Sh.cos(), angles_Sh.sin()
 
 
-def rotate(x_BTHh: Tensor, cos_T1h: Tensor, sin_T1h: Tensor) -> Tensor:
-    """Each pair of channels turned by its position's angle; fp32 arithmetic, x's dtype out.
+def rotate(x_BTHh: Tensor, cos_Th: Tensor, sin_Th: Tensor, dtype: torch.dtype) -> Tensor:
+    """Each pair of channels turned by its position's angle, heads first (BHTh, contiguous).
 
-    ``cos`` and ``sin`` broadcast against x: T1h for rows that share positions, BT1h otherwise.
+    ``cos`` and ``sin`` are Th for rows that share positions, B1Th otherwise. The arithmetic is
+    fp32, the result in ``dtype``.
     """
-    return _Rotate.apply(x_BTHh, cos_T1h, sin_T1h)
+    return _Rotate.apply(x_BTHh, cos_Th, sin_Th, dtype)
 
 
 class _Rotate(torch.autograd.Function):
-    """In-place halves instead of ``cat``: three passes over memory each way rather than nine.
+    """The rotation together with the change of layout that attention wants.
 
-    Measured on a CPU for 8x256 tokens of width 256: a fifth of the time of the textbook form.
+    In-place halves rather than ``cat``, written where they are wanted: measured on a CPU for 8x256
+    tokens of width 256, a third of the time of the textbook form, and its backward pass less.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_BTHh: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        half = x_BTHh.shape[-1] // 2
-        out = x_BTHh * cos
-        out[..., :half].addcmul_(x_BTHh[..., half:], sin[..., half:], value=-1)
-        out[..., half:].addcmul_(x_BTHh[..., :half], sin[..., :half])
-        return out.to(x_BTHh.dtype)
+    def forward(
+        ctx: Any, x_BTHh: Tensor, cos_Th: Tensor, sin_Th: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.save_for_backward(cos_Th, sin_Th)
+        ctx.dtype = x_BTHh.dtype
+        batch, length, heads, head_dim = x_BTHh.shape
+        out_BHTh = cos_Th.new_empty(batch, heads, length, head_dim)
+        _turn(x_BTHh.transpose(1, 2), cos_Th, sin_Th, out_BHTh, sign=1)
+        return out_BHTh.to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
-        (grad_BTHh,) = grads
-        cos, sin = ctx.saved_tensors
-        half = grad_BTHh.shape[-1] // 2  # the transpose of a rotation turns the other way
-        out = grad_BTHh * cos
-        out[..., :half].addcmul_(grad_BTHh[..., half:], sin[..., :half])
-        out[..., half:].addcmul_(grad_BTHh[..., :half], sin[..., half:], value=-1)
-        return out.to(grad_BTHh.dtype), None, None
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None]:
+        cos_Th, sin_Th = ctx.saved_tensors
+        batch, heads, length, head_dim = grads[0].shape
+        out_BTHh = cos_Th.new_empty(batch, length, heads, head_dim)
+        # A rotation's transpose turns the other way.
+        _turn(grads[0], cos_Th, sin_Th, out_BTHh.transpose(1, 2), sign=-1)
+        return out_BTHh.to(ctx.dtype), None, None, None
+
+
+def _turn(x_BHTh: Tensor, cos_Th: Tensor, sin_Th: Tensor, out_BHTh: Tensor, sign: int) -> None:
+    half = x_BHTh.shape[-1] // 2
+    torch.mul(x_BHTh, cos_Th, out=out_BHTh)
+    out_BHTh[..., :half].addcmul_(x_BHTh[..., half:], sin_Th[..., half:], value=-sign)
+    out_BHTh[..., half:].addcmul_(x_BHTh[..., :half], sin_Th[..., :half], value=sign)

@@ -238,10 +238,13 @@ class Transformer(nn.Module):
             cos_Sh, sin_Sh = self.rotary_table(cache.length + num_positions, ids_BT.device)
             positions = cache.positions(num_positions)
             may_attend = cache.may_attend(num_positions)
-            return (cos_Sh[positions][..., None, :], sin_Sh[positions][..., None, :]), may_attend
+            cos, sin = cos_Sh[positions], sin_Sh[positions]
+            if positions.ndim == 2:  # rows at different positions: B1Th beside BHTh
+                cos, sin = cos[:, None], sin[:, None]
+            return (cos, sin), may_attend
         self._check_length(num_positions)
         cos_Sh, sin_Sh = self.rotary_table(num_positions, ids_BT.device)
-        rotation = cos_Sh[:num_positions, None], sin_Sh[:num_positions, None]
+        rotation = cos_Sh[:num_positions], sin_Sh[:num_positions]
         if document_ids_BT is None:
             return rotation, None
         is_same_BTT = document_ids_BT[:, :, None] == document_ids_BT[:, None, :]
