@@ -283,7 +283,9 @@ def headlines(report: Report, rows: Sequence[ScoreRow]) -> list[str]:
             pair = f"{visible(name)} and {visible(cell.change.against)}"
             if cell.change.direction == "unclear":
                 notes.append(f"the difference between {pair} may be chance")
-        if notes:
+        if len(notes) > 1 and len(notes) == len(scored) - 1:
+            sentence += " All differences from one to the next may be chance."
+        elif notes:
             text = "; ".join(notes)
             sentence += f" {text[:1].upper()}{text[1:]}."
         sentences.append(sentence)
