@@ -33,7 +33,7 @@ $(BIN)/python:
 	@set -e; chosen=""; \
 	for bounds in "(3, 11) <= v < (3, 13)" "(3, 11) <= v"; do \
 	  for candidate in $(or $(PYTHON),python3 python3.12 python3.11 python); do \
-	    if [ -z "$$chosen" ] && "$$candidate" -c "import sys; v = sys.version_info; sys.exit(not ($$bounds))" 2>/dev/null; \
+	    if [ -z "$$chosen" ] && "$$candidate" -c "import sys; v = sys.version_info; sys.exit(not ($$bounds))" >/dev/null 2>&1; \
 	    then chosen="$$candidate"; fi; \
 	  done; \
 	done; \

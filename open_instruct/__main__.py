@@ -54,6 +54,7 @@ def run(recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:
 
     An interrupted run goes on when the same command is given again.
     """
+    from olmo_base.run.artefact import read_manifest
     from olmo_base.run.recipe import read_stage
     from open_instruct import pipeline
 
@@ -67,8 +68,11 @@ def run(recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:
         stage.input_files(resolved)
         click.echo(_described(resolved, stage.plan(resolved)))
         return
+    before = read_manifest(resolved.run.output_dir)
     folder = stage.run(resolved)
-    click.echo(f"{folder.path}", err=True)
+    was_finished = before is not None and before.get("status") == "finished"
+    done = "was finished before; nothing was done" if was_finished else "is finished"
+    click.echo(f"{folder.path} {done}", err=True)
 
 
 def _stop_now(signal_number: int, frame: FrameType | None) -> None:

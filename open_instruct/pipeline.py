@@ -201,7 +201,8 @@ def load_stage_recipe(
     """A stage's recipe file, its ``vars:`` and overrides, as the stage and its frozen recipe.
 
     ``variables`` and ``changes`` are what a pipeline sets in it; ``overrides`` win over both. An
-    override that names a variable, one of ``vars:`` or one that the recipe uses, sets that. Errors: UserError.
+    override that names a variable, one of ``vars:`` or one that the recipe uses, sets it.
+    Errors: UserError.
     """
     keys = read_keys(path)
     values = _own_variables(keys) | dict(variables or {})

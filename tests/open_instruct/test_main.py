@@ -4,8 +4,10 @@ import json
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import click
@@ -14,6 +16,12 @@ import yaml
 
 from open_instruct import shipped_folder
 from open_instruct.__main__ import cli, main
+from tests.open_instruct.tiny import (
+    rows_of,
+    save_tiny_model,
+    write_dialogues,
+    write_recipe,
+)
 
 
 def verbs(command: click.Command = cli, words: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
@@ -102,9 +110,11 @@ def test_a_dry_run_prints_a_recipe_that_loads_and_touches_nothing(small, capsys)
 
 def test_a_run_makes_its_folder_and_is_not_done_twice(small, capsys):
     assert main(["run", "tokenizer.yaml"]) == 0
+    assert capsys.readouterr().err.endswith("runs/tokenizer is finished\n")
     manifest = Path("runs/tokenizer/manifest.json").read_bytes()
     assert main(["run", "tokenizer.yaml"]) == 0
     assert Path("runs/tokenizer/manifest.json").read_bytes() == manifest
+    assert capsys.readouterr().err == "runs/tokenizer was finished before; nothing was done\n"
 
 
 def test_a_shipped_pipeline_dry_runs_from_any_folder(tmp_path, monkeypatch, capsys):
@@ -157,6 +167,48 @@ def test_a_full_disk_is_one_message_and_exit_code_2(small):
     assert process.returncode == 2, error
     assert os.strerror(errno.EFBIG) in error.splitlines()[-1]
     assert "Traceback" not in error
+
+
+def stop_when_training(process: subprocess.Popen[str], number: signal.Signals, rows: int) -> str:
+    """Send a signal once metrics.jsonl has more rows than that; what the process said."""
+    while len(rows_of(Path("life/sft/metrics.jsonl"))) <= rows:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.005)  # between two looks
+    process.send_signal(number)
+    return process.communicate()[1]
+
+
+def test_a_stopped_pipeline_says_how_to_go_on_and_the_same_command_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_tiny_model(tmp_path / "base")
+    write_dialogues(tmp_path / "dialogues.jsonl")
+    write_recipe(
+        tmp_path / "sft.yaml",
+        stage="sft",
+        model_name_or_path="base",
+        chat_template="tulu",
+        dataset_mixer=[{"path": "dialogues.jsonl"}],
+        max_length=64,
+        max_steps=1_000_000,
+        logging_steps=1,
+        save_steps=100_000,
+        output_dir="${root}/sft",
+    )
+    write_recipe(tmp_path / "life.yaml", stage="pipeline", output_dir="life", stages=["sft.yaml"])
+
+    process = start("run", "life.yaml")
+    said = stop_when_training(process, signal.SIGINT, rows=3)
+    assert process.returncode == 130, said
+    assert re.search(r"Stopped: .*step \d+.*The same command goes on from there\.\n$", said), said
+    assert "Traceback" not in said
+
+    num_rows = len(rows_of(Path("life/sft/metrics.jsonl")))
+    process = start("run", "life.yaml")
+    said = stop_when_training(process, signal.SIGTERM, rows=num_rows)
+    assert process.returncode == 143, said
+    assert "[1/1] sft: goes on where it stopped" in said
+    steps = [row["step"] for row in rows_of(Path("life/sft/metrics.jsonl"))]
+    assert steps == list(range(1, len(steps) + 1))
 
 
 def test_a_bug_of_ours_keeps_its_traceback(monkeypatch):
