@@ -149,6 +149,88 @@ def test_a_recipe_that_cannot_be_used_is_one_message_and_exit_code_2(
     assert error.count("\n") == 1
 
 
+GOOD_ROW = (
+    b'{"messages": [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "2"}]}\n'
+)
+
+
+@pytest.fixture
+def sft_recipe(tmp_path, monkeypatch):
+    """sft.yaml with a tiny model and good data, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    save_tiny_model(tmp_path / "base")
+    Path("rows.jsonl").write_bytes(GOOD_ROW * 4)
+    return write_recipe(
+        tmp_path / "sft.yaml",
+        stage="sft",
+        model_name_or_path="base",
+        chat_template="tulu",
+        dataset_mixer=[{"path": "rows.jsonl"}],
+        max_length=64,
+        max_steps=1,
+        output_dir="run",
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (b'{"messages": [\n', "rows.jsonl, line 3: .*JSON"),
+        (b'{"message": []}\n', "rows.jsonl, line 3: .*messages"),
+        (b'{"messages": []}\n', "rows.jsonl, line 3: .*(empty|no turn|no message)"),
+        (
+            b'{"messages": [{"role": "user", "content": "1?"}]}\n',
+            "rows.jsonl, line 3: .*assistant",
+        ),
+        (b'{"messages": [{"role": "robot", "content": "1"}]}\n', "rows.jsonl, line 3: .*robot"),
+        (b'{"messages": "\xff"}\n', "rows.jsonl, line 3: .*UTF-8"),
+    ],
+)
+def test_a_bad_row_is_one_message_with_file_and_line(sft_recipe, row, message, capsys):
+    Path("rows.jsonl").write_bytes(GOOD_ROW * 2 + row + GOOD_ROW)
+    assert_refused(["run", "sft.yaml"], message, capsys)
+    assert_refused(["run", "sft.yaml", "--dry-run"], message, capsys)
+    assert_refused(["data", "inspect", "sft.yaml"], message, capsys)
+
+
+def assert_refused(words: list[str], message: str, capsys) -> None:
+    """The command ends with exit code 2, and its last line is the message."""
+    capsys.readouterr()
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error.splitlines()[-1]), error
+    assert "Traceback" not in error
+
+
+def test_an_empty_file_a_missing_file_and_a_folder_without_tokenizer_are_refused(
+    sft_recipe, capsys
+):
+    Path("rows.jsonl").write_bytes(b"")
+    assert_refused(["run", "sft.yaml"], r"rows\.jsonl.*(empty|no rows|no row)", capsys)
+    Path("rows.jsonl").unlink()
+    assert_refused(["run", "sft.yaml"], r"rows\.jsonl", capsys)
+    Path("rows.jsonl").write_bytes(GOOD_ROW)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        Path("base", name).unlink()
+    words = ["run", "sft.yaml", "output_dir=another"]
+    assert_refused(words, "base holds no tokenizer", capsys)
+
+
+def test_a_folder_of_another_run_is_refused_and_left_as_it_is(sft_recipe, capsys):
+    assert main(["run", "sft.yaml"]) == 0
+    before = Path("run/manifest.json").read_bytes()
+    message = "run holds another run .*learning_rate was"
+    assert_refused(["run", "sft.yaml", "learning_rate=0.5"], message, capsys)
+    assert Path("run/manifest.json").read_bytes() == before
+
+
+def test_data_inspect_shows_what_is_learnt(sft_recipe, capsys):
+    assert main(["data", "inspect", "sft.yaml", "-n", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "<|user|>\n1?\n<|assistant|>\n⟦2<|endoftext|>⟧" in printed
+    assert not Path("run").exists()
+
+
 def test_an_error_of_a_stage_has_no_traceback(small):
     Path("text.jsonl").write_text('{"text": "fine"}\n{"text": broken\n')
     process = start("run", "tokenizer.yaml")
