@@ -231,15 +231,6 @@ def test_data_inspect_shows_what_is_learnt(sft_recipe, capsys):
     assert not Path("run").exists()
 
 
-def test_an_error_of_a_stage_has_no_traceback(small):
-    Path("text.jsonl").write_text('{"text": "fine"}\n{"text": broken\n')
-    process = start("run", "tokenizer.yaml")
-    _, error = process.communicate()
-    assert process.returncode == 2
-    assert "text.jsonl, line 2" in error
-    assert "Traceback" not in error
-
-
 def test_a_full_disk_is_one_message_and_exit_code_2(small):
     def allow_small_files_only() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
