@@ -90,6 +90,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         yield temporary
         for file in sorted(temporary.rglob("*")):
             if file.is_file():
+                file.chmod(0o666 & ~_umask())  # safetensors makes private files
                 _flush_to_disk(file)
         if path.exists():
             aside = path.with_name(f".{path.name}.{os.getpid()}.old")

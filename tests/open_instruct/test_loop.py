@@ -18,6 +18,7 @@ from open_instruct.encode import Encoded
 from open_instruct.logprobs import LabelLogprobs
 from open_instruct.loop import (
     HeldOut,
+    SummedLoss,
     Totals,
     TrainConfig,
     Workers,
@@ -63,6 +64,10 @@ def gradients_of_step(model, examples, terms, loss, *, per_device, accumulation,
         add_gradients(
             Workers(False), model, steps.micro_batches(0, rank), steps.num_terms(0), loss, Totals()
         )
+    return gradients_of(model)
+
+
+def gradients_of(model):
     return {name: weight.grad.clone() for name, weight in model.named_parameters()}
 
 
@@ -72,6 +77,7 @@ SIX_CUTS = [(12, 1, 1), (6, 2, 1), (3, 4, 1), (1, 12, 1), (2, 3, 2), (4, 1, 3)]
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_the_same_step_cut_six_ways_gives_the_same_gradients(stage):
     model = LabelLogprobs(tiny_olmo2())
+    loss: SummedLoss
     if stage == "sft":
         examples, loss = random_examples(), summed_loss
         terms = examples.num_labels_NW.sum(axis=1)
@@ -82,7 +88,7 @@ def test_the_same_step_cut_six_ways_gives_the_same_gradients(stage):
 
     whole = examples.batch(range(NUM))
     (loss(model, whole)["loss"] / terms.sum()).backward()
-    expected = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+    expected = gradients_of(model)
     assert max(float(gradient.abs().max()) for gradient in expected.values()) > 1e-2
 
     for per_device, accumulation, ranks in SIX_CUTS:
