@@ -231,6 +231,7 @@ class Position:
     step: int = 0  # optimizer steps done
     tokens: int = 0  # of all ranks, without padding
     seconds: float = 0.0  # in steps, not in evaluations and checkpoints
+    loss: float = math.nan  # as last read
     row_terms: int = 0  # since the last row of metrics.jsonl, as the next two
     row_tokens: int = 0
     row_seconds: float = 0.0
@@ -301,11 +302,11 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
 
 
-def refuse_nonsense(loss: float, grad_norm: float, at: Position, folder: RunFolder) -> None:
+def refuse_nonsense(grad_norm: float, at: Position, folder: RunFolder) -> None:
     """Errors: UserError once loss or gradient is infinite or not a number."""
-    if math.isfinite(loss) and math.isfinite(grad_norm):
+    if math.isfinite(at.loss) and math.isfinite(grad_norm):
         return
-    what = f"The loss is {loss}" if not math.isfinite(loss) else f"The gradient is {grad_norm}"
+    what = f"The gradient is {grad_norm}" if math.isfinite(at.loss) else f"The loss is {at.loss}"
     raise UserError(
         f"{what} at step {at.step}, so the weights are of no more use. Lower learning_rate "
         f"(or max_grad_norm) and train into a new output_dir; {folder.path}/metrics.jsonl shows "
@@ -366,7 +367,6 @@ def train(
     optimizer = build_optimizer(model.model, optim)
     at, row = resume(folder, workers, model, optimizer)
     metrics = MetricsLog(folder, resume_step=at.step)
-    loss = math.nan
     model.train()
 
     def write_evaluation() -> None:
@@ -405,15 +405,15 @@ def train(
             row_sums: dict[str, float] = {}
             if is_row or is_evaluated or is_saved:
                 row_sums = row.over_ranks(workers)  # waits for the device
-                loss = row_sums["loss"] / at.row_terms
-                refuse_nonsense(loss, float(gradient_norm), at, folder)
+                at.loss = row_sums["loss"] / at.row_terms
+                refuse_nonsense(float(gradient_norm), at, folder)
             at.seconds += time.perf_counter() - started
             at.row_seconds += time.perf_counter() - started
 
             progress.update(at.step)
             if is_row:
                 shown = {
-                    "loss": loss,
+                    "loss": at.loss,
                     "learning_rate": learning_rate,
                     "tokens_per_second": at.row_tokens / at.row_seconds,
                 }
@@ -435,4 +435,4 @@ def train(
                 save(folder, workers, model, optimizer, at, row_sums, checkpoints.save_total_limit)
             if must_stop:
                 raise Stopped(stop.signal_number, f"after step {at.step} of {steps.total}")
-    return {"steps": at.step, "tokens": at.tokens, "loss": loss, **at.evaluation}
+    return {"steps": at.step, "tokens": at.tokens, "loss": at.loss, **at.evaluation}

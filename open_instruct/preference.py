@@ -58,7 +58,8 @@ from open_instruct.losses import dpo_loss, implicit_rewards
 # P pairs of a set, B pairs of a micro-batch, 2 = (chosen answer, rejected answer)
 
 STEPS_LOOKED_AT = 200  # by plan(), for the largest micro-batch
-REFERENCE_FILE = "reference_logprobs.safetensors"
+# In a folder of its own: vLLM reads every *.safetensors file beside config.json as weights.
+REFERENCE_FILE = "reference/logprobs.safetensors"
 
 
 @dataclass(frozen=True)

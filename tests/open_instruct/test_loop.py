@@ -1,5 +1,7 @@
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,9 @@ from olmo_base.optim import OptimConfig
 from olmo_base.run.artefact import RunConfig, RunFolder
 from olmo_base.run.errors import Stopped, UserError
 from olmo_base.run.metrics import LogConfig
+from olmo_base.run.recipe import load_recipe
 from olmo_base.run.resume import CheckpointConfig
+from open_instruct import preference, sft
 from open_instruct.batches import Examples
 from open_instruct.encode import Encoded
 from open_instruct.logprobs import LabelLogprobs
@@ -29,7 +33,17 @@ from open_instruct.loop import (
 )
 from open_instruct.preference import loss_against
 from open_instruct.sft import summed_loss
-from tests.open_instruct.tiny import rows_of, tiny_olmo2
+from tests.open_instruct.tiny import (
+    rows_of,
+    save_tiny_model,
+    tiny_olmo2,
+    weights_of,
+    write_dialogues,
+    write_pairs,
+    write_recipe,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
 
 NUM = 12  # examples in a step
 
@@ -302,3 +316,74 @@ def test_bf16_computes_near_float32_and_keeps_float32_weights():
     assert not torch.equal(rounded(batch), exact(batch))
     assert rounded(batch).dtype == torch.float32
     assert all(weight.dtype == torch.float32 for weight in rounded.parameters())
+
+
+def test_gradient_checkpointing_changes_memory_and_not_gradients():
+    examples = random_examples()
+    batch = examples.batch(range(NUM))
+    found = []
+    for checkpointing in (False, True):
+        model = LabelLogprobs(tiny_olmo2()).train()
+        if checkpointing:
+            model.model.gradient_checkpointing_enable({"use_reentrant": False})
+        summed_loss(model, batch)["loss"].backward()
+        found.append(gradients_of(model))
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, msg=name)
+
+
+# ---------------------------------------------------------------- two processes
+
+BOTH_STAGES = """
+from olmo_base.run.recipe import load_recipe
+from open_instruct import preference, sft
+sft.run(load_recipe(sft.SftRecipe, "sft.yaml"))
+preference.run(load_recipe(preference.PreferenceRecipe, "dpo.yaml"))
+"""
+
+
+def test_two_processes_end_with_the_weights_of_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_tiny_model(tmp_path / "base")
+    write_dialogues(tmp_path / "dialogues.jsonl")
+    write_pairs(tmp_path / "pairs.jsonl", number=15)  # the last step is smaller
+    folders = {}
+    for number, per_device in ((1, 8), (2, 4)):
+        common = dict(
+            model_name_or_path="base",
+            chat_template="tulu",
+            max_length=64,
+            learning_rate=1e-2,
+            adam_epsilon=1e-3,  # Adam makes whole steps of gradients that are only rounding
+            per_device_train_batch_size=per_device,
+            per_device_eval_batch_size=8,
+            num_train_epochs=2,
+            logging_steps=1,
+            save_steps=2,
+        )
+        for stage, data in (("sft", "dialogues.jsonl"), ("dpo", "pairs.jsonl")):
+            folders[stage, number] = tmp_path / f"{stage}_{number}"
+            keys = dict(stage=stage, dataset_mixer=[{"path": data}], output_dir=f"{stage}_{number}")
+            keys |= {"eval_dataset_mixer": keys["dataset_mixer"]}
+            write_recipe(tmp_path / f"{stage}.yaml", **keys, **common)
+        if number == 1:
+            sft.run(load_recipe(sft.SftRecipe, "sft.yaml"))
+            preference.run(load_recipe(preference.PreferenceRecipe, "dpo.yaml"))
+    (tmp_path / "both.py").write_text(BOTH_STAGES)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*launch, "both.py"], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+    for stage in ("sft", "dpo"):
+        one, two = (weights_of(folders[stage, number]) for number in (1, 2))
+        for name in one:
+            torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=0, msg=name)
+        rows = [rows_of(folders[stage, number] / "metrics.jsonl") for number in (1, 2)]
+        assert len(rows[0]) == len(rows[1]) > 4
+        for ours, theirs in zip(*rows, strict=True):
+            timed = {"seconds", "tokens_per_second", "eval_accuracy"}
+            for key in ours.keys() - timed:
+                assert theirs[key] == pytest.approx(ours[key], abs=1e-4), (stage, key)

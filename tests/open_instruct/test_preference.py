@@ -279,7 +279,9 @@ def test_a_stale_reference_is_never_used(folder, change):
         recipe_of(folder, **(keys | dict(output_dir="other", max_steps=2, save_steps=1)))
     )
     unfinish(folder / "other")
-    shutil.copy(folder / "run" / preference.REFERENCE_FILE, folder / "other")
+    shutil.copy(
+        folder / "run" / preference.REFERENCE_FILE, folder / "other" / preference.REFERENCE_FILE
+    )
     preference.run(
         recipe_of(folder, **(keys | dict(output_dir="other", max_steps=2, save_steps=1)))
     )
