@@ -1,0 +1,442 @@
+"""Pretraining: against transformers, cut in many ways, killed at random steps, with bad input."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from olmo_base.__main__ import main
+from olmo_base.corpus.batches import micro_batches
+from olmo_base.corpus.documents import DocumentSource
+from olmo_base.corpus.tokenize import TokenizeRecipe
+from olmo_base.corpus.tokenize import run as tokenize
+from olmo_base.model.hf_weights import export_hf, load_native
+from olmo_base.model.transformer import Transformer
+from olmo_base.optim import learning_rate_at
+from olmo_base.pretrain import (
+    PretrainRecipe,
+    add_gradients,
+    computes_in_bf16,
+    model_config,
+    num_steps,
+    open_corpus,
+    plan,
+    run,
+)
+from olmo_base.run.artefact import RunConfig
+from olmo_base.run.errors import UserError
+from olmo_base.run.launch import seed_everything
+from olmo_base.run.recipe import load_recipe, recipe_to_yaml
+from olmo_base.tokenizer import TokenizerRecipe, load_tokenizer
+from olmo_base.tokenizer import run as train_tokenizer
+
+PROJECT = Path(__file__).parents[2]
+TIMES = {"seconds", "tokens_per_second"}  # what two equal runs may differ in
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    """The output of a tokenize run over small documents, a tenth held out."""
+    folder = tmp_path_factory.mktemp("tokens")
+    generator = random.Random(1)
+    words = ["red", "blue", "cat", "dog", "sees", "likes", "the", "a", "and", "été"]
+    texts = [" ".join(generator.choices(words, k=generator.randrange(3, 40))) for _ in range(400)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (folder / "documents.jsonl").write_text(lines)
+    source = (DocumentSource(str(folder / "documents.jsonl")),)
+    tokenizer = RunConfig(str(folder / "tokenizer"))
+    train_tokenizer(TokenizerRecipe("tokenizer", source, tokenizer, vocab_size=290))
+    shards = RunConfig(str(folder / "tokens"))
+    tokenize(TokenizeRecipe("tokenize", tokenizer.output_dir, source, shards, eval_fraction=0.1))
+    return folder / "tokens"
+
+
+def recipe_file(tokens, folder, **keys) -> Path:
+    """A recipe of a model of 30,000 parameters, in a file of its own."""
+    settings = {
+        "stage": "pretrain",
+        "dataset_mixer": [{"path": str(tokens)}],
+        "output_dir": str(folder / "run"),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_length": 16,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 12,
+        "learning_rate": 1e-2,
+        "warmup_steps": 3,
+        "logging_steps": 4,
+        "bf16": False,
+        **keys,
+    }
+    path = folder / "recipe.yaml"
+    path.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in settings.items()))
+    return path
+
+
+def recipe_for(tokens, folder, **keys) -> PretrainRecipe:
+    return load_recipe(PretrainRecipe, recipe_file(tokens, folder, **keys))
+
+
+def rows_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(rows):
+    return [{key: row[key] for key in row if key not in TIMES} for row in rows]
+
+
+# ---------------------------------------------------------------- the arithmetic of a step
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_a_step_cut_six_ways_gives_the_same_gradients(tokens, tmp_path, mask):
+    recipe = recipe_for(tokens, tmp_path)
+    corpus = open_corpus(recipe, verify=True)
+    torch.manual_seed(0)
+    model = Transformer(model_config(recipe, corpus))
+
+    def gradients(size, accumulation):
+        batches = micro_batches(
+            corpus.train,
+            3,
+            micro_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            seed=5,
+            mask=mask,
+        )
+        model.zero_grad()
+        loss = add_gradients(model, batches, z_loss=1e-3, bf16=False)
+        return loss, [
+            parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None
+        ]
+
+    whole_loss, whole = gradients(12, 1)
+    scale = max(gradient.abs().max() for gradient in whole)
+    for size, accumulation in ((6, 2), (4, 3), (3, 4), (2, 6), (1, 12)):
+        loss, cut = gradients(size, accumulation)
+        torch.testing.assert_close(loss, whole_loss)
+        for one, other in zip(cut, whole, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-6 * max(1.0, float(scale)))
+
+
+def test_the_whole_run_is_that_of_a_plain_loop_over_transformers(tokens, tmp_path):
+    recipe = recipe_for(tokens, tmp_path, z_loss=1e-3, max_grad_norm=0.5, weight_decay=0.3)
+    corpus = open_corpus(recipe, verify=True)
+    seed_everything(recipe.run.seed)
+    ours = Transformer(model_config(recipe, corpus))
+    peer = AutoModelForCausalLM.from_pretrained(export_hf(ours, tmp_path / "start"))
+    embedding = peer.get_input_embeddings().weight
+    rest = [parameter for parameter in peer.parameters() if parameter is not embedding]
+    optimizer = torch.optim.AdamW(
+        [{"params": rest, "weight_decay": 0.3}, {"params": [embedding], "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
+        foreach=False,
+    )
+    for step in range(12):
+        (batch,) = micro_batches(
+            corpus.train,
+            step,
+            micro_batch_size=8,
+            gradient_accumulation_steps=1,
+            seed=42,
+            mask=False,
+        )
+        logits = peer(input_ids=batch.ids_BT).logits.flatten(0, 1)
+        loss = F.cross_entropy(logits, batch.labels_BT.flatten())
+        (loss + 1e-3 * logits.logsumexp(-1).square().mean()).backward()
+        torch.nn.utils.clip_grad_norm_(peer.parameters(), 0.5)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, 12, recipe.optim)
+        optimizer.step()
+        optimizer.zero_grad()
+    folder = run(recipe).path
+    found = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    for name, expected in peer.state_dict().items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-5, msg=name)
+
+
+# ---------------------------------------------------------------- a whole run
+
+
+@pytest.fixture(scope="module")
+def finished(tokens, tmp_path_factory):
+    """A finished run of 60 steps, evaluated every 20."""
+    recipe = recipe_for(tokens, tmp_path_factory.mktemp("run"), max_steps=60, eval_steps=20)
+    run(recipe)
+    return recipe
+
+
+def test_the_loss_begins_at_chance_and_falls(finished, tokens):
+    rows = rows_of(Path(finished.run.output_dir))
+    losses = [row["loss"] for row in rows if "loss" in row]
+    held_out = [row for row in rows if "eval_loss" in row]
+    assert [row["step"] for row in held_out] == [0, 20, 40, 60]
+    assert [row["step"] for row in rows if "loss" in row] == list(range(4, 61, 4))
+    vocab_size = json.loads((Path(finished.run.output_dir) / "config.json").read_text())[
+        "vocab_size"
+    ]
+    assert vocab_size == 384  # 290 rounded up to a multiple of 128
+    assert held_out[0]["eval_loss"] == pytest.approx(math.log(384), abs=0.1)
+    bits = [row["eval_bits_per_byte"] for row in held_out]
+    assert bits == sorted(bits, reverse=True)
+    assert losses[-1] < 0.6 * losses[0]
+    last = rows[-2]
+    assert last["tokens"] == 60 * 8 * 16
+    num_sequences = len(open_corpus(finished, verify=False).train)
+    assert last["epoch"] == pytest.approx(60 * 8 / num_sequences, abs=1e-4)
+    assert last["learning_rate"] == pytest.approx(learning_rate_at(59, 60, finished.optim))
+
+
+def test_the_artefact_is_a_hugging_face_folder(finished):
+    folder = Path(finished.run.output_dir)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.model_max_length == model.config.max_position_embeddings == 16
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+    ids = torch.tensor([load_tokenizer(folder).encode("the cat sees a dog").ids])
+    native = load_native(folder)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            native.logits(native(ids)), model(input_ids=ids).logits, rtol=0, atol=1e-5
+        )
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["status"] == "finished"
+    assert manifest["results"]["tokens"] == 60 * 8 * 16
+    assert "held-out loss" in (folder / "README.md").read_text()
+
+
+def test_held_out_figures_are_those_of_transformers(finished, tokens):
+    folder = Path(finished.run.output_dir)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    corpus = open_corpus(finished, verify=False)
+    assert corpus.held_out is not None
+    batch = corpus.held_out.batch(range(len(corpus.held_out)), mask=False)
+    with torch.no_grad():
+        logits = model(input_ids=batch.ids_BT).logits
+    expected = F.cross_entropy(logits.flatten(0, 1), batch.labels_BT.flatten()).item()
+    row = rows_of(folder)[-1]
+    assert row["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    sidecar = json.loads((tokens / "tokens" / "eval" / "tokens_00000.json").read_text())
+    tokens_per_byte = sidecar["num_tokens"] / sidecar["num_bytes"]
+    bits_per_byte = expected / math.log(2) * tokens_per_byte
+    assert row["eval_bits_per_byte"] == pytest.approx(bits_per_byte, rel=1e-5)
+
+
+def test_a_finished_run_is_not_done_again(finished):
+    weights = Path(finished.run.output_dir) / "model.safetensors"
+    time_written = weights.stat().st_mtime_ns
+    assert run(finished).is_finished
+    assert weights.stat().st_mtime_ns == time_written
+
+
+def test_bf16_masked_documents_and_recomputation_learn_too(tokens, tmp_path, finished):
+    recipe = recipe_for(
+        tokens,
+        tmp_path,
+        max_steps=60,
+        bf16=True,
+        mask_documents=True,
+        gradient_checkpointing=True,
+        hidden_size=64,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+    )
+    folder = run(recipe).path
+    assert load_native(folder).dtype == torch.float32
+    last = [row["loss"] for row in rows_of(folder) if "loss" in row][-1]
+    assert last < 0.6 * math.log(384)
+
+
+# ---------------------------------------------------------------- stopped and gone on
+
+
+def start(recipe: Path, overrides=()) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "olmo_base", str(recipe), *overrides],
+        cwd=PROJECT,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
+    """Until metrics.jsonl tells of a step at or after this one."""
+    while True:
+        assert process.poll() is None, process.communicate()[1]
+        path = folder / "metrics.jsonl"
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        if lines and json.loads(lines[-1])["step"] >= step:
+            return
+        time.sleep(0.001)
+
+
+LONG = {
+    "max_steps": 140,
+    "logging_steps": 1,
+    "save_steps": 7,
+    "eval_steps": 50,
+    "per_device_train_batch_size": 16,
+    "max_eval_tokens": 500,
+}
+
+
+def test_killed_and_stopped_at_random_steps_the_weights_are_bit_identical(tokens, tmp_path):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "broken").mkdir()
+    whole = run(recipe_for(tokens, tmp_path / "whole", **LONG)).path
+    recipe = recipe_file(tokens, tmp_path / "broken", **LONG)
+    folder = tmp_path / "broken" / "run"
+    generator = random.Random(0)
+    first, second = generator.randrange(10, 40), generator.randrange(45, 80)
+
+    process = start(recipe)
+    wait_for_step(process, folder, first)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+    process = start(recipe)
+    wait_for_step(process, folder, second)
+    process.terminate()
+    _, said = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM after step" in said
+    assert "Traceback" not in said
+    assert "going on from" in said
+    stopped_at = int(said.split("after step ")[-1].split(",")[0])
+    assert (folder / "checkpoints" / f"step_{stopped_at:06d}").is_dir()
+
+    again = run(load_recipe(PretrainRecipe, recipe)).path
+    expected = load_file(whole / "model.safetensors")
+    found = load_file(again / "model.safetensors")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert without_times(rows_of(again)) == without_times(rows_of(whole))
+
+
+def test_a_loss_that_is_no_number_is_an_error_that_names_the_step(tokens, tmp_path, capsys):
+    path = recipe_file(
+        tokens,
+        tmp_path,
+        learning_rate=1e30,
+        warmup_steps=0,
+        lr_scheduler_type="constant",
+        save_steps=1,
+        logging_steps=1,
+        max_grad_norm=0,
+        z_loss=1.0,
+    )
+    assert main([str(path)]) == 2
+    message = capsys.readouterr().err
+    assert "not a finite number at step" in message
+    step = int(message.split("at step ")[1].split(".")[0])
+    kept = sorted(item.name for item in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept[-1] == f"step_{step - 1:06d}"
+    assert kept[-1] in message
+    weights = load_file(tmp_path / "run" / "checkpoints" / kept[-1] / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+# ---------------------------------------------------------------- recipes, plans, bad input
+
+
+def test_the_plan_says_what_a_run_would_do_and_touches_nothing(tokens, tmp_path):
+    recipe = recipe_for(tokens, tmp_path, max_steps=-1, num_train_epochs=2.0)
+    planned = plan(recipe)
+    corpus = open_corpus(recipe, verify=False)
+    assert planned["steps"] == 2 * len(corpus.train) // 8
+    assert planned["tokens_per_step"] == 8 * 16
+    model = Transformer(model_config(recipe, corpus))
+    assert planned["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert isinstance(planned["memory_bytes"], int)
+    assert planned["memory_bytes"] > 16 * sum(p.numel() for p in model.parameters())
+    assert not (tmp_path / "run").exists()
+
+
+def test_how_long_a_run_is_can_be_said_in_three_ways(tokens, tmp_path):
+    assert num_steps(recipe_for(tokens, tmp_path, max_steps=7), 100) == 7
+    by_tokens = recipe_for(tokens, tmp_path, max_steps=-1, max_tokens=8 * 16 * 3 + 1)
+    assert num_steps(by_tokens, 100) == 4
+    by_epochs = recipe_for(tokens, tmp_path, max_steps=-1, num_train_epochs=0.5)
+    assert num_steps(by_epochs, 100) == 6
+    assert num_steps(by_epochs, 3) == 1
+    with pytest.raises(UserError, match="max_steps already says how long"):
+        recipe_for(tokens, tmp_path, max_tokens=5)
+
+
+def test_the_resolved_recipe_is_read_back_as_it_was(finished, tmp_path):
+    path = tmp_path / "again.yaml"
+    path.write_text(recipe_to_yaml(finished))
+    assert load_recipe(PretrainRecipe, path) == finished
+
+
+def test_rows_longer_than_the_model_reads_are_refused(tokens, tmp_path):
+    with pytest.raises(UserError, match="8 is less than max_length 16"):
+        recipe_for(tokens, tmp_path, max_position_embeddings=8)
+    corpus_recipe = recipe_for(tokens, tmp_path, max_position_embeddings=32)
+    corpus = open_corpus(corpus_recipe, verify=False)
+    assert model_config(corpus_recipe, corpus).max_position_embeddings == 32
+
+
+def test_another_tokenizer_beside_the_shards_is_refused(tokens, tmp_path):
+    copy = tmp_path / "tokens"
+    subprocess.run(["cp", "-r", str(tokens), str(copy)], check=True)
+    content = json.loads((copy / "tokenizer.json").read_text())
+    content["version"] = "1.0 "
+    (copy / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="is not the tokenizer that the shards beside it"):
+        run(recipe_for(copy, tmp_path))
+
+
+def test_mistakes_are_one_message_and_exit_code_2(tokens, tmp_path, capsys):
+    path = recipe_file(tokens, tmp_path, max_stpes=3)
+    assert main([str(path)]) == 2
+    message = capsys.readouterr().err
+    assert "recipe.yaml, line" in message
+    assert "Did you mean 'max_steps'?" in message
+    path = recipe_file(tmp_path / "nowhere", tmp_path)
+    assert main([str(path)]) == 2
+    assert "nowhere/tokens/train holds no token shards" in capsys.readouterr().err
+    path = recipe_file(tokens, tmp_path, stage="sft")
+    assert main([str(path)]) == 2
+    assert "open-instruct run" in capsys.readouterr().err
+    assert main([str(path), "--dry"]) == 2
+    assert "--dry-run" in capsys.readouterr().err
+    assert main([]) == 2
+    assert main(["--help"]) == 0
+
+
+def test_a_dry_run_prints_recipe_and_plan(tokens, tmp_path, capsys):
+    assert main([str(recipe_file(tokens, tmp_path)), "max_steps=5", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "max_steps: 5\n" in shown
+    assert "steps: 5\n" in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_bf16_is_chosen_where_it_pays():
+    able = torch.cpu.get_capabilities()
+    has_bf16 = bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    cpu = torch.device("cpu")
+    assert computes_in_bf16("auto", cpu, 256) == has_bf16
+    assert not computes_in_bf16("auto", cpu, 32)
+    assert computes_in_bf16(True, cpu, 32)
+    assert not computes_in_bf16(False, cpu, 256)
