@@ -120,8 +120,8 @@ class Attention(nn.Module):
     """Multi-head attention with fewer key/value heads if asked (GQA), RoPE, and QK-norm.
 
     The norm covers the whole query and the whole key vector, before the heads are split and before
-    RoPE (OLMo-2, arXiv:2501.00656, 3.3). Query, key and value stay three maps: splitting a fused
-    one costs a CPU more than its larger product wins.
+    RoPE (OLMo-2, arXiv:2501.00656, 3.3). Query, key and value stay three maps: a fused one made
+    no difference to a CPU (4 % faster to 4 % slower at widths 128 and 256).
     """
 
     def __init__(

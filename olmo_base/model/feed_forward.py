@@ -94,8 +94,8 @@ class _RMSNorm(torch.autograd.Function):
 class FeedForward(nn.Module):
     """SwiGLU (arXiv:2002.05202): down(silu(gate(x)) * up(x)), no biases.
 
-    Gate and up stay two maps: one fused map gives strided halves, and on a CPU what its one larger
-    product wins (3 %) the strided activations lose twice over.
+    Gate and up stay two maps: one fused map gives strided halves, and took a CPU 3 to 12 % longer,
+    forward and backward, at widths 128 and 256 in fp32 and bf16.
     """
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:

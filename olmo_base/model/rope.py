@@ -51,6 +51,8 @@ def rotate(x_BTHh: Tensor, cos_Th: Tensor, sin_Th: Tensor, dtype: torch.dtype) -
     ``cos`` and ``sin`` are Th for rows that share positions, B1Th otherwise. The arithmetic is
     fp32, the result in ``dtype``.
     """
+    if not torch.is_grad_enabled():
+        return _rotated(x_BTHh, cos_Th, sin_Th).to(dtype)
     return _Rotate.apply(x_BTHh, cos_Th, sin_Th, dtype)
 
 
@@ -67,10 +69,7 @@ class _Rotate(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(cos_Th, sin_Th)
         ctx.dtype = x_BTHh.dtype
-        batch, length, heads, head_dim = x_BTHh.shape
-        out_BHTh = cos_Th.new_empty(batch, heads, length, head_dim)
-        _turn(x_BTHh.transpose(1, 2), cos_Th, sin_Th, out_BHTh, sign=1)
-        return out_BHTh.to(dtype)
+        return _rotated(x_BTHh, cos_Th, sin_Th).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None]:
@@ -80,6 +79,13 @@ class _Rotate(torch.autograd.Function):
         # A rotation's transpose turns the other way.
         _turn(grads[0], cos_Th, sin_Th, out_BTHh.transpose(1, 2), sign=-1)
         return out_BTHh.to(ctx.dtype), None, None, None
+
+
+def _rotated(x_BTHh: Tensor, cos_Th: Tensor, sin_Th: Tensor) -> Tensor:
+    batch, length, heads, head_dim = x_BTHh.shape
+    out_BHTh = cos_Th.new_empty(batch, heads, length, head_dim)
+    _turn(x_BTHh.transpose(1, 2), cos_Th, sin_Th, out_BHTh, sign=1)
+    return out_BHTh
 
 
 def _turn(x_BHTh: Tensor, cos_Th: Tensor, sin_Th: Tensor, out_BHTh: Tensor, sign: int) -> None:

@@ -176,6 +176,18 @@ def test_bf16_autocast_stays_close_to_fp32_and_keeps_the_residual_stream_in_fp32
     )
 
 
+@pytest.mark.parametrize("is_training", [False, True])
+def test_bf16_weights_give_what_transformers_gives_in_bf16(is_training: bool):
+    model = random_model(SMALL).bfloat16()
+    other = same_in_transformers(model).bfloat16()
+    ids_BT = torch.randint(61, (2, 64))
+    with torch.set_grad_enabled(is_training):
+        logits_BTV = model.logits(model(ids_BT))
+        theirs_BTV = other(ids_BT).logits
+    assert logits_BTV.dtype == theirs_BTV.dtype == torch.bfloat16
+    torch.testing.assert_close(logits_BTV, theirs_BTV, atol=0.1, rtol=0.05)
+
+
 def test_recomputing_layers_in_the_backward_pass_changes_no_gradient():
     model = random_model(SMALL)
     ids_BT = torch.randint(61, (2, 70))
