@@ -323,9 +323,10 @@ def test_gradient_checkpointing_changes_memory_and_not_gradients():
     batch = examples.batch(range(NUM))
     found = []
     for checkpointing in (False, True):
-        model = LabelLogprobs(tiny_olmo2()).train()
+        language_model = tiny_olmo2()
         if checkpointing:
-            model.model.gradient_checkpointing_enable({"use_reentrant": False})
+            language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        model = LabelLogprobs(language_model).train()
         summed_loss(model, batch)["loss"].backward()
         found.append(gradients_of(model))
     for name, gradient in found[0].items():
