@@ -376,11 +376,13 @@ def load_generator(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
 ) -> Generator:
     """A generator for a model folder or hub name: native for OLMo-2, transformers' otherwise.
 
-    ``device`` None takes a GPU if there is one; ``dtype`` None keeps what the weights are saved in.
-    Errors: UserError if it is no model, or no causal language model.
+    ``device`` None takes a GPU if there is one; ``dtype`` None keeps what the weights are saved in;
+    ``trust_remote_code`` runs Python code that the folder brings.
+    Errors: UserError if it is no model, no causal language model, or lacks weights.
     """
     folder = resolve_model(str(folder_or_name))
     target = pick_device() if device is None else torch.device(device)
@@ -393,23 +395,36 @@ def load_generator(
         model = load_native(folder, device=target, dtype=dtype)
         max_length = model.config.max_position_embeddings
     else:
-        model = _load_with_transformers(folder, target, dtype)
+        model = _load_with_transformers(folder, target, dtype, trust_remote_code)
         max_length = _max_length(model.config.get_text_config(decoder=True))
     return Generator(model, eos_token_ids=eos_token_ids, max_length=max_length, source=folder)
 
 
-def _load_with_transformers(folder: Path, device: torch.device, dtype: torch.dtype | None) -> Any:
+def _load_with_transformers(
+    folder: Path, device: torch.device, dtype: torch.dtype | None, trust_remote_code: bool
+) -> Any:
     from transformers import AutoModelForCausalLM  # heavy, and only for other architectures
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # it would stand in the middle of a chat or a report
+    load: Any = AutoModelForCausalLM.from_pretrained  # its type does not know of the report
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto" if dtype is None else dtype
+        model, report = load(
+            folder,
+            dtype="auto" if dtype is None else dtype,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise UserError(
             f"{folder} cannot be opened as a causal language model: {first_line}"
         ) from None
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(
+            f"{folder} lacks {len(missing)} weights of a {type(model).__name__}, the first being "
+            f"{missing[0]}; they would be random. Copy or download the folder again."
+        )
     return model.to(device).eval()
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -309,6 +310,16 @@ def test_a_model_that_is_no_causal_language_model_is_refused(tmp_path: Path):
     ).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="cannot be opened as a causal language model"):
         load_generator(tmp_path)
+
+
+def test_a_folder_that_lacks_weights_is_refused_rather_than_filled_at_random(tmp_path: Path):
+    OTHER_MODELS["gpt2"]().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    del weights["transformer.h.1.mlp.c_fc.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks 1 weights of a GPT2LMHeadModel.*c_fc\.weight"):
+        load_generator(tmp_path, device="cpu")
 
 
 def test_a_folder_without_tokenizer_generates_but_has_no_words(tmp_path: Path):
