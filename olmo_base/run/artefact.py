@@ -240,7 +240,8 @@ class RunFolder:
 
         ``recipe`` has a ``stage`` and a ``run: RunConfig``; ``inputs`` are the files whose content
         decides the result. The same run finished before: ``is_finished`` is true and nothing is
-        touched. Errors: UserError if the folder holds another run, or other things, or is in use.
+        touched. A run that failed before it made anything gives its folder up. Errors: UserError
+        if the folder holds another run, or other things, or is in use.
         """
         described = describe_inputs(inputs)
         hashes = {name: item["sha256"] for name, item in described.items()}
@@ -248,13 +249,13 @@ class RunFolder:
         manifest = read_manifest(folder.path)
         if manifest is None:
             folder._refuse_foreign_content()
-        elif manifest.get("identity") != folder.identity:
+        elif manifest.get("identity") != folder.identity and folder._holds_work():
             raise UserError(
                 f"{folder.path} holds another run (stage {manifest.get('stage')}, "
                 f"{manifest.get('status')}): {folder._difference(manifest)}. "
                 "Choose another output_dir, or move that folder away."
             )
-        else:
+        elif manifest.get("identity") == folder.identity:
             folder.is_finished = manifest.get("status") == "finished"
             folder._sessions = manifest.get("sessions", [])
         if folder.is_finished or not folder.is_main:
@@ -266,6 +267,13 @@ class RunFolder:
         atomic_write(folder.path / "recipe.yaml", recipe_to_yaml(recipe))
         folder._write_manifest("running")
         return folder
+
+    def _holds_work(self) -> bool:
+        """Whether a run left more than its start: one that failed on its data, say, did not."""
+        names = {file.name for file in self.path.iterdir()} - LEFT_BY_A_RUN
+        if names == {"recipe.yaml", MANIFEST, "metrics.jsonl"}:
+            return (self.path / "metrics.jsonl").stat().st_size > 0
+        return names != {"recipe.yaml", MANIFEST}
 
     def _refuse_foreign_content(self) -> None:
         if self.path.is_file():

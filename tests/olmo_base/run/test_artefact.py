@@ -91,8 +91,14 @@ def test_a_finished_run_is_recognised_and_carries_counts_and_results(tmp_path):
     assert manifest["wall_time_seconds"] >= 0
 
 
+def start_with_a_row_of_metrics(folder: Path, *inputs: Path) -> None:
+    run = RunFolder.open(recipe_in(folder), inputs)
+    (run.path / "metrics.jsonl").write_text('{"step": 1}\n')
+    run.release()
+
+
 def test_a_folder_of_another_run_is_refused_with_the_difference(tmp_path):
-    RunFolder.open(recipe_in(tmp_path / "run"), []).release()
+    start_with_a_row_of_metrics(tmp_path / "run")
     with pytest.raises(UserError, match="max_steps was 3 and is 4"):
         RunFolder.open(recipe_in(tmp_path / "run", max_steps=4), [])
 
@@ -100,10 +106,18 @@ def test_a_folder_of_another_run_is_refused_with_the_difference(tmp_path):
 def test_a_changed_input_makes_another_run(tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text("one")
-    RunFolder.open(recipe_in(tmp_path / "run"), [data]).release()
+    start_with_a_row_of_metrics(tmp_path / "run", data)
     data.write_text("two")
     with pytest.raises(UserError, match=r"content of .*data.jsonl has changed"):
         RunFolder.open(recipe_in(tmp_path / "run"), [data])
+
+
+def test_a_run_that_failed_before_it_made_anything_gives_its_folder_up(tmp_path):
+    RunFolder.open(recipe_in(tmp_path / "run"), []).release()
+    folder = RunFolder.open(recipe_in(tmp_path / "run", max_steps=4), [])
+    manifest = read_manifest(folder.path)
+    assert manifest is not None
+    assert manifest["recipe"]["max_steps"] == 4
 
 
 def test_a_folder_with_other_things_in_it_is_refused(tmp_path):
