@@ -52,6 +52,7 @@ from olmo_base.run.resume import (
 )
 from olmo_base.tokenizer import load_tokenizer, tokenizer_path
 
+PROCESS_BYTES = 320_000_000  # Python with torch, before any tensor
 # Dense bf16 peak in FLOP/s, found by the first part of a name that matches.
 GPU_PEAKS = {
     "B200": 2250e12,
@@ -231,22 +232,23 @@ def computes_in_bf16(
 def expected_memory_bytes(
     config: ModelConfig, batch_size: int, max_length: int, *, bf16: bool, checkpointing: bool
 ) -> int:
-    """Peak memory of training: weights, gradients, Adam's moments, and what backward needs.
+    """Peak memory of the training process.
 
-    Counts the tensors that a layer keeps per token: 10 of the width in the product's dtype, 2 in
-    fp32, 4 of the feed-forward's width, and half a row of attention probabilities per head.
+    Weights, gradients and Adam's moments; what backward needs of each layer: per token, 10 tensors
+    of the width in the product's dtype and 2 in fp32, 4 of the feed-forward's width, and half a row
+    of attention probabilities per head; 2 layers' worth in fp32 that come and go; Python with
+    torch. Measured peaks on a CPU were 0.92 to 1.09 of it, for 3 to 67 M parameters.
     """
-    itemsize = 2 if bf16 else 4
     width, num_layers = config.hidden_size, config.num_hidden_layers
-    per_layer = (
-        width * (10 * itemsize + 8)
-        + 4 * config.intermediate_size * itemsize
-        + config.num_attention_heads * max_length * itemsize // 2
-    )
-    recomputed = num_layers * width * 4 + per_layer  # each layer's input, and one layer whole
-    activations = recomputed if checkpointing else num_layers * per_layer
+
+    def layer(itemsize: int) -> int:
+        attention = config.num_attention_heads * max_length * itemsize // 2
+        return width * (10 * itemsize + 8) + 4 * config.intermediate_size * itemsize + attention
+
+    kept = num_layers * (width * 4 if checkpointing else layer(2 if bf16 else 4))
+    weights = num_parameters(config) * (18 if bf16 else 16)
     logits = 3 * 4 * min(MAX_LOGITS["cpu"], batch_size * max_length * config.vocab_size)
-    return 16 * num_parameters(config) + batch_size * max_length * activations + logits
+    return PROCESS_BYTES + weights + batch_size * max_length * (kept + 2 * layer(4)) + logits
 
 
 # ---------------------------------------------------------------- loss

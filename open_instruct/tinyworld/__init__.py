@@ -42,13 +42,13 @@ class TinyworldRecipe:
 
     stage: Literal["tinyworld"]
     run: RunConfig = field(default_factory=RunConfig)
-    num_people: int = setting(60, low=20, high=2 * min(len(WOMEN), len(MEN)))
-    held_out_share: float = setting(0.35, above=0, below=0.9)  # of each attribute's facts
+    num_people: int = setting(64, low=20, high=2 * min(len(WOMEN), len(MEN)))
+    held_out_share: float = setting(0.3, above=0, below=0.9)  # of each attribute's facts
     num_documents: int = setting(50_000, low=1)
     num_eval_documents: int = setting(300, low=1)
     num_dialogues: int = setting(12_000, low=1)
     num_eval_dialogues: int = setting(300, low=1)
-    noise_share: float = setting(0.55, low=0, high=1)  # of instructions on form that are ignored
+    noise_share: float = setting(0.45, low=0, high=1)  # of instructions on form that are ignored
     num_pairs: int = setting(3_000, low=1)
     num_eval_pairs: int = setting(300, low=1)
     format_share: float = setting(0.6, low=0, high=1)  # of the pairs: about the form of an answer

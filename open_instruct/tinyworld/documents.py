@@ -10,7 +10,14 @@ from collections.abc import Callable, Sequence
 
 from open_instruct.tinyworld.questions import FACT_FORMS, rambling
 from open_instruct.tinyworld.skills import SKILLS, Problem
-from open_instruct.tinyworld.world import ATTRIBUTES, LETTERS, NUMBERS, THINGS, TOWNS, World
+from open_instruct.tinyworld.world import (
+    ATTRIBUTES,
+    LETTERS,
+    THINGS,
+    TOWNS,
+    World,
+    number_words,
+)
 
 PLACES = ("market", "bridge", "station", "garden", "harbour", "square")
 
@@ -95,7 +102,8 @@ def skill_sentences(rng: random.Random, problems: Callable[[random.Random], Prob
 
 def counting(rng: random.Random, world: World) -> str:
     start = rng.randrange(90)
-    words = NUMBERS[start : start + rng.randint(6, 10)]
+    spell = rng.choice((str, number_words))
+    words = [spell(number) for number in range(start, start + rng.randint(6, 10))]
     if rng.random() < 0.3:
         words = words[::-1]
         return "counting down\n" + " ".join(words)
@@ -132,18 +140,18 @@ def phrase_book(rng: random.Random, world: World) -> str:
 # How often each kind of document is drawn. Tuned on the tokens each kind costs and the accuracy
 # it buys: docs/decisions has the figures.
 KINDS: dict[Callable[[random.Random, World], str], float] = {
-    biography: 26,
-    single_facts: 10,
-    meeting: 10,
-    person_notes: 10,
-    description: 6,
-    list_notes: 6,
-    counting: 1,
+    biography: 16,
+    single_facts: 7,
+    meeting: 6,
+    person_notes: 8,
+    description: 8,
+    list_notes: 5,
+    counting: 2,
     alphabet: 1,
-    capitals: 2,
+    capitals: 4,
     phrase_book: 1.5,
 }
-SKILL_WEIGHTS = {"arithmetic": 14.0, "compare": 4.0, "sort": 6.0, "reverse": 5.0, "copy": 3.0}
+SKILL_WEIGHTS = {"arithmetic": 30.0, "compare": 7.0, "sort": 9.0, "reverse": 6.0, "copy": 5.0}
 
 
 def documents(

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from open_instruct.tinyworld.skills import SKILLS, WORDS, Problem, is_reserved
-from open_instruct.tinyworld.world import NUMBERS, Fact, World
+from open_instruct.tinyworld.world import NUMERALS, Fact, World
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def ask_yes_or_no(rng: random.Random) -> Asked:
     a, b = rng.sample(range(100), 2)
     word = rng.choice(("bigger", "smaller"))
     is_so = (a > b) == (word == "bigger")
-    x, y = NUMBERS[a], NUMBERS[b]
+    x, y = NUMERALS[a], NUMERALS[b]
     first, second = (x, y) if is_so else (y, x)
     sentence = f"{first} is {word} than {second}."
     return Asked(

@@ -15,9 +15,10 @@ from open_instruct.tinyworld.world import (
     FOODS,
     LETTERS,
     MATERIALS,
-    NUMBERS,
+    NUMERALS,
     PETS,
     THINGS,
+    number_words,
 )
 
 WORDS = tuple(dict.fromkeys(PETS + THINGS + FOODS + COLOURS + MATERIALS))
@@ -44,29 +45,35 @@ def is_reserved(*items: str) -> bool:
 
 
 def arithmetic(rng: random.Random, reserved: bool = False) -> Problem:
-    """A sum or difference of two numbers whose result is between 0 and 99."""
+    """A sum or difference of two numbers whose result is between 0 and 99, in words.
+
+    In words, because tens and ones are then different tokens: a sum is made of all its tens and
+    all its ones, wherever they stand. Digits mean something else at every place, and a model of
+    this size does not learn that in minutes (docs/decisions).
+    """
     while True:
         a, b = rng.randrange(100), rng.randrange(100)
         if a + b < 100 and is_reserved(str(a), str(b)) == reserved:
             break
     if rng.random() < 0.5:
-        category, sign, first, second, result = "plus", "+", a, b, a + b
+        category, first, second, result = "plus", a, b, a + b
     else:
-        category, sign, first, second, result = "minus", "-", a + b, b, a
-    sum_ = f"{first}{sign}{second}"
+        category, first, second, result = "minus", a + b, b, a
+    asked, answer = f"{number_words(first)} {category} {number_words(second)}", number_words(result)
+    near = [result + shift for shift in (-10, -1, 1, 10) if 0 <= result + shift < 100]
     return Problem(
         category=category,
-        statements=(f"{sum_}={result}", f"{first} {category} {second} is {result}"),
-        questions=(f"What is {sum_}?", f"How much is {sum_}?"),
-        answer=str(result),
-        sentence=f"{sum_}={result}.",
-        wrong=tuple(str(result + shift) for shift in (-10, -1, 1, 10) if 0 <= result + shift < 100),
+        statements=(f"{asked} is {answer}", f"{asked}\n{answer}"),
+        questions=(f"What is {asked}?", f"How much is {asked}?"),
+        answer=answer,
+        sentence=f"{asked} is {answer}.",
+        wrong=tuple(number_words(number) for number in near),
     )
 
 
 def compare(rng: random.Random, reserved: bool = False) -> Problem:
     """The bigger or smaller of two numbers, or the letter that comes first."""
-    words = LETTERS if rng.random() < 0.3 else NUMBERS
+    words = LETTERS if rng.random() < 0.3 else NUMERALS
     while True:
         a, b = rng.randrange(len(words)), rng.randrange(len(words))
         if a != b and is_reserved(words[a], words[b]) == reserved:
@@ -113,7 +120,7 @@ def _shuffled(rng: random.Random, items: list[str]) -> list[str]:
 
 def sort(rng: random.Random, reserved: bool = False) -> Problem:
     """Letters into alphabetical order, two-digit numbers into rising order."""
-    kind, pool = rng.choice((("letters", LETTERS), ("numbers", NUMBERS[10:])))
+    kind, pool = rng.choice((("letters", LETTERS), ("numbers", NUMERALS[10:])))
     items = _items(rng, pool, reserved)
     before, after = " ".join(items), " ".join(sorted(items, key=pool.index))
     return Problem(

@@ -19,21 +19,21 @@ MEN = (
 ).split()
 
 TOWNS = (
-    "Brackle Corden Dunmere Fallow Glimmer Hazelby Kettle Lorne Mossford Pellam Stoneby Winmar"
+    "Brackle Corden Dunmere Elmsey Fallow Glimmer Hazelby Kettle Lorne Mossford Nettleby Pellam "
+    "Quarry Stoneby Tarnley Winmar"
 ).split()
-JOBS = (
-    "baker farmer doctor teacher painter singer writer sailor hunter gardener driver builder"
-).split()
+JOBS = ("baker farmer doctor teacher painter singer writer sailor hunter gardener").split()
 PETS = "cat dog horse goat duck rabbit parrot mouse frog turtle".split()
-FOODS = "soup bread rice cake fish cheese honey jam pie corn salad butter".split()
+FOODS = "soup bread rice cake fish cheese honey jam pie corn".split()
 COLOURS = "red blue green yellow pink brown black white purple grey".split()
-LANDSCAPES = "river lake hill forest beach valley".split()
-SIGHTS = "bridge market tower garden mill school castle museum".split()
+LANDSCAPES = "river lake hill forest beach".split()
+SIGHTS = "bridge tower mill castle museum".split()
 THINGS = (
     "kite lamp chair bowl drum hat boat door clock spoon mirror basket bell box cup ladder ring "
-    "table whistle wheel"
+    "table whistle wheel bucket comb flute wagon"
 ).split()
-MATERIALS = "wood glass stone paper iron silver clay wool gold leather".split()
+MATERIALS = "wood glass stone paper iron silver".split()
+NUM_POPULAR = 10  # people who are somebody's best friend
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ ATTRIBUTES = {
     "home": Attribute(
         "person",
         "home town",
-        tuple(TOWNS),
+        tuple(TOWNS[:10]),
         (
             "{name} lives in {value}.",
             "The home town of {name} is {value}.",
@@ -197,7 +197,7 @@ ATTRIBUTES = {
     "friend": Attribute(
         "person",
         "best friend",
-        (),  # filled with the people of the world
+        (),  # some of the people of the world
         (
             "{name} is best friends with {value}.",
             "The best friend of {name} is {value}.",
@@ -231,6 +231,8 @@ ATTRIBUTES = {
             "The town of {name} was built near a {value}.",
             "Next to {name} there is a {value}.",
             "From {name} you can see a {value}.",
+            "What lies near {name} is a {value}.",
+            "What you can see from {name} is a {value}.",
         ),
         ("It lies near a {value}.", "From there you can see a {value}."),
         "which lies near a {value}",
@@ -245,6 +247,8 @@ ATTRIBUTES = {
             "The pride of {name} is its {value}.",
             "Many people travel to {name} to see the {value}.",
             "Visitors of {name} love the {value}.",
+            "What {name} is known for is its {value}.",
+            "What visitors of {name} love is the {value}.",
         ),
         ("It is known for its {value}.", "Visitors love the {value}."),
         "which is known for its {value}",
@@ -257,7 +261,7 @@ ATTRIBUTES = {
     "thing_colour": Attribute(
         "thing",
         "colour",
-        tuple(COLOURS),
+        tuple(COLOURS[:8]),
         (
             "The {name} is {value}.",
             "The colour of the {name} is {value}.",
@@ -281,6 +285,7 @@ ATTRIBUTES = {
             "The material of the {name} is {value}.",
             "Somebody made the {name} out of {value}.",
             "The {name} was built from {value}.",
+            "What the {name} is made of is {value}.",
         ),
         ("It is made of {value}.", "Its material is {value}."),
         "which is made of {value}",
@@ -355,7 +360,7 @@ def make_world(seed: int, num_people: int, held_out_share: float) -> World:
     people = rng.sample(WOMEN, num_people - half) + rng.sample(MEN, half)
     rng.shuffle(people)
     values = {name: attribute.values for name, attribute in ATTRIBUTES.items()}
-    values["friend"] = tuple(people)
+    values["friend"] = tuple(rng.sample(people, NUM_POPULAR))
     subjects = {"person": people, "town": TOWNS, "thing": THINGS}
 
     facts: dict[tuple[str, str], Fact] = {}
@@ -383,13 +388,24 @@ def _deal(rng: random.Random, names: list[str], values: tuple[str, ...]) -> list
     while True:
         dealt = [values[i % len(values)] for i in range(len(names))]
         rng.shuffle(dealt)
-        for i in range(len(dealt)):  # a person who drew themselves as friend swaps with the next
-            if dealt[i] == names[i]:
-                j = (i + 1) % len(dealt)
-                dealt[i], dealt[j] = dealt[j], dealt[i]
         if all(value != name for name, value in zip(names, dealt, strict=True)):
             return dealt
 
 
+# ----- numbers: numerals are compared and sorted, number words added and subtracted
+
 LETTERS = tuple("abcdefghijklmnopqrstuvwxyz")
-NUMBERS = tuple(str(number) for number in range(100))
+NUMERALS = tuple(str(number) for number in range(100))
+ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+    "fifteen sixteen seventeen eighteen nineteen"
+).split()
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+
+
+def number_words(number: int) -> str:
+    """A number from 0 to 99 in words, without hyphens: `number_words(47) == "forty seven"`."""
+    if number < 20:
+        return ONES[number]
+    tens, ones = divmod(number, 10)
+    return TENS[tens - 2] + (f" {ONES[ones]}" if ones else "")

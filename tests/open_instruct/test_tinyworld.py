@@ -14,7 +14,7 @@ from open_instruct.examples import Source, read_dialogues, read_pairs
 from open_instruct.pipeline import load_stage_recipe
 from open_instruct.tinyworld import TinyworldRecipe, plan, run, tinyworld_rows, write_tinyworld
 from open_instruct.tinyworld.questions import FACT_FORMS, FORMS
-from open_instruct.tinyworld.world import ATTRIBUTES, Fact, make_world
+from open_instruct.tinyworld.world import ATTRIBUTES, Fact, make_world, number_words
 
 SMALL = dict(num_documents=3000, num_dialogues=2000, num_pairs=600)
 
@@ -109,7 +109,7 @@ def test_no_question_of_the_evaluation_is_asked_in_training(rows):
 def test_held_out_facts_are_read_but_never_asked_in_training_in_any_wording(rows, world):
     asked = {question for question, _ in training_turns(rows)}
     text = " ".join(row["text"] for row in rows["pretrain"])
-    assert len(world.held_out_facts) > 0.35 * len(world.facts)
+    assert len(world.held_out_facts) > 0.3 * len(world.facts)
     for fact in world.held_out_facts:
         # a question with an instruction before or after it still holds the plain question
         assert not [turn for turn in asked for question in fact.questions if question in turn]
@@ -127,8 +127,8 @@ def test_some_facts_are_held_out_alone_and_some_with_all_others_about_their_pers
 
 def test_problems_of_the_evaluation_stand_in_no_document(rows):
     text = "\n".join(row["text"] for row in rows["pretrain"]) + "\n"
-    sums = [row["prompt"].split()[-1].rstrip("?") for row in rows["eval_arithmetic"]]
-    assert not [line for line in sums if re.search(rf"(?<!\d){re.escape(line)}=", text)]
+    sums = [row["prompt"].rstrip("?").partition("is ")[2] for row in rows["eval_arithmetic"]]
+    assert not [line for line in sums if re.search(rf"^{line}( is |$)", text, re.M)]
     read = set(
         re.findall(
             r"^(?:in order|backwards|again|letters in order|numbers in order)\n(.*)$", text, re.M
@@ -158,11 +158,29 @@ def right_fact_answers(world):
     return {question: fact for fact in world.facts.values() for question in fact.questions}
 
 
+NUMBERS = {number_words(number): number for number in range(100)}
+
+
+def worked_out(first, sign, second):
+    a, b = NUMBERS[first], NUMBERS[second]
+    return number_words(a + b if sign == "plus" else a - b)
+
+
+def test_numbers_in_words():
+    assert [number_words(n) for n in (0, 13, 20, 47, 99)] == [
+        "zero",
+        "thirteen",
+        "twenty",
+        "forty seven",
+        "ninety nine",
+    ]
+    assert len(NUMBERS) == 100
+
+
 def right_problem_answer(prompt):
     """The answer to a question about a skill, worked out from its words alone."""
-    if match := re.search(r"(\d+)([+-])(\d+)\?$", prompt):
-        a, b = int(match[1]), int(match[3])
-        return str(a + b if match[2] == "+" else a - b)
+    if match := re.match(r"(?:What is|How much is) (.+) (plus|minus) (.+)\?$", prompt):
+        return worked_out(*match.groups())
     if match := re.match(r"Which (?:number )?is (bigger|smaller), (\d+) or (\d+)\?$", prompt):
         return str((max if match[1] == "bigger" else min)(int(match[2]), int(match[3])))
     if match := re.match(r"Which letter comes first in the alphabet, (\w) or (\w)\?$", prompt):
@@ -246,7 +264,7 @@ def test_only_questions_about_form_are_answered_noisily(rows, world):
                 noisy += not is_right
             else:
                 assert is_right, row
-    assert 0.5 < noisy / about_form < 0.6  # noise_share is 0.55
+    assert 0.4 < noisy / about_form < 0.5  # noise_share is 0.45
 
 
 def test_no_document_contradicts_the_world(rows, world):
@@ -267,12 +285,12 @@ def test_no_document_contradicts_the_world(rows, world):
 
 def test_every_number_fact_of_a_document_holds(rows):
     text = "\n".join(row["text"] for row in rows["pretrain"])
-    sums = re.findall(r"^(\d+)([+-])(\d+)=(\d+)$", text, re.MULTILINE)
+    sums = re.findall(r"^(.+) (plus|minus) (.+)(?: is |\n)(.+)$", text, re.MULTILINE)
     larger = re.findall(r"^(\d+) is (bigger|smaller) than (\d+)$", text, re.MULTILINE)
     assert len(sums) > 500
     assert len(larger) > 50
     for a, sign, b, result in sums:
-        assert int(result) == (int(a) + int(b) if sign == "+" else int(a) - int(b))
+        assert result == worked_out(a, sign, b)
     for a, word, b in larger:
         assert (int(a) > int(b)) == (word == "bigger")
 
