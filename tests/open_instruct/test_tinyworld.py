@@ -257,7 +257,7 @@ def test_only_questions_about_form_are_answered_noisily(rows, world):
             is_right = assistant["content"] == right_answer(prompt, facts)
             if (
                 any(text in prompt for text in instructions)
-                or "three" in prompt.partition(":")[0]
+                or "first three" in prompt
                 or "yes or no" in prompt
             ):
                 about_form += 1
@@ -285,12 +285,13 @@ def test_no_document_contradicts_the_world(rows, world):
 
 def test_every_number_fact_of_a_document_holds(rows):
     text = "\n".join(row["text"] for row in rows["pretrain"])
-    sums = re.findall(r"^(.+) (plus|minus) (.+)(?: is |\n)(.+)$", text, re.MULTILINE)
+    sums = re.findall(r"^(.+) (plus|minus) (.+?)(?: is |\n)(.+)$", text, re.MULTILINE)
     larger = re.findall(r"^(\d+) is (bigger|smaller) than (\d+)$", text, re.MULTILINE)
     assert len(sums) > 500
     assert len(larger) > 50
     for a, sign, b, result in sums:
-        assert result == worked_out(a, sign, b)
+        if a in NUMBERS:  # and not "What is forty", one of the ways to ask
+            assert result == worked_out(a, sign, b)
     for a, word, b in larger:
         assert (int(a) > int(b)) == (word == "bigger")
 
