@@ -3,6 +3,7 @@ import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -302,20 +303,22 @@ class Terminal:
         if self.pid == 0:
             os.execv(sys.executable, [sys.executable, "-m", "open_instruct", "chat", *words])
         self.seen = ""
+        self.has_ended = False
 
     def type(self, keys: str) -> None:
         os.write(self.descriptor, keys.encode())
 
     def read_until(self, is_there: Callable[[str], bool], what: str) -> None:
-        """Read what the screen shows until it is there; fails after a minute."""
-        deadline = time.monotonic() + 60
+        """Read what the screen shows until it is there; fails after two minutes."""
+        deadline = time.monotonic() + 120
         while not is_there(self.seen):
             ready, _, _ = select.select([self.descriptor], [], [], deadline - time.monotonic())
             assert ready, f"no {what} in {self.seen[-500:]!r}"
             try:
                 self.seen += os.read(self.descriptor, 4096).decode(errors="replace")
-            except OSError:  # the other side has ended
-                raise AssertionError(f"ended without {what}: {self.seen[-500:]!r}") from None
+            except OSError:  # the other side has closed
+                self.has_ended = True
+                assert is_there(self.seen), f"ended without {what}: {self.seen[-500:]!r}"
 
     def wait_for(self, text: str) -> None:
         """Read up to and with this text."""
@@ -334,39 +337,56 @@ class Terminal:
         self.wait_for(text)
 
     def exit_code(self) -> int:
-        while True:  # what is left is read, or the process could not end
-            try:
-                if not os.read(self.descriptor, 4096):
-                    break
-            except OSError:
-                break
+        """Its exit code, once it has ended by itself and all its output is read."""
+        self.read_until(lambda seen: self.has_ended, "end")
         _, status = os.waitpid(self.pid, 0)
-        os.close(self.descriptor)
+        self.pid = 0
         return os.waitstatus_to_exitcode(status)
 
 
-def test_ctrl_c_stops_an_answer_and_not_the_program(rambler):
-    terminal = Terminal(str(rambler), "--temperature", "0", "--max-new-tokens", "90000")
-    terminal.wait_for("> ")
-    terminal.type("Hello?\n")
-    terminal.wait_for("Hello?")  # the echo
-    terminal.read_until(lambda seen: len(seen) > 100, "answer under way")
-    terminal.type("\x03")
-    terminal.wait_for("(Stopped.)")
-    terminal.wait_for("> ")
-    terminal.press_until("\x03", "/quit leaves")  # at the prompt it only says how to leave
-    terminal.type("/help\n")
-    terminal.wait_for("/reset")
-    terminal.type("\x04")
-    assert terminal.exit_code() == 0
+@pytest.fixture
+def terminal():
+    """Starts `open-instruct chat`; what a failed test leaves running is killed."""
+    started: list[Terminal] = []
+
+    def start(*words: str) -> Terminal:
+        started.append(Terminal(*words))
+        return started[-1]
+
+    yield start
+    for one in started:
+        if one.pid:
+            os.kill(one.pid, signal.SIGKILL)
+            os.waitpid(one.pid, 0)
+        os.close(one.descriptor)
 
 
-def test_at_a_terminal_a_mistake_is_explained_and_the_talk_goes_on(talker):
-    terminal = Terminal(str(talker), "--temperature", "0")
-    terminal.wait_for("> ")
-    terminal.type("/rset\n")
-    terminal.wait_for("Did you mean /reset?")
-    terminal.type("Hello?\n")
-    terminal.wait_for(GREETING)
-    terminal.type("/quit\n")
-    assert terminal.exit_code() == 0
+def test_ctrl_c_stops_an_answer_and_not_the_program(rambler, terminal):
+    screen = terminal(str(rambler), "--temperature", "0", "--max-new-tokens", "90000")
+    screen.wait_for("> ")
+    screen.type("Hello?\n")
+    screen.wait_for("Hello?")  # the echo
+    screen.read_until(lambda seen: len(seen) > 100, "answer under way")
+    screen.type("\x03")
+    screen.wait_for("(Stopped.)")
+    screen.wait_for("> ")
+    screen.press_until("\x03", "/quit leaves")  # at the prompt it only says how to leave
+    screen.wait_for("> ")
+    screen.type("/help\n")
+    screen.wait_for("with one slash.")
+    screen.wait_for("> ")
+    screen.type("\x04")
+    assert screen.exit_code() == 0
+
+
+def test_at_a_terminal_a_mistake_is_explained_and_the_talk_goes_on(talker, terminal):
+    screen = terminal(str(talker), "--temperature", "0")
+    screen.wait_for("> ")
+    screen.type("/rset\n")
+    screen.wait_for("Did you mean /reset?")
+    screen.wait_for("> ")
+    screen.type("Hello?\n")
+    screen.wait_for(GREETING)
+    screen.wait_for("> ")
+    screen.type("/quit\n")
+    assert screen.exit_code() == 0
