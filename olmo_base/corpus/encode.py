@@ -44,7 +44,7 @@ class DocumentBatch(NamedTuple):
 
 
 def gather(texts: Iterator[tuple[str, str]]) -> Iterator[DocumentBatch]:
-    """Gather (split, text) pairs, per split, into batches of about CHARACTERS_PER_BATCH characters."""
+    """Gather (split, text) pairs into batches, per split, of about CHARACTERS_PER_BATCH."""
     gathered: dict[str, list[str]] = {}
     sizes: dict[str, int] = {}
     for split, text in texts:
