@@ -75,8 +75,12 @@ def run(recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:
     click.echo(f"{folder.path} {done}", err=True)
 
 
+class Terminated(BaseException):
+    """SIGTERM outside a loop. Like KeyboardInterrupt it passes every ``except Exception``."""
+
+
 def _stop_now(signal_number: int, frame: FrameType | None) -> None:
-    raise Stopped(signal_number)
+    raise Terminated
 
 
 def _run_pipeline(path: Path, overrides: Sequence[str], dry_run: bool) -> None:
@@ -343,6 +347,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, click.Abort):
         _complain("Interrupted.")
         return 128 + signal.SIGINT
+    except Terminated:
+        _complain(f"Stopped. {GO_ON}")
+        return 128 + signal.SIGTERM
     except Stopped as error:
         where = f": {error.where}" if error.where else ""
         _complain(f"Stopped{where}. {GO_ON}")

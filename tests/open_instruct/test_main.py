@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import itertools
 import json
@@ -15,7 +16,7 @@ import pytest
 import yaml
 
 from open_instruct import shipped_folder
-from open_instruct.__main__ import cli, main
+from open_instruct.__main__ import _stop_now, cli, main
 from tests.open_instruct.tiny import (
     rows_of,
     save_tiny_model,
@@ -284,17 +285,37 @@ def test_a_stopped_pipeline_says_how_to_go_on_and_the_same_command_does(tmp_path
     assert steps == list(range(1, len(steps) + 1))
 
 
-def test_a_bug_of_ours_keeps_its_traceback(monkeypatch):
-    with pytest.raises(ZeroDivisionError):
+@pytest.fixture
+def verb():
+    """Adds a verb to the command line for one test."""
+    yield lambda function: cli.command("extra")(function)
+    cli.commands.pop("extra", None)
 
-        @cli.command("break")
-        def broken() -> None:
-            _ = 1 / 0
 
+def test_sigterm_outside_a_loop_is_one_message_and_exit_code_143(verb, capsys):
+    def terminated() -> None:
+        previous = signal.signal(signal.SIGTERM, _stop_now)
         try:
-            main(["break"])
+            with contextlib.suppress(Exception):  # code that goes on after any error
+                os.kill(os.getpid(), signal.SIGTERM)
         finally:
-            del cli.commands["break"]
+            signal.signal(signal.SIGTERM, previous)
+
+    verb(terminated)
+    assert main(["extra"]) == 143
+    assert capsys.readouterr().err == "Stopped. The same command goes on from there.\n"
+
+
+def test_ctrl_c_outside_a_loop_is_one_message_and_exit_code_130(verb, capsys):
+    verb(lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert main(["extra"]) == 130
+    assert capsys.readouterr().err.strip() == "Interrupted."
+
+
+def test_a_bug_of_ours_keeps_its_traceback(verb):
+    verb(lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["extra"])
 
 
 def test_no_arguments_show_the_help(capsys):
