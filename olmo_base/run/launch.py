@@ -66,7 +66,8 @@ def source_commit() -> str | None:
         return None
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(root), *arguments]
+        # Without the optional lock: a run killed here must not leave .git/index.lock behind.
+        command = ["git", "--no-optional-locks", "-C", str(root), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
