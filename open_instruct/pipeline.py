@@ -7,10 +7,9 @@ each stage skipped, resumed, run, or run again with its old folder moved aside.
 import fcntl
 import gc
 import os
-import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -22,11 +21,15 @@ from olmo_base.run.recipe import (
     Given,
     RecipeError,
     build_recipe,
+    fill_variables,
     flat_fields,
     parse_override,
+    read_filled_keys,
     read_keys,
     recipe_to_dict,
     setting,
+    take_variables,
+    texts_in,
 )
 from open_instruct import shipped_folder
 
@@ -145,53 +148,6 @@ def _yaml_in(folder: Path) -> list[Path]:
     return sorted(file for ending in ("*.yaml", "*.yml") for file in folder.rglob(ending))
 
 
-VARIABLE = re.compile(r"\$\{(\w+)\}")
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Every text in a recipe's value, however deep."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _texts(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _texts(item)
-
-
-def fill_variables(value: Any, variables: Mapping[str, str], place: str) -> Any:
-    """``value`` with every ``${name}`` in its texts replaced. Errors: UserError if one is unset."""
-    if isinstance(value, str):
-
-        def filled(match: re.Match[str]) -> str:
-            if match[1] not in variables:
-                known = ", ".join(variables) or "none"
-                raise UserError(
-                    f"{place}: the variable {match[0]} is not set (set here: {known}). "
-                    f"Give it as {match[1]}=VALUE, or under 'vars:' in the recipe."
-                )
-            return variables[match[1]]
-
-        return VARIABLE.sub(filled, value)
-    if isinstance(value, list):
-        return [fill_variables(item, variables, place) for item in value]
-    if isinstance(value, Mapping):
-        return {key: fill_variables(item, variables, place) for key, item in value.items()}
-    return value
-
-
-def _own_variables(keys: dict[str, Given]) -> dict[str, str]:
-    """Takes ``vars:`` out of a recipe's keys: name -> text."""
-    given = keys.pop("vars", Given({}, ""))
-    if not isinstance(given.value, dict):
-        raise UserError(f"{given.place}: vars: must be a map of names to text.")
-    for name in given.value:
-        if not re.fullmatch(r"\w+", str(name)):
-            raise UserError(f"{given.place}: vars: {name!r} must be letters, digits and '_'.")
-    return {str(name): str(value) for name, value in given.value.items()}
-
-
 def load_stage_recipe(
     path: Path,
     overrides: Sequence[str] = (),
@@ -204,30 +160,12 @@ def load_stage_recipe(
     override that names a variable, one of ``vars:`` or one that the recipe uses, sets it.
     Errors: UserError.
     """
-    keys = read_keys(path)
-    values = _own_variables(keys) | dict(variables or {})
-    keys |= changes or {}
-    names = values.keys() | {
-        name
-        for given in keys.values()
-        for text in _texts(given.value)
-        for name in VARIABLE.findall(text)
-    }
-    for text in overrides:
-        key, value = parse_override(text)
-        if key.removeprefix("vars.") in names:
-            values[key.removeprefix("vars.")] = text.partition("=")[2]
-        else:
-            keys[key] = Given(value, f"override {text!r}")
+    keys, values = read_filled_keys(path, overrides, variables, changes)
     if "stage" not in keys:
         raise UserError(
             f"{path} does not say its stage. Add a line such as 'stage: sft' "
             f"({', '.join([*STAGES, 'pipeline'])})."
         )
-    keys = {
-        key: Given(fill_variables(given.value, values, given.place), given.place)
-        for key, given in keys.items()
-    }
     stage = find_stage(str(keys["stage"].value), keys["stage"].place)
     both = sorted(values.keys() & flat_fields(stage.recipe_class).keys())
     if both:
@@ -283,7 +221,7 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> tuple[PipelineRe
     """
     keys = read_keys(path)
     place_of_stages = keys["stages"].place if "stages" in keys else str(path)
-    values = _own_variables(keys)
+    values = take_variables(keys)
     of_stages: list[tuple[str, str]] = []  # (NAME.key, whole override)
     for text in overrides:
         key, value = parse_override(text)
@@ -383,7 +321,7 @@ def _needs(step: Step, others: Sequence[Step]) -> list[Step]:
     """Those of the other steps whose folder this step's recipe names."""
 
     keys = {key: value for key, value in recipe_to_dict(step.recipe).items() if key != "output_dir"}
-    named = [_absolute(text) for text in _texts(keys)]
+    named = [_absolute(text) for text in texts_in(keys)]
     return [
         other
         for other in others

@@ -1,16 +1,17 @@
 """Recipes: one YAML file, with ``key=value`` overrides, becomes one frozen dataclass.
 
-YAML text -> nodes that know their line -> flat keys -> typed values -> the recipe. Whatever does
-not fit (an unknown key, a wrong type, a value out of range) is refused with the key, the value,
-what is allowed, and the line of the file.
+YAML text -> nodes that know their line -> flat keys -> variables filled in -> typed values -> the
+recipe. Whatever does not fit (an unknown key, a wrong type, a value out of range) is refused with
+the key, the value, what is allowed, and the line of the file.
 """
 
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
@@ -201,6 +202,89 @@ def read_stage(path: str | Path, overrides: Sequence[str] = ()) -> str:
             "(tokenizer, tokenize, pretrain, sft, dpo, eval, pipeline)."
         )
     return str(keys["stage"].value)
+
+
+# ---------------------------------------------------------------- variables
+
+VARIABLE = re.compile(r"\$\{(\w+)\}")
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Every text in a recipe's value, however deep."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from texts_in(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from texts_in(item)
+
+
+def fill_variables(value: Any, variables: Mapping[str, str], place: str) -> Any:
+    """``value`` with every ``${name}`` in its texts replaced. Errors: UserError if one is unset."""
+    if isinstance(value, str):
+
+        def filled(match: re.Match[str]) -> str:
+            if match[1] not in variables:
+                known = ", ".join(variables) or "none"
+                raise UserError(
+                    f"{place}: the variable {match[0]} is not set (set here: {known}). "
+                    f"Give it as {match[1]}=VALUE, or under 'vars:' in the recipe."
+                )
+            return variables[match[1]]
+
+        return VARIABLE.sub(filled, value)
+    if isinstance(value, list):
+        return [fill_variables(item, variables, place) for item in value]
+    if isinstance(value, Mapping):
+        return {key: fill_variables(item, variables, place) for key, item in value.items()}
+    return value
+
+
+def take_variables(keys: dict[str, Given]) -> dict[str, str]:
+    """Takes ``vars:`` out of a recipe's keys: name -> text. Errors: UserError if it is no map."""
+    given = keys.pop("vars", Given({}, ""))
+    if not isinstance(given.value, dict):
+        raise UserError(f"{given.place}: vars: must be a map of names to text.")
+    for name in given.value:
+        if not re.fullmatch(r"\w+", str(name)):
+            raise UserError(f"{given.place}: vars: {name!r} must be letters, digits and '_'.")
+    return {str(name): str(value) for name, value in given.value.items()}
+
+
+def read_filled_keys(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    variables: Mapping[str, str] | None = None,
+    changes: Mapping[str, Given] | None = None,
+) -> tuple[dict[str, Given], dict[str, str]]:
+    """The keys of a recipe file with its ``vars:`` filled in, and those variables.
+
+    ``variables`` and ``changes`` are what a pipeline sets in it; ``overrides`` win over both. An
+    override that names a variable, one of ``vars:`` or one that the recipe uses, sets it.
+    Errors: UserError.
+    """
+    keys = read_keys(path)
+    values = take_variables(keys) | dict(variables or {})
+    keys |= changes or {}
+    names = values.keys() | {
+        name
+        for given in keys.values()
+        for text in texts_in(given.value)
+        for name in VARIABLE.findall(text)
+    }
+    for text in overrides:
+        key, value = parse_override(text)
+        if key.removeprefix("vars.") in names:
+            values[key.removeprefix("vars.")] = text.partition("=")[2]
+        else:
+            keys[key] = Given(value, f"override {text!r}")
+    filled = {
+        key: Given(fill_variables(given.value, values, given.place), given.place)
+        for key, given in keys.items()
+    }
+    return filled, values
 
 
 # ---------------------------------------------------------------- from flat keys to the dataclass
@@ -394,7 +478,8 @@ def load_recipe(
 
     Errors: UserError naming file, line, key, value and what is allowed.
     """
-    return build_recipe(recipe_class, read_keys(path, overrides), source=str(path))
+    keys, _ = read_filled_keys(path, overrides)
+    return build_recipe(recipe_class, keys, source=str(path))
 
 
 def build_recipe(recipe_class: type[Recipe], keys: Mapping[str, Given], source: str) -> Recipe:

@@ -170,3 +170,16 @@ def test_keys_that_do_not_change_the_result_are_left_out_of_what_decides(tmp_pat
     assert "logging_steps" in recipe_to_dict(recipe)
     assert "logging_steps" not in deciding_keys(recipe)
     assert "max_steps" in deciding_keys(recipe)
+
+
+def test_variables_are_filled_in_and_an_override_sets_them(tmp_path):
+    text = "vars: {data: here}\nstage: example\ndataset_mixer:\n  - {path: '${data}/a.jsonl'}\n"
+    path = write(tmp_path, text)
+    assert load_recipe(ExampleRecipe, path).dataset_mixer == (Source("here/a.jsonl"),)
+    assert load_recipe(ExampleRecipe, path, ["data=/x"]).dataset_mixer == (Source("/x/a.jsonl"),)
+
+
+def test_a_variable_that_nothing_sets_is_named(tmp_path):
+    message = refusal(tmp_path, BASE + "note: ${where}\n")
+    assert "line 4" in message
+    assert "${where} is not set" in message
