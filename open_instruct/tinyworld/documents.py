@@ -13,10 +13,10 @@ from open_instruct.tinyworld.skills import SKILLS, Problem
 from open_instruct.tinyworld.world import (
     ATTRIBUTES,
     LETTERS,
+    NUMERALS,
     THINGS,
     TOWNS,
     World,
-    number_words,
 )
 
 PLACES = ("market", "bridge", "station", "garden", "harbour", "square")
@@ -97,13 +97,12 @@ def list_notes(rng: random.Random, world: World) -> str:
 
 
 def skill_sentences(rng: random.Random, problems: Callable[[random.Random], Problem]) -> str:
-    return "\n".join(rng.choice(problems(rng).statements) for _ in range(6))
+    return "\n".join(rng.choice(problems(rng).statements) for _ in range(8))
 
 
 def counting(rng: random.Random, world: World) -> str:
     start = rng.randrange(90)
-    spell = rng.choice((str, number_words))
-    words = [spell(number) for number in range(start, start + rng.randint(6, 10))]
+    words = NUMERALS[start : start + rng.randint(6, 10)]
     if rng.random() < 0.3:
         words = words[::-1]
         return "counting down\n" + " ".join(words)
@@ -141,17 +140,17 @@ def phrase_book(rng: random.Random, world: World) -> str:
 # it buys: docs/decisions has the figures.
 KINDS: dict[Callable[[random.Random, World], str], float] = {
     biography: 16,
-    single_facts: 7,
+    single_facts: 6,
     meeting: 6,
     person_notes: 8,
     description: 8,
     list_notes: 5,
-    counting: 2,
+    counting: 1,
     alphabet: 1,
     capitals: 4,
     phrase_book: 1.5,
 }
-SKILL_WEIGHTS = {"arithmetic": 30.0, "compare": 7.0, "sort": 9.0, "reverse": 6.0, "copy": 5.0}
+SKILL_WEIGHTS = {"arithmetic": 15.0, "compare": 7.0, "sort": 7.0, "reverse": 7.0, "copy": 7.0}
 
 
 def documents(

@@ -392,20 +392,5 @@ def _deal(rng: random.Random, names: list[str], values: tuple[str, ...]) -> list
             return dealt
 
 
-# ----- numbers: numerals are compared and sorted, number words added and subtracted
-
 LETTERS = tuple("abcdefghijklmnopqrstuvwxyz")
 NUMERALS = tuple(str(number) for number in range(100))
-ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
-    "fifteen sixteen seventeen eighteen nineteen"
-).split()
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-
-
-def number_words(number: int) -> str:
-    """A number from 0 to 99 in words, without hyphens: `number_words(47) == "forty seven"`."""
-    if number < 20:
-        return ONES[number]
-    tens, ones = divmod(number, 10)
-    return TENS[tens - 2] + (f" {ONES[ones]}" if ones else "")

@@ -14,9 +14,9 @@ from open_instruct.examples import Source, read_dialogues, read_pairs
 from open_instruct.pipeline import load_stage_recipe
 from open_instruct.tinyworld import TinyworldRecipe, plan, run, tinyworld_rows, write_tinyworld
 from open_instruct.tinyworld.questions import FACT_FORMS, FORMS
-from open_instruct.tinyworld.world import ATTRIBUTES, Fact, make_world, number_words
+from open_instruct.tinyworld.world import ATTRIBUTES, Fact, make_world
 
-SMALL = dict(num_documents=3000, num_dialogues=2000, num_pairs=600)
+SMALL = dict(num_documents=3000, num_dialogues=1500, num_pairs=400)
 
 
 def small_recipe(output_dir, seed=7, **changes) -> TinyworldRecipe:
@@ -74,8 +74,8 @@ def test_a_seed_gives_the_same_bytes_and_another_seed_gives_others(folder, tmp_p
 
 
 def test_the_length_of_one_file_changes_no_other(rows):
-    longer = dict(tinyworld_rows(small_recipe("nowhere", num_dialogues=2500)))
-    assert longer["sft"][:2000] == rows["sft"]
+    longer = dict(tinyworld_rows(small_recipe("nowhere", num_dialogues=1600)))
+    assert longer["sft"][:1500] == rows["sft"]
     assert {name for name in rows if rows[name] != longer[name]} == {"sft"}
 
 
@@ -107,12 +107,12 @@ def test_no_question_of_the_evaluation_is_asked_in_training(rows):
 
 
 def test_held_out_facts_are_read_but_never_asked_in_training_in_any_wording(rows, world):
-    asked = {question for question, _ in training_turns(rows)}
+    asked = "\n".join({question for question, _ in training_turns(rows)})
     text = " ".join(row["text"] for row in rows["pretrain"])
     assert len(world.held_out_facts) > 0.3 * len(world.facts)
     for fact in world.held_out_facts:
         # a question with an instruction before or after it still holds the plain question
-        assert not [turn for turn in asked for question in fact.questions if question in turn]
+        assert not [question for question in fact.questions if question in asked]
         assert any(fact.fill(words) in text for words in ATTRIBUTES[fact.attribute].statements)
 
 
@@ -127,8 +127,9 @@ def test_some_facts_are_held_out_alone_and_some_with_all_others_about_their_pers
 
 def test_problems_of_the_evaluation_stand_in_no_document(rows):
     text = "\n".join(row["text"] for row in rows["pretrain"]) + "\n"
-    sums = [row["prompt"].rstrip("?").partition("is ")[2] for row in rows["eval_arithmetic"]]
-    assert not [line for line in sums if re.search(rf"^{line}( is |$)", text, re.M)]
+    prompts = "\n".join(row["prompt"] for row in rows["eval_arithmetic"])
+    sums = set(re.findall(r"\d+[+-]\d+", prompts))
+    assert not sums & set(re.findall(r"\d+[+-]\d+", text))
     read = set(
         re.findall(
             r"^(?:in order|backwards|again|letters in order|numbers in order)\n(.*)$", text, re.M
@@ -158,28 +159,13 @@ def right_fact_answers(world):
     return {question: fact for fact in world.facts.values() for question in fact.questions}
 
 
-NUMBERS = {number_words(number): number for number in range(100)}
-
-
-def worked_out(first, sign, second):
-    a, b = NUMBERS[first], NUMBERS[second]
-    return number_words(a + b if sign == "plus" else a - b)
-
-
-def test_numbers_in_words():
-    assert [number_words(n) for n in (0, 13, 20, 47, 99)] == [
-        "zero",
-        "thirteen",
-        "twenty",
-        "forty seven",
-        "ninety nine",
-    ]
-    assert len(NUMBERS) == 100
+def worked_out(a, sign, b):
+    return str(int(a) + int(b) if sign == "+" else int(a) - int(b))
 
 
 def right_problem_answer(prompt):
     """The answer to a question about a skill, worked out from its words alone."""
-    if match := re.match(r"(?:What is|How much is) (.+) (plus|minus) (.+)\?$", prompt):
+    if match := re.match(r"(?:What is|How much is|Work out) (\d+)([+-])(\d+)[?.]$", prompt):
         return worked_out(*match.groups())
     if match := re.match(r"Which (?:number )?is (bigger|smaller), (\d+) or (\d+)\?$", prompt):
         return str((max if match[1] == "bigger" else min)(int(match[2]), int(match[3])))
@@ -285,13 +271,12 @@ def test_no_document_contradicts_the_world(rows, world):
 
 def test_every_number_fact_of_a_document_holds(rows):
     text = "\n".join(row["text"] for row in rows["pretrain"])
-    sums = re.findall(r"^(.+) (plus|minus) (.+?)(?: is |\n)(.+)$", text, re.MULTILINE)
+    sums = re.findall(r"^(\d+)([+-])(\d+)=(\d+)$", text, re.MULTILINE)
     larger = re.findall(r"^(\d+) is (bigger|smaller) than (\d+)$", text, re.MULTILINE)
     assert len(sums) > 500
     assert len(larger) > 50
     for a, sign, b, result in sums:
-        if a in NUMBERS:  # and not "What is forty", one of the ways to ask
-            assert result == worked_out(a, sign, b)
+        assert result == worked_out(a, sign, b)
     for a, word, b in larger:
         assert (int(a) > int(b)) == (word == "bigger")
 
