@@ -12,13 +12,13 @@ from open_instruct.tinyworld.questions import FORMS, Asked, ask_fact, ask_form, 
 from open_instruct.tinyworld.world import World
 
 TASK_WEIGHTS = {
-    "recall": 34.0,
-    "arithmetic": 20.0,
+    "recall": 28.0,
+    "arithmetic": 16.0,
     "sort": 9.0,
     "reverse": 7.0,
-    "copy": 5.0,
-    "compare": 7.0,
-    "format": 18.0,
+    "copy": 6.0,
+    "compare": 8.0,
+    "format": 26.0,
 }
 
 

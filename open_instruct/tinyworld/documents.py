@@ -150,7 +150,7 @@ KINDS: dict[Callable[[random.Random, World], str], float] = {
     capitals: 4,
     phrase_book: 1.5,
 }
-SKILL_WEIGHTS = {"arithmetic": 15.0, "compare": 7.0, "sort": 7.0, "reverse": 7.0, "copy": 7.0}
+SKILL_WEIGHTS = {"arithmetic": 13.0, "compare": 5.0, "sort": 8.0, "reverse": 11.0, "copy": 9.0}
 
 
 def documents(
