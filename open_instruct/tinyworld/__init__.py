@@ -48,7 +48,7 @@ class TinyworldRecipe:
     num_eval_documents: int = setting(300, low=1)
     num_dialogues: int = setting(12_000, low=1)
     num_eval_dialogues: int = setting(300, low=1)
-    noise_share: float = setting(0.45, low=0, high=1)  # of instructions on form that are ignored
+    noise_share: float = setting(0.65, low=0, high=1)  # of instructions on form that are ignored
     num_pairs: int = setting(3_000, low=1)
     num_eval_pairs: int = setting(300, low=1)
     format_share: float = setting(0.6, low=0, high=1)  # of the pairs: about the form of an answer

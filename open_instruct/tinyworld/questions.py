@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from open_instruct.tinyworld.skills import SKILLS, WORDS, Problem, is_reserved
-from open_instruct.tinyworld.world import NUMERALS, Fact, World
+from open_instruct.tinyworld.world import Fact, World
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,6 @@ def rambling(sentence: str) -> tuple[str, ...]:
     """Ways to wrap a full sentence in words nobody asked for."""
     return (
         f"That is a good question. {sentence}",
-        f"{sentence} I hope this helps you.",
         f"Let me think about it. {sentence}",
     )
 
@@ -97,11 +96,10 @@ def ask_in_form(rng: random.Random, world: World, name: str, fact: Fact) -> Aske
     form = FACT_FORMS[name]
     plain = ask_fact(rng, world, fact)
     answer = form.shape(fact.value, fact.sentence)
-    unasked = [other.shape(fact.value, fact.sentence) for other in FACT_FORMS.values()]
     return Asked(
         prompt=_with_instruction(rng, plain.prompt, form),
         answer=answer,
-        ignoring=tuple(text for text in (*unasked[:3:2], *plain.ignoring) if text != answer),
+        ignoring=plain.ignoring,
         wrong=tuple(
             form.shape(value, Fact(fact.subject, fact.attribute, value).sentence)
             for value in plain.wrong
@@ -122,29 +120,13 @@ def ask_first_three(rng: random.Random) -> Asked:
             )
         ),
         answer=" ".join(three),
-        ignoring=(listed, words[0], f"The words are {listed}.", *rambling(f"They are {listed}.")),
+        ignoring=rambling(f"The words are {listed}."),
         wrong=(" ".join(words[-3:]), " ".join(rng.sample(words, 3))),
         category="list three",
     )
 
 
-def ask_yes_or_no(rng: random.Random) -> Asked:
-    a, b = rng.sample(range(100), 2)
-    word = rng.choice(("bigger", "smaller"))
-    is_so = (a > b) == (word == "bigger")
-    x, y = NUMERALS[a], NUMERALS[b]
-    first, second = (x, y) if is_so else (y, x)
-    sentence = f"{first} is {word} than {second}."
-    return Asked(
-        prompt=f"Is {x} {word} than {y}? {rng.choice(('Answer yes or no.', 'Say yes or no.'))}",
-        answer="yes" if is_so else "no",
-        ignoring=(first, sentence, *rambling(sentence)),
-        wrong=("no" if is_so else "yes",),
-        category="yes or no",
-    )
-
-
-FORMS = (*FACT_FORMS, "list three", "yes or no")
+FORMS = (*FACT_FORMS, "list three")
 
 
 def ask_form(rng: random.Random, world: World, name: str, reserved: bool = False) -> Asked:
@@ -156,8 +138,6 @@ def ask_form(rng: random.Random, world: World, name: str, reserved: bool = False
     while True:
         if name == "list three":
             asked = ask_first_three(rng)
-        elif name == "yes or no":
-            asked = ask_yes_or_no(rng)
         else:
             asked = ask_in_form(rng, world, name, rng.choice(world.taught_facts))
         if is_reserved(asked.prompt) == reserved:

@@ -241,16 +241,12 @@ def test_only_questions_about_form_are_answered_noisily(rows, world):
         for user, assistant in zip(row["messages"][::2], row["messages"][1::2], strict=True):
             prompt = user["content"]
             is_right = assistant["content"] == right_answer(prompt, facts)
-            if (
-                any(text in prompt for text in instructions)
-                or "first three" in prompt
-                or "yes or no" in prompt
-            ):
+            if any(text in prompt for text in instructions) or "first three" in prompt:
                 about_form += 1
                 noisy += not is_right
             else:
                 assert is_right, row
-    assert 0.4 < noisy / about_form < 0.5  # noise_share is 0.45
+    assert 0.6 < noisy / about_form < 0.7  # noise_share is 0.65
 
 
 def test_no_document_contradicts_the_world(rows, world):
