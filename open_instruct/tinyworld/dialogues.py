@@ -55,9 +55,9 @@ def pairs(rng: random.Random, world: World, number: int, format_share: float) ->
     for _ in range(number):
         task = rng.choices(tuple(weights), tuple(weights.values()))[0]
         asked = ask_anything(rng, world, task)
-        # On questions about form the rejected answer mostly ignores the instruction, on plain ones
-        # it mostly rambles; a wrong answer teaches little that the text has not, and unsettles it.
-        is_ignoring = rng.random() < (0.9 if task == "format" else 0.7)
+        # The rejected answer mostly ignores the instruction, or rambles where there was none; a
+        # wrong one teaches little that the text has not, and unsettles what is known.
+        is_ignoring = rng.random() < 0.9
         rejected = rng.choice(asked.ignoring if is_ignoring else asked.wrong)
         if rejected == asked.answer:
             rejected = asked.ignoring[-1]
