@@ -458,7 +458,7 @@ def test_an_empty_file_is_refused(tmp_path):
     for name, content in (
         ("a.jsonl", b""),
         ("b.json", b" \n\n"),
-        ("c.jsonl.gz", gzip.compress(b"")),
+        ("c.jsonl.gz", gzip.compress(b"", mtime=0)),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError, match=f"{name}: this file is empty"):
@@ -466,7 +466,7 @@ def test_an_empty_file_is_refused(tmp_path):
 
 
 def test_a_broken_gzip_file_is_refused(tmp_path):
-    whole = gzip.compress(json.dumps(GOOD).encode() * 50)
+    whole = gzip.compress(json.dumps(GOOD).encode() * 50, mtime=0)
     for content in (b"{}", whole[:-20], whole[:30] + b"xxxx" + whole[34:]):
         (tmp_path / "rows.jsonl.gz").write_bytes(content)
         with pytest.raises(DataError, match="broken gzip file"):
