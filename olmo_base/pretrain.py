@@ -361,7 +361,7 @@ def train(
     written; UserError when the loss is no longer a number.
     """
     device = model.device
-    optimizer = build_optimizer(model, recipe.optim)
+    optimizer = build_optimizer(model, recipe.optim, bf16=bf16)
     at = resume(folder, model, optimizer)
     metrics = MetricsLog(folder, resume_step=at.step)
     total_steps = num_steps(recipe, len(corpus.train))

@@ -1,5 +1,6 @@
 """The optimizer: schedules worked out by hand, parameters in the right group, clipping."""
 
+import dataclasses
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from olmo_base.optim import (
     build_optimizer,
     clip_gradients,
     learning_rate_at,
+    orthogonalized,
     parameter_groups,
     set_learning_rate,
 )
@@ -39,9 +41,9 @@ def test_a_cosine_rate_is_half_way_in_the_middle():
     assert found[4] == pytest.approx(0.55)
     assert found[2] == pytest.approx(0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2)
     assert found == sorted(found, reverse=True)
-    assert learning_rate_at(8, 8, OptimConfig(1.0, "cosine", min_lr_ratio=0.1)) == pytest.approx(
-        0.1
-    )
+    assert learning_rate_at(
+        8, 8, OptimConfig(learning_rate=1.0, lr_scheduler_type="cosine", min_lr_ratio=0.1)
+    ) == pytest.approx(0.1)
 
 
 def test_the_rates_after_the_warmup_are_those_of_transformers():
@@ -129,7 +131,9 @@ def test_a_step_is_adamw_as_published():
     torch.manual_seed(0)
     model = nn.Linear(2, 2, bias=False).double()
     before = model.weight.detach().clone()
-    config = OptimConfig(0.1, weight_decay=0.5, adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-3)
+    config = OptimConfig(
+        learning_rate=0.1, weight_decay=0.5, adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-3
+    )
     optimizer = build_optimizer(model, config)
     set_learning_rate(optimizer, 0.01)
     gradient = torch.tensor([[1.0, -2.0], [0.5, 0.0]], dtype=torch.float64)
@@ -138,6 +142,136 @@ def test_a_step_is_adamw_as_published():
     # after one step the bias-corrected moments are the gradient and its square
     expected = before * (1 - 0.01 * 0.5) - 0.01 * gradient / (gradient.abs() + 1e-3)
     torch.testing.assert_close(model.weight.detach(), expected)
+
+
+def test_orthogonalized_keeps_the_directions_and_evens_their_sizes():
+    torch.manual_seed(0)
+    left, _ = torch.linalg.qr(torch.randn(6, 6))
+    right, _ = torch.linalg.qr(torch.randn(9, 6))
+    sizes = torch.tensor([9.0, 5.0, 3.0, 1.0, 0.3, 0.1])
+    found = orthogonalized(torch.stack([left * sizes @ right.T, left * sizes.flip(0) @ right.T]))
+    for matrix in found:
+        evened = left.T @ matrix @ right  # diagonal where the singular vectors are kept
+        assert (evened - evened.diag().diag()).abs().max() < 1e-5
+        assert 0.68 < evened.diag().min() <= evened.diag().max() < 1.14
+
+
+def test_a_matrix_without_a_gradient_to_speak_of_stays_where_it_is():
+    assert torch.equal(orthogonalized(torch.zeros(1, 2, 3)), torch.zeros(1, 2, 3))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("shape", [(4, 10), (10, 4), (6, 6)])
+def test_muon_steps_as_that_of_torch(shape, bf16):
+    torch.manual_seed(0)
+    ours, theirs = (nn.Linear(shape[0], shape[1], bias=False) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    start = ours.weight.detach().clone()
+    config = OptimConfig(learning_rate=0.1, weight_decay=0.5, optim="muon", muon_momentum=0.9)
+    optimizer = build_optimizer(ours, config, bf16=bf16)
+    peer = torch.optim.Muon(
+        theirs.parameters(), 0.1, 0.5, momentum=0.9, adjust_lr_fn="match_rms_adamw"
+    )
+    for _ in range(4):
+        ours.weight.grad = torch.randn(shape[::-1])
+        theirs.weight.grad = ours.weight.grad.clone()
+        optimizer.step()
+        peer.step()
+    # torch's rounds to bf16 in other places
+    assert (ours.weight - theirs.weight).norm() < 0.03 * (theirs.weight - start).norm()
+
+
+class WithHead(Small):
+    """The head by the name that our models give it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lm_head = self.head
+
+
+def test_muon_takes_the_matrices_between_embedding_and_head():
+    model = WithHead()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, OptimConfig(optim="muon", weight_decay=0.1))
+    found = [
+        ([names[id(one)] for one in group["params"]], group["muon"], group["weight_decay"])
+        for group in groups
+    ]
+    assert found == [
+        (["inner.weight"], True, 0.1),
+        (["head.weight"], False, 0.1),
+        (["embed.weight", "inner.bias", "norm.weight", "norm.bias"], False, 0.0),
+    ]
+
+
+def test_muon_finds_the_head_of_a_hugging_face_model():
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    config = GPTNeoXConfig(
+        vocab_size=16,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    model = GPTNeoXForCausalLM(config)
+    taken = parameter_groups(model, OptimConfig(optim="muon"))[0]["params"]
+    assert len(taken) == 4
+    assert all(one.shape != model.get_output_embeddings().weight.shape for one in taken)
+
+
+def test_what_muon_does_not_take_steps_as_with_adamw():
+    torch.manual_seed(0)
+    models = [WithHead() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    muon = OptimConfig(learning_rate=0.1, optim="muon", adam_beta1=0.8, adam_epsilon=1e-3)
+    configs = (muon, dataclasses.replace(muon, optim="adamw"))
+    optimizers = [
+        build_optimizer(model, config) for model, config in zip(models, configs, strict=True)
+    ]
+    for _ in range(3):
+        for parameters in zip(*(model.parameters() for model in models), strict=True):
+            gradient = torch.randn(parameters[0].shape)
+            for parameter in parameters:
+                parameter.grad = gradient.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for (name, one), other in zip(
+        models[0].named_parameters(), models[1].parameters(), strict=True
+    ):
+        assert torch.equal(one, other) == (name != "inner.weight"), name
+
+
+def test_muon_goes_on_from_its_state_as_if_never_stopped():
+    torch.manual_seed(0)
+    config = OptimConfig(learning_rate=0.1, optim="muon", weight_decay=0.1)
+    gradients = [[torch.randn(p.shape) for p in Small().parameters()] for _ in range(4)]
+
+    def step(model, optimizer, gradients):
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter.grad = gradient.clone()
+        optimizer.step()
+
+    straight, stopped = Small(), Small()
+    stopped.load_state_dict(straight.state_dict())
+    optimizers = build_optimizer(straight, config), build_optimizer(stopped, config)
+    for of_step in gradients[:2]:
+        step(straight, optimizers[0], of_step)
+        step(stopped, optimizers[1], of_step)
+    again = Small()
+    again.load_state_dict(stopped.state_dict())
+    resumed = build_optimizer(again, config)
+    resumed.load_state_dict(optimizers[1].state_dict())
+    for of_step in gradients[2:]:
+        step(straight, optimizers[0], of_step)
+        step(again, resumed, of_step)
+    for one, other in zip(straight.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_momentum_of_muon_without_muon_is_refused():
+    with pytest.raises(RecipeError, match="optim is adamw"):
+        OptimConfig(muon_momentum=0.9)
 
 
 def test_gradients_are_clipped_together_and_the_norm_before_is_told():

@@ -298,13 +298,14 @@ LONG = {
 }
 
 
-def test_killed_and_stopped_at_random_steps_the_weights_are_bit_identical(tokens, tmp_path):
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_killed_and_stopped_at_random_steps_the_weights_are_bit_identical(tokens, tmp_path, optim):
     (tmp_path / "whole").mkdir()
     (tmp_path / "broken").mkdir()
-    whole = run(recipe_for(tokens, tmp_path / "whole", **LONG)).path
-    recipe = recipe_file(tokens, tmp_path / "broken", **LONG)
+    whole = run(recipe_for(tokens, tmp_path / "whole", optim=optim, **LONG)).path
+    recipe = recipe_file(tokens, tmp_path / "broken", optim=optim, **LONG)
     folder = tmp_path / "broken" / "run"
-    generator = random.Random(0)
+    generator = random.Random(optim)
     first, second = generator.randrange(10, 40), generator.randrange(45, 80)
 
     process = start(recipe)
