@@ -4,7 +4,7 @@ Used by every training stage. Steps are counted from 0: step ``k`` is the one af
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +14,8 @@ from torch.optim.adamw import adamw
 
 from olmo_base.run.recipe import RecipeError, setting
 
+Schedule = Literal["constant", "linear", "cosine", "warmup_stable_decay", "inverse_sqrt"]
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -21,10 +23,13 @@ class OptimConfig:
 
     optim: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = setting(2e-5, above=0)  # the peak
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
+    lr_scheduler_type: Schedule = "linear"
     warmup_ratio: float = setting(0.0, low=0, below=1)  # of all steps, or
     warmup_steps: int = setting(0, low=0)  # a number of them
     min_lr_ratio: float = setting(0.0, low=0, high=1)  # the schedule's end, as part of the peak
+    decay_ratio: float = setting(
+        0.2, above=0, high=1
+    )  # warmup_stable_decay: this part of all steps
     weight_decay: float = setting(0.0, low=0)
     decay_norms: bool = False  # norms and biases
     decay_embeddings: bool = False
@@ -44,16 +49,17 @@ class OptimConfig:
             raise RecipeError(
                 "muon_momentum", f"{self.muon_momentum}, but optim is {self.optim}, which has none."
             )
+        has_decay = self.lr_scheduler_type == "warmup_stable_decay"
+        if not has_decay and self.decay_ratio != OptimConfig.decay_ratio:
+            raise RecipeError(
+                "decay_ratio",
+                f"{self.decay_ratio}, but only lr_scheduler_type warmup_stable_decay has one.",
+            )
 
 
 # ---------------------------------------------------------------- learning rate
 
-# Each maps progress after the warmup, in [0, 1), to a part of the way from the peak to the end.
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "constant": lambda progress: 1.0,
-    "linear": lambda progress: 1.0 - progress,
-    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
-}
+INVERSE_SQRT_STEPS = 10_000  # the time scale without a warmup, as in transformers
 
 
 def num_warmup_steps(total_steps: int, config: OptimConfig) -> int:
@@ -65,14 +71,34 @@ def learning_rate_at(step: int, total_steps: int, config: OptimConfig) -> float:
     """The learning rate of step 0 <= ``step`` < ``total_steps``; it depends on nothing else.
 
     The warmup is linear and reaches the peak in its last step, so that no step is made with a rate
-    of zero. The decay starts from the peak and would reach ``min_lr_ratio`` at ``total_steps``.
+    of zero. The decay starts from the peak and would reach ``min_lr_ratio`` at ``total_steps``;
+    ``warmup_stable_decay`` keeps the peak until the last ``decay_ratio`` of all steps and then
+    falls in a line (arXiv:2404.06395, section 4). ``inverse_sqrt`` falls as the square root of the
+    steps done, without an end (arXiv:1706.03762, section 5.3).
     """
     num_warmup = num_warmup_steps(total_steps, config)
     if step < num_warmup:
         return config.learning_rate * (step + 1) / num_warmup
-    progress = min(1.0, (step - num_warmup) / max(1, total_steps - num_warmup))
-    part = SCHEDULES[config.lr_scheduler_type](progress)
+    part = _part_of_peak(step - num_warmup, total_steps - num_warmup, num_warmup, config)
     return config.learning_rate * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * part)
+
+
+def _part_of_peak(step: int, num_steps: int, num_warmup: int, config: OptimConfig) -> float:
+    """How far above the schedule's end, from 1 to 0, after ``step`` steps since the warmup."""
+    left = 1.0 - min(1.0, step / max(1, num_steps))
+    match config.lr_scheduler_type:
+        case "constant":
+            return 1.0
+        case "linear":
+            return left
+        case "cosine":
+            return 0.5 * (1.0 - math.cos(math.pi * left))
+        case "warmup_stable_decay":
+            num_decay = math.ceil((num_warmup + num_steps) * config.decay_ratio)
+            return min(1.0, (num_steps - step) / num_decay)
+        case "inverse_sqrt":
+            scale = num_warmup or INVERSE_SQRT_STEPS
+            return math.sqrt(scale / (scale + step))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

@@ -33,6 +33,7 @@ from olmo_base.model.transformer import (
 )
 from olmo_base.optim import (
     OptimConfig,
+    Schedule,
     build_optimizer,
     clip_gradients,
     learning_rate_at,
@@ -76,7 +77,7 @@ class PretrainOptim(OptimConfig):
     """The optimizer of OLMo-2's pretraining (arXiv:2501.00656, table 1 and section 3.2)."""
 
     learning_rate: float = setting(4e-4, above=0)
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"
+    lr_scheduler_type: Schedule = "cosine"
     min_lr_ratio: float = setting(0.1, low=0, high=1)
     weight_decay: float = setting(0.1, low=0)
     decay_norms: bool = True

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from olmo_base.optim import (
     OptimConfig,
+    Schedule,
     build_optimizer,
     clip_gradients,
     learning_rate_at,
@@ -46,15 +48,35 @@ def test_a_cosine_rate_is_half_way_in_the_middle():
     ) == pytest.approx(0.1)
 
 
-def test_the_rates_after_the_warmup_are_those_of_transformers():
-    from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+def test_a_stable_rate_falls_in_the_last_part_of_the_steps():
+    found = rates(10, lr_scheduler_type="warmup_stable_decay", decay_ratio=0.4, warmup_steps=2)
+    assert found == [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
+    all_of_it = rates(4, lr_scheduler_type="warmup_stable_decay", decay_ratio=1.0)
+    assert all_of_it == rates(4, lr_scheduler_type="linear")
 
-    for name, peer in (
-        ("linear", get_linear_schedule_with_warmup),
-        ("cosine", get_cosine_schedule_with_warmup),
+
+def test_an_inverse_square_root_is_halved_after_four_times_the_steps():
+    found = rates(30, lr_scheduler_type="inverse_sqrt", warmup_steps=5)
+    assert found[5] == 1.0 and found[20] == pytest.approx(0.5)
+    assert rates(10_001 * 3, lr_scheduler_type="inverse_sqrt")[30_000] == pytest.approx(0.5)
+
+
+def test_a_decay_ratio_of_a_schedule_that_has_none_is_refused():
+    with pytest.raises(RecipeError, match="only lr_scheduler_type warmup_stable_decay"):
+        OptimConfig(decay_ratio=0.5)
+
+
+def test_the_rates_after_the_warmup_are_those_of_transformers():
+    from transformers import get_scheduler
+
+    for name, settings in (
+        ("linear", None),
+        ("cosine", None),
+        ("inverse_sqrt", None),
+        ("warmup_stable_decay", {"num_decay_steps": 4, "decay_type": "linear"}),
     ):
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-        schedule = peer(optimizer, 3, 20)
+        schedule = get_scheduler(name, optimizer, 3, 20, scheduler_specific_kwargs=settings)
         expected = []
         for _ in range(20):
             expected.append(schedule.get_last_lr()[0])
@@ -64,7 +86,7 @@ def test_the_rates_after_the_warmup_are_those_of_transformers():
 
 
 def test_no_step_has_a_rate_of_zero():
-    for name in ("constant", "linear", "cosine"):
+    for name in get_args(Schedule):
         for total in (1, 2, 3, 50):
             assert min(rates(total, lr_scheduler_type=name, warmup_ratio=0.1)) > 0
 
