@@ -32,7 +32,8 @@ STAGES = {  # stage -> module, recipe class; imported only when a recipe asks fo
 def main(arguments: list[str] | None = None) -> int:
     """Run the recipe named by the arguments; the process's exit code.
 
-    0: done. 2: a mistake of the user's, told in one message. 128 + n: stopped by signal n.
+    0: done, or stopped by SIGTERM or SIGUSR1 with all work saved. 2: a mistake of the user's, told
+    in one message. 130: stopped by Ctrl-C.
     """
     words = sys.argv[1:] if arguments is None else arguments
     if not words or "-h" in words or "--help" in words:
@@ -46,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Stopped as stopped:
         name = signal.Signals(stopped.signal_number).name
         print(f"stopped by {name}{stopped.where}. Run it again to go on.", file=sys.stderr)
-        return 128 + stopped.signal_number
+        return stopped.exit_code
     except KeyboardInterrupt:
         print("stopped.", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -1,8 +1,8 @@
 """The command line ``open-instruct``: arguments in, one message and an exit code out.
 
-Exit codes: 0 done; 2 something the user can mend; 130 stopped by Ctrl-C, 143 by SIGTERM (128 + the
-signal's number, so that a script never takes a stopped run for a finished one). A traceback (exit
-code 1) is a bug of ours.
+Exit codes: 0 done, or stopped by SIGTERM or SIGUSR1 with all work saved, as schedulers expect (a
+manifest says whether its run is finished); 2 something the user can mend; 130 stopped by Ctrl-C;
+143 by SIGTERM where there was nothing to save. A traceback (exit code 1) is a bug of ours.
 """
 
 import errno
@@ -353,7 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Stopped as error:
         where = f": {error.where}" if error.where else ""
         _complain(f"Stopped{where}. {GO_ON}")
-        return 128 + error.signal_number
+        return error.exit_code
     except UserError as error:
         _complain(str(error))
         return 2

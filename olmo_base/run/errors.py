@@ -1,5 +1,6 @@
 """Errors that are for people: the door prints their message and exits, without a traceback."""
 
+import signal
 from pathlib import Path
 
 
@@ -30,3 +31,8 @@ class Stopped(Exception):
         super().__init__(where)
         self.signal_number = signal_number
         self.where = where
+
+    @property
+    def exit_code(self) -> int:
+        """130 after Ctrl-C; 0 after a signal by which a scheduler asks for the machine."""
+        return 128 + signal.SIGINT if self.signal_number == signal.SIGINT else 0

@@ -119,7 +119,7 @@ class StopFlag:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[StopFlag]:
-    """Inside the block SIGINT and SIGTERM ask for an end instead of killing.
+    """Inside the block SIGINT, SIGTERM and SIGUSR1 ask for an end instead of killing.
 
     The loop looks at ``flag.requested`` after each step, saves a checkpoint and raises
     ``Stopped(flag.signal_number)``. A second Ctrl-C interrupts at once.
@@ -131,7 +131,8 @@ def stop_signals() -> Iterator[StopFlag]:
             raise KeyboardInterrupt
         flag.signal_number = signal_number
 
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    asking = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    previous = {number: signal.signal(number, ask) for number in asking}
     try:
         yield flag
     finally:

@@ -318,7 +318,7 @@ def test_killed_and_stopped_at_random_steps_the_weights_are_bit_identical(tokens
     wait_for_step(process, folder, second)
     process.terminate()
     _, said = process.communicate()
-    assert process.returncode == 128 + signal.SIGTERM
+    assert process.returncode == 0
     assert "stopped by SIGTERM after step" in said
     assert "Traceback" not in said
     assert "going on from" in said

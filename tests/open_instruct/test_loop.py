@@ -206,7 +206,7 @@ def assert_same_weights(found, expected):
         assert torch.equal(found[name], expected[name]), name
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 @pytest.mark.parametrize("logging_steps", [1, 5])
 def test_a_signal_leaves_a_checkpoint_from_which_the_run_ends_as_if_never_stopped(
     tmp_path, number, logging_steps

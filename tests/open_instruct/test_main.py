@@ -279,7 +279,7 @@ def test_a_stopped_pipeline_says_how_to_go_on_and_the_same_command_does(tmp_path
     num_rows = len(rows_of(Path("life/sft/metrics.jsonl")))
     process = start("run", "life.yaml")
     said = stop_when_training(process, signal.SIGTERM, rows=num_rows)
-    assert process.returncode == 143, said
+    assert process.returncode == 0, said
     assert "[1/1] sft: goes on where it stopped" in said
     steps = [row["step"] for row in rows_of(Path("life/sft/metrics.jsonl"))]
     assert steps == list(range(1, len(steps) + 1))

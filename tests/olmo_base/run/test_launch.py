@@ -6,17 +6,25 @@ import signal
 import pytest
 import torch
 
+from olmo_base.run.errors import Stopped
 from olmo_base.run.launch import seed_everything, stop_signals
 
 
-def test_a_signal_asks_for_an_end_and_the_handler_is_put_back():
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_asks_for_an_end_and_the_handler_is_put_back(number):
+    before = signal.getsignal(number)
     with stop_signals() as flag:
         assert not flag.requested
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         assert flag.requested
-        assert flag.signal_number == signal.SIGTERM
-    assert signal.getsignal(signal.SIGTERM) == before
+        assert flag.signal_number == number
+    assert signal.getsignal(number) == before
+
+
+def test_a_scheduler_that_wants_the_machine_gets_exit_code_0_and_ctrl_c_130():
+    codes = {number: Stopped(number).exit_code for number in (signal.SIGTERM, signal.SIGUSR1)}
+    assert set(codes.values()) == {0}
+    assert Stopped(signal.SIGINT).exit_code == 130
 
 
 def test_a_second_interrupt_does_not_wait():
