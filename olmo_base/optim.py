@@ -187,11 +187,14 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, groups: list[dict[str, Any]], config: OptimConfig, *, bf16: bool) -> None:
         super().__init__(groups, {"lr": config.learning_rate, "muon": False})
         self.config = config
+        self.found_inf: Tensor | None = None  # above 0: leave everything as it is
         self.dtype = torch.bfloat16 if bf16 else torch.float32
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Update every parameter that has a gradient."""
+        if self.found_inf is not None and bool(self.found_inf):
+            return
         for group in self.param_groups:
             with_gradient = [one for one in group["params"] if one.grad is not None]
             if group["muon"]:
@@ -272,3 +275,68 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_grad_norm: float) -> 
         gradients = [parameter.grad for parameter in with_gradient if parameter.grad is not None]
         return torch.nn.utils.get_total_norm(gradients)
     return torch.nn.utils.clip_grad_norm_(with_gradient, max_grad_norm)
+
+
+# ---------------------------------------------------------------- steps better not made
+
+SPIKE_WINDOW = 128  # steps that say what is usual
+
+
+class StepGuard:
+    """Leaves out steps whose loss or gradient is no number, or far above what is usual.
+
+    The usual is mean and standard deviation of the last 128 steps (a step more than
+    ``skip_spike_sigma`` deviations above the mean is a spike; before 64 steps none is), as in the
+    SkipStep optimizers of OLMo-2 (arXiv:2501.00656, section 3.2). Weights, moments and step counts
+    of the optimizer stay as they were. All of it is computed on the device: nothing waits.
+    """
+
+    def __init__(self, device: torch.device, sigma: float) -> None:
+        self.sigma = sigma
+        self._window = torch.full((2, SPIKE_WINDOW), math.nan, device=device)
+        self._num_seen = torch.zeros((), dtype=torch.int64, device=device)
+        self._num_skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self._in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+        self._longest = torch.zeros((), dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def watch(self, optimizer: torch.optim.Optimizer, loss: Tensor, grad_norm: Tensor) -> None:
+        """Tell the optimizer whether its next step is to be left out."""
+        found_2 = torch.stack([loss.detach().float(), grad_norm.detach().float()])
+        is_bad = ~found_2.isfinite().all()
+        if self.sigma > 0:
+            known = self._window.isfinite()
+            count = known.sum(1).clamp(min=2)
+            mean_2 = self._window.nan_to_num(0.0).sum(1) / count
+            squares_2 = ((self._window - mean_2[:, None]).nan_to_num(0.0) ** 2).sum(1)
+            limit_2 = mean_2 + self.sigma * (squares_2 / (count - 1)).sqrt()
+            is_known = self._num_seen >= SPIKE_WINDOW // 2
+            is_bad |= is_known & (found_2 > limit_2).any()
+            place = self._num_seen % SPIKE_WINDOW
+            is_finite = found_2.isfinite().all()
+            self._window[:, place] = torch.where(is_finite, found_2, self._window[:, place])
+            self._num_seen += is_finite
+        self._num_skipped += is_bad
+        self._in_a_row = torch.where(is_bad, self._in_a_row + 1, 0)
+        self._longest = torch.maximum(self._longest, self._in_a_row)
+        optimizer.found_inf = is_bad.float()  # type: ignore[attr-defined]
+        optimizer.grad_scale = None  # type: ignore[attr-defined]
+
+    @property
+    def num_skipped(self) -> int:
+        """Steps left out so far. Reading it waits for the device."""
+        return int(self._num_skipped)
+
+    @property
+    def longest(self) -> int:
+        """The most steps left out one after the other. Reading it waits for the device."""
+        return int(self._longest)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps."""
+        return {name[1:]: value for name, value in vars(self).items() if name.startswith("_")}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from a checkpoint."""
+        for name, value in state.items():
+            setattr(self, f"_{name}", value.to(self._window.device))

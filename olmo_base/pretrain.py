@@ -20,7 +20,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from olmo_base.corpus.batches import Batch, TokenSequences, micro_batches, read_split
+from olmo_base.corpus.batches import (
+    Batch,
+    TokenSequences,
+    micro_batches,
+    read_split,
+    sequences_of_step,
+)
 from olmo_base.corpus.shards import Shard
 from olmo_base.losses import MAX_LOGITS, next_token_loss
 from olmo_base.model.hf_weights import copy_tokenizer, export_hf
@@ -34,6 +40,7 @@ from olmo_base.model.transformer import (
 from olmo_base.optim import (
     OptimConfig,
     Schedule,
+    StepGuard,
     build_optimizer,
     clip_gradients,
     learning_rate_at,
@@ -82,6 +89,8 @@ class PretrainOptim(OptimConfig):
     weight_decay: float = setting(0.1, low=0)
     decay_norms: bool = True
     adam_beta2: float = setting(0.95, low=0, below=1)
+    skip_spike_sigma: float = setting(0.0, low=0)  # 6 in OLMo-2's runs; 0 skips no finite step
+    max_skipped_steps: int = setting(10, low=1)  # in a row; more stop the run
 
 
 @dataclass(frozen=True)
@@ -312,39 +321,44 @@ class Position:
     row_loss: float = 0.0  # summed
 
 
-class FirstBadStep:
-    """Finds the first step whose loss or gradient is no number, without waiting for the device."""
+def refuse_many_skipped(
+    guard: StepGuard, folder: RunFolder, recipe: PretrainRecipe, corpus: Corpus, step: int
+) -> None:
+    """Errors: UserError if too many steps in a row were left out, up to ``step`` at the latest.
 
-    def __init__(self, device: torch.device) -> None:
-        self._step = torch.zeros((), dtype=torch.int64, device=device)  # 0: none so far
+    Reading the guard waits for the device.
+    """
+    if guard.longest <= recipe.optim.max_skipped_steps:
+        return
+    saved = sorted(path.name for path in folder.checkpoints.glob("step_*"))
+    kept = f"The last checkpoint is kept: {saved[-1]}. " if saved else ""
+    indices = sequences_of_step(
+        step - 1,
+        num_sequences=len(corpus.train),
+        sequences_per_step=recipe.sequences_per_step,
+        seed=recipe.run.seed,
+    )
+    read = "; ".join(corpus.train.place(int(index)) for index in indices[:4])
+    raise UserError(
+        f"{guard.longest} steps in a row were left out: loss or gradient was no finite number"
+        f"{' or far above the usual' if guard.sigma else ''}. Step {step} read {read}"
+        f"{' and more' if len(indices) > 4 else ''}. {kept}Look at that text, lower learning_rate "
+        "or lengthen the warmup, and train into a new output_dir; "
+        f"{folder.path / 'metrics.jsonl'} shows where it began."
+    )
 
-    def watch(self, step: int, loss: Tensor, grad_norm: Tensor) -> None:
-        """Look at step 1, 2, …"""
-        is_new = (self._step == 0) & ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
-        self._step = torch.where(is_new, step, self._step)
 
-    def refuse(self, folder: RunFolder) -> None:
-        """Errors: UserError if there was one. Reading it waits for the device."""
-        step = int(self._step)
-        if step == 0:
-            return
-        saved = sorted(path.name for path in folder.checkpoints.glob("step_*"))
-        kept = f"The last checkpoint before it is kept: {saved[-1]}. " if saved else ""
-        raise UserError(
-            f"Loss or gradient is not a finite number at step {step}. {kept}Lower learning_rate "
-            "or lengthen the warmup, and train into a new output_dir; "
-            f"{folder.path / 'metrics.jsonl'} shows where it began to grow."
-        )
-
-
-def resume(folder: RunFolder, model: Transformer, optimizer: torch.optim.Optimizer) -> Position:
-    """Put weights, optimizer and generators where the latest checkpoint left them."""
+def resume(
+    folder: RunFolder, model: Transformer, optimizer: torch.optim.Optimizer, guard: StepGuard
+) -> Position:
+    """Put weights, optimizer, guard and generators where the latest checkpoint left them."""
     checkpoint = latest_checkpoint(folder)
     if checkpoint is None:
         return Position()
     weights, state = checkpoint.load()
     model.load_state_dict(weights)
     optimizer.load_state_dict(state["optimizer"])
+    guard.load_state_dict(state["guard"])
     restore_random_state(state["random"])
     folder.log(f"going on from {checkpoint.path}, after step {checkpoint.step}")
     return Position(**state["position"])
@@ -358,16 +372,16 @@ def train(
 ) -> dict[str, float]:
     """Train ``model`` in place to the end, going on from the latest checkpoint if there is one.
 
-    Returns the figures of the end. Errors: Stopped after SIGINT or SIGTERM, with a checkpoint
-    written; UserError when the loss is no longer a number.
+    Returns the figures of the end. Errors: Stopped after SIGINT, SIGTERM or SIGUSR1, with a
+    checkpoint written; UserError when too many steps in a row are no good.
     """
     device = model.device
     optimizer = build_optimizer(model, recipe.optim, bf16=bf16)
-    at = resume(folder, model, optimizer)
+    guard = StepGuard(device, recipe.optim.skip_spike_sigma)
+    at = resume(folder, model, optimizer, guard)
     metrics = MetricsLog(folder, resume_step=at.step)
     total_steps = num_steps(recipe, len(corpus.train))
     row_loss = torch.tensor(at.row_loss, dtype=_widest(device), device=device)
-    bad_step = FirstBadStep(device)
     shown: dict[str, float] = {}
 
     def evaluate() -> None:
@@ -402,22 +416,22 @@ def train(
             )
             step_loss = add_gradients(model, batches, z_loss=recipe.z_loss, bf16=bf16)
             grad_norm = clip_gradients(model.parameters(), recipe.optim.max_grad_norm)
+            num_tokens = sum(batch.num_labels for batch in batches)
+            guard.watch(optimizer, step_loss / num_tokens, grad_norm)
             optimizer.step()
             optimizer.zero_grad()
 
-            num_tokens = sum(batch.num_labels for batch in batches)
             at.step += 1
             at.tokens += num_tokens
             at.row_tokens += num_tokens
             row_loss += step_loss
-            bad_step.watch(at.step, step_loss, grad_norm)
 
             is_last = at.step == total_steps
             is_row = is_last or at.step % recipe.log.logging_steps == 0
             is_evaluated = is_last or (recipe.eval_steps and at.step % recipe.eval_steps == 0)
             is_saved = stop.requested or at.step % recipe.checkpoints.save_steps == 0
             if is_row or is_evaluated or is_saved:
-                bad_step.refuse(folder)  # waits for the device
+                refuse_many_skipped(guard, folder, recipe, corpus, at.step)  # waits for the device
             at.seconds += time.perf_counter() - started
             at.row_seconds += time.perf_counter() - started
             if is_row:
@@ -432,6 +446,7 @@ def train(
                     epoch=_epoch(recipe, corpus, at.step),
                     tokens=at.tokens,
                     seconds=round(at.seconds, 3),
+                    **({"skipped_steps": guard.num_skipped} if guard.num_skipped else {}),
                     **{key: shown[key] for key in shown if not key.startswith("eval_")},
                     **_gpu_figures(model, shown["tokens_per_second"], recipe.max_length),
                 )
@@ -442,13 +457,14 @@ def train(
                 evaluate()
             if is_saved and not is_last:  # after the rows: those of a checkpoint's step are kept
                 at.row_loss = float(row_loss)
-                _save(folder, recipe, model, optimizer, at)
+                _save(folder, recipe, model, optimizer, guard, at)
                 _stop_if_asked(stop, at)
     return {
         **shown,
         "tokens": at.tokens,
         "train_seconds": round(at.seconds, 3),
         "tokens_per_second": at.tokens / max(at.seconds, 1e-9),
+        "skipped_steps": guard.num_skipped,
     }
 
 
@@ -480,11 +496,13 @@ def _save(
     recipe: PretrainRecipe,
     model: Transformer,
     optimizer: torch.optim.Optimizer,
+    guard: StepGuard,
     at: Position,
 ) -> None:
     state = {
         "position": asdict(at),
         "optimizer": optimizer.state_dict(),
+        "guard": guard.state_dict(),
         "random": random_state(),
     }
     keep = recipe.checkpoints.save_total_limit

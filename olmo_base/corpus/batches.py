@@ -126,6 +126,7 @@ class TokenSequences:
         self.num_tokens = sum(shard.info.num_tokens for shard in shards)
         self.num_documents = sum(shard.info.num_documents for shard in shards)
         self.num_bytes = sum(shard.info.num_bytes for shard in shards)
+        self._paths = [shard.path for shard in shards]
         self._tokens = [shard.tokens() for shard in shards]
         self._ends = np.cumsum([shard.info.num_tokens for shard in shards])
         self._num_sequences = (self.num_tokens - 1) // max_length
@@ -149,6 +150,13 @@ class TokenSequences:
             parts.append(self._tokens[index][start - shard_start : end_here - shard_start])
             start, index = end_here, index + 1
         return np.concatenate(parts).astype(np.int64)
+
+    def place(self, index: int) -> str:
+        """Where the sequence of this number begins, in words."""
+        start = index * self.max_length
+        shard = int(np.searchsorted(self._ends, start, side="right"))
+        first = start - (int(self._ends[shard]) - len(self._tokens[shard]))
+        return f"{self._paths[shard]} from token {first:,} on"
 
     def batch(self, indices: Sequence[int] | npt.NDArray[np.int64], *, mask: bool) -> Batch:
         """The sequences of these numbers. ``mask``: tell their documents apart."""

@@ -11,6 +11,7 @@ from torch import nn
 from olmo_base.optim import (
     OptimConfig,
     Schedule,
+    StepGuard,
     build_optimizer,
     clip_gradients,
     learning_rate_at,
@@ -305,3 +306,73 @@ def test_gradients_are_clipped_together_and_the_norm_before_is_told():
         assert norm.item() == pytest.approx(5.0)
         assert first.grad.item() == pytest.approx(3 * scale, rel=1e-5)
         assert second.grad.item() == pytest.approx(-4 * scale, rel=1e-5)
+
+
+# ---------------------------------------------------------------- steps better not made
+
+
+def usual(guard, optimizer, number):
+    """Steps of losses 2 and 4 in turn: mean 3, standard deviation close to 1."""
+    for i in range(number):
+        guard.watch(optimizer, torch.tensor(2.0 + 2 * (i % 2)), torch.tensor(1.0 + i % 2))
+
+
+def is_left_out(guard, loss, grad_norm=1.0):
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(1))], fused=True)
+    guard.watch(optimizer, torch.tensor(loss), torch.tensor(grad_norm))
+    return bool(optimizer.found_inf)  # type: ignore[attr-defined]
+
+
+def test_a_step_without_a_number_is_left_out_and_a_spike_if_so_wanted():
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(1))], fused=True)
+    for sigma in (0.0, 6.0):
+        guard = StepGuard(torch.device("cpu"), sigma)
+        usual(guard, optimizer, 200)
+        assert not is_left_out(guard, 8.9)
+        assert is_left_out(guard, 10.1) == (sigma > 0)
+        assert is_left_out(guard, 3.0, grad_norm=9.0) == (sigma > 0)
+        assert guard.num_skipped == (2 if sigma else 0)
+        assert is_left_out(guard, math.nan) and is_left_out(guard, 3.0, math.inf)
+
+
+def test_no_step_is_a_spike_before_64_told_what_is_usual():
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(1))], fused=True)
+    guard = StepGuard(torch.device("cpu"), 6.0)
+    usual(guard, optimizer, 63)
+    assert not is_left_out(guard, 100.0)
+
+
+def test_the_guard_counts_the_longest_row_of_steps_left_out():
+    guard = StepGuard(torch.device("cpu"), 0.0)
+    for loss in (math.nan, 1.0, math.nan, math.nan, 1.0, math.nan):
+        is_left_out(guard, loss)
+    assert (guard.num_skipped, guard.longest) == (4, 2)
+    again = StepGuard(torch.device("cpu"), 0.0)
+    again.load_state_dict(guard.state_dict())
+    is_left_out(again, math.nan)
+    is_left_out(again, math.nan)
+    assert (again.num_skipped, again.longest) == (6, 3)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_step_left_out_changes_nothing_not_even_the_moments(name):
+    torch.manual_seed(0)
+    models = [WithHead() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    config = OptimConfig(learning_rate=0.1, weight_decay=0.1, optim=name)
+    optimizers = [build_optimizer(model, config) for model in models]
+    guard = StepGuard(torch.device("cpu"), 0.0)
+    for step in range(4):
+        for parameters in zip(*(model.parameters() for model in models), strict=True):
+            gradient = torch.randn(parameters[0].shape)
+            for parameter in parameters:
+                parameter.grad = gradient.clone()
+        if step == 1:
+            for parameter in models[0].parameters():
+                parameter.grad = torch.full_like(parameter, math.nan)
+        guard.watch(optimizers[0], torch.tensor(math.nan if step == 1 else 1.0), torch.tensor(1.0))
+        optimizers[0].step()
+        if step != 1:
+            optimizers[1].step()
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(one, other)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -333,7 +334,7 @@ def test_killed_and_stopped_at_random_steps_the_weights_are_bit_identical(tokens
     assert without_times(rows_of(again)) == without_times(rows_of(whole))
 
 
-def test_a_loss_that_is_no_number_is_an_error_that_names_the_step(tokens, tmp_path, capsys):
+def test_a_loss_that_stays_no_number_is_an_error_that_names_step_and_text(tokens, tmp_path, capsys):
     path = recipe_file(
         tokens,
         tmp_path,
@@ -344,11 +345,17 @@ def test_a_loss_that_is_no_number_is_an_error_that_names_the_step(tokens, tmp_pa
         logging_steps=1,
         max_grad_norm=0,
         z_loss=1.0,
+        max_skipped_steps=2,
     )
     assert main([str(path)]) == 2
     message = capsys.readouterr().err
-    assert "not a finite number at step" in message
-    step = int(message.split("at step ")[1].split(".")[0])
+    assert "3 steps in a row were left out: loss or gradient was no finite number." in message
+    found = re.search(r"Step (\d+) read (.*?) and more", message)
+    assert found is not None
+    step, read = int(found.group(1)), found.group(2)
+    assert re.match(r"\S+tokens_00000.bin from token [\d,]+ on; ", read)
+    rows = rows_of(tmp_path / "run")
+    assert [row.get("skipped_steps") for row in rows if "grad_norm" in row][-2:] == [1, 2]
     kept = sorted(item.name for item in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept[-1] == f"step_{step - 1:06d}"
     assert kept[-1] in message
