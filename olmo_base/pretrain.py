@@ -29,7 +29,12 @@ from olmo_base.corpus.batches import (
 )
 from olmo_base.corpus.shards import Shard
 from olmo_base.losses import MAX_LOGITS, next_token_loss
-from olmo_base.model.hf_weights import copy_tokenizer, export_hf
+from olmo_base.model.hf_weights import (
+    copy_tokenizer,
+    export_hf,
+    load_native,
+    read_model_config,
+)
 from olmo_base.model.presets import ModelShape, padded_vocab_size
 from olmo_base.model.transformer import (
     ModelConfig,
@@ -46,7 +51,13 @@ from olmo_base.optim import (
     learning_rate_at,
     set_learning_rate,
 )
-from olmo_base.run.artefact import RunConfig, RunFolder, atomic_write, sha256_file
+from olmo_base.run.artefact import (
+    RunConfig,
+    RunFolder,
+    atomic_write,
+    model_files,
+    sha256_file,
+)
 from olmo_base.run.errors import Stopped, UserError
 from olmo_base.run.launch import StopFlag, pick_device, seed_everything, stop_signals
 from olmo_base.run.metrics import LogConfig, MetricsLog, Progress
@@ -100,6 +111,7 @@ class PretrainRecipe:
     stage: Literal["pretrain"]
     dataset_mixer: tuple[TokenSource, ...]
     run: RunConfig = field(default_factory=RunConfig)
+    init_from: str | None = None  # a model folder to go on from: annealing, or a new mix
     shape: ModelShape = field(default_factory=ModelShape)
     pad_vocab_to_multiple_of: int = setting(128, low=1)
     max_length: int = setting(1024, low=1)  # tokens of a sequence
@@ -124,6 +136,13 @@ class PretrainRecipe:
             raise RecipeError("dataset_mixer", "the list is empty; name a tokenize run's folder.")
         if self.max_steps > 0 and self.max_tokens > 0:
             raise RecipeError("max_tokens", "max_steps already says how long; keep one of them.")
+        if self.init_from is not None and self.shape != ModelShape():
+            given = next(
+                item.name
+                for item in dataclasses.fields(ModelShape)
+                if getattr(self.shape, item.name) != getattr(ModelShape(), item.name)
+            )
+            raise RecipeError(given, "the shape is that of init_from; leave this key out.")
         longest = self.shape.max_position_embeddings
         if longest is not None and longest < self.max_length:
             raise RecipeError(
@@ -180,7 +199,12 @@ def _refuse_other_tokenizer(shards: Sequence[Shard], others: Sequence[Shard]) ->
 
 
 def model_config(recipe: PretrainRecipe, corpus: Corpus) -> ModelConfig:
-    """The model's shape: the recipe's, with the vocabulary of the corpus's tokenizer."""
+    """The model's shape: that of ``init_from``, or the recipe's with the corpus's vocabulary.
+
+    Errors: UserError if ``init_from`` was made for another tokenizer or for shorter rows.
+    """
+    if recipe.init_from is not None:
+        return _config_to_go_on(recipe, recipe.init_from, corpus)
     eos_token_id = corpus.train.eos_token_id
     shape = recipe.shape
     if shape.max_position_embeddings is None:
@@ -190,6 +214,22 @@ def model_config(recipe: PretrainRecipe, corpus: Corpus) -> ModelConfig:
         eos_token_id=eos_token_id,
         pad_token_id=_pad_token_id(corpus.tokenizer_folder, eos_token_id),
     )
+
+
+def _config_to_go_on(recipe: PretrainRecipe, folder: str, corpus: Corpus) -> ModelConfig:
+    config = read_model_config(folder)
+    ours, theirs = tokenizer_path(folder), tokenizer_path(corpus.tokenizer_folder)
+    if sha256_file(ours) != sha256_file(theirs):
+        raise UserError(
+            f"{ours} is not the tokenizer that {theirs.parent} was tokenized with. Tokenize the "
+            "text with the model's own."
+        )
+    if config.max_position_embeddings < recipe.max_length:
+        raise UserError(
+            f"{folder} reads rows of up to {config.max_position_embeddings} tokens; max_length is "
+            f"{recipe.max_length}. Lower it."
+        )
+    return config
 
 
 def _pad_token_id(folder: Path, eos_token_id: int) -> int:
@@ -538,7 +578,9 @@ def input_files(recipe: PretrainRecipe) -> list[Path]:
     shards = [*read_split(folders, "train"), *read_split(folders, "eval")]
     first = Path(folders[0])
     beside = [path for path in (first / "tokenizer_config.json",) if path.is_file()]
-    return [shard.path.with_suffix(".json") for shard in shards] + [tokenizer_path(first), *beside]
+    described = [shard.path.with_suffix(".json") for shard in shards]
+    model = [] if recipe.init_from is None else model_files(recipe.init_from)
+    return [*described, tokenizer_path(first), *beside, *model]
 
 
 def plan(recipe: PretrainRecipe) -> dict[str, object]:
@@ -582,7 +624,10 @@ def run(recipe: PretrainRecipe) -> RunFolder:
     device = pick_device()
     bf16 = computes_in_bf16(recipe.bf16, device, config.hidden_size)
     seed_everything(recipe.run.seed)
-    model = Transformer(config).to(device)
+    if recipe.init_from is None:
+        model = Transformer(config).to(device)
+    else:
+        model = load_native(recipe.init_from, device=device, dtype=torch.float32)
     model.gradient_checkpointing = recipe.gradient_checkpointing
     folder.counts.used = len(corpus.train)
     folder.log(

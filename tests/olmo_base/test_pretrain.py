@@ -1,5 +1,6 @@
 """Pretraining: against transformers, cut in many ways, killed at random steps, with bad input."""
 
+import dataclasses
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,6 +25,7 @@ from olmo_base.corpus.documents import DocumentSource
 from olmo_base.corpus.tokenize import TokenizeRecipe
 from olmo_base.corpus.tokenize import run as tokenize
 from olmo_base.model.hf_weights import export_hf, load_native
+from olmo_base.model.presets import ModelShape
 from olmo_base.model.transformer import Transformer
 from olmo_base.optim import learning_rate_at
 from olmo_base.pretrain import (
@@ -361,6 +364,53 @@ def test_a_loss_that_stays_no_number_is_an_error_that_names_step_and_text(tokens
     assert kept[-1] in message
     weights = load_file(tmp_path / "run" / "checkpoints" / kept[-1] / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+# ---------------------------------------------------------------- going on from a model
+
+
+def test_a_model_is_annealed_from_the_weights_of_another_run(tokens, tmp_path):
+    for name in ("first", "second", "third"):
+        (tmp_path / name).mkdir()
+    base = run(recipe_for(tokens, tmp_path / "first", max_steps=20)).path
+    shape = {"model", "hidden_size", "intermediate_size", "num_hidden_layers"}
+    shape |= {"num_attention_heads", "max_position_embeddings"}
+
+    def annealed(folder, **changes):
+        path = recipe_file(tokens, folder, init_from=str(base), max_steps=8, **changes)
+        content = yaml.safe_load(path.read_text())
+        path.write_text(yaml.safe_dump({k: v for k, v in content.items() if k not in shape}))
+        return load_recipe(PretrainRecipe, path)
+
+    still = run(annealed(tmp_path / "second", learning_rate=1e-12, weight_decay=0.0)).path
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, still))
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+
+    linear = {"lr_scheduler_type": "linear", "min_lr_ratio": 0.0, "warmup_ratio": 0.0}
+    recipe = annealed(tmp_path / "third", **linear)
+    assert plan(recipe)["parameters"] == sum(tensor.numel() for tensor in before.values())
+    rows = [row for row in rows_of(run(recipe).path) if "eval_loss" in row]
+    assert rows[0]["eval_loss"] == pytest.approx(
+        [row for row in rows_of(base) if "eval_loss" in row][-1]["eval_loss"], rel=1e-5
+    )
+    assert rows[-1]["eval_loss"] < rows[0]["eval_loss"]
+
+
+def test_a_shape_beside_a_model_to_go_on_from_is_refused(tokens, tmp_path):
+    with pytest.raises(UserError, match="hidden_size: the shape is that of init_from"):
+        recipe_for(tokens, tmp_path, init_from="somewhere")
+
+
+def test_a_model_of_another_tokenizer_is_refused(tokens, tmp_path):
+    base = run(recipe_for(tokens, tmp_path)).path
+    with open(base / "tokenizer.json", "a") as file:
+        file.write(" ")
+    corpus = open_corpus(recipe_for(tokens, tmp_path), verify=False)
+    recipe = dataclasses.replace(
+        recipe_for(tokens, tmp_path), init_from=str(base), shape=ModelShape()
+    )
+    with pytest.raises(UserError, match="is not the tokenizer that"):
+        model_config(recipe, corpus)
 
 
 # ---------------------------------------------------------------- recipes, plans, bad input
