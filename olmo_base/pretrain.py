@@ -27,7 +27,7 @@ from olmo_base.corpus.batches import (
     read_split,
     sequences_of_step,
 )
-from olmo_base.corpus.shards import Shard
+from olmo_base.corpus.shards import Place, Shard
 from olmo_base.losses import MAX_LOGITS, next_token_loss
 from olmo_base.model.hf_weights import (
     copy_tokenizer,
@@ -372,18 +372,14 @@ def refuse_many_skipped(
         return
     saved = sorted(path.name for path in folder.checkpoints.glob("step_*"))
     kept = f"The last checkpoint is kept: {saved[-1]}. " if saved else ""
-    indices = sequences_of_step(
-        step - 1,
-        num_sequences=len(corpus.train),
-        sequences_per_step=recipe.sequences_per_step,
-        seed=recipe.run.seed,
-    )
-    read = "; ".join(corpus.train.place(int(index)) for index in indices[:4])
+    places = [str(place) for _, found in read_in_step(recipe, corpus, step) for place in found]
     raise UserError(
         f"{guard.longest} steps in a row were left out: loss or gradient was no finite number"
-        f"{' or far above the usual' if guard.sigma else ''}. Step {step} read {read}"
-        f"{' and more' if len(indices) > 4 else ''}. {kept}Look at that text, lower learning_rate "
-        "or lengthen the warmup, and train into a new output_dir; "
+        f"{' or far above the usual' if guard.sigma else ''}. Step {step} read "
+        f"{'; '.join(places[:3])}{f' and {len(places) - 3} more' if len(places) > 3 else ''} "
+        f"(all: open-instruct data inspect {folder.path} --step {step}). {kept}"
+        "Look at that text, lower learning_rate or lengthen the warmup, and train into a new "
+        "output_dir; "
         f"{folder.path / 'metrics.jsonl'} shows where it began."
     )
 
@@ -525,6 +521,19 @@ def add_gradients(
         (loss / num_labels).backward()
         step_loss += cross_entropy
     return step_loss
+
+
+def read_in_step(
+    recipe: PretrainRecipe, corpus: Corpus, step: int
+) -> list[tuple[int, list[Place]]]:
+    """What step 1, 2, … reads: each sequence's number and the documents in it, in order."""
+    indices = sequences_of_step(
+        step - 1,
+        num_sequences=len(corpus.train),
+        sequences_per_step=recipe.sequences_per_step,
+        seed=recipe.run.seed,
+    )
+    return [(int(index), corpus.train.places(int(index))) for index in indices]
 
 
 def _epoch(recipe: PretrainRecipe, corpus: Corpus, step: int) -> float:

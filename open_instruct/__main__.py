@@ -254,11 +254,19 @@ def data() -> None:
     help="How many examples to show.",
 )
 @click.option("--tokens", is_flag=True, help="One line for each token.")
-def inspect(recipe: str, overrides: tuple[str, ...], num_examples: int, tokens: bool) -> None:
-    """Show what the model will see of an sft or dpo recipe.
+@click.option("--step", type=click.IntRange(min=1), help="Of a pretrain run: what this step read.")
+def inspect(
+    recipe: str, overrides: tuple[str, ...], num_examples: int, tokens: bool, step: int | None
+) -> None:
+    """Show what the model will see of an sft or dpo RECIPE.
 
     Examples as text, with what is learnt marked; lengths; rows cut or dropped, with the reason.
+    With --step, RECIPE is a pretrain run's folder or recipe, and the documents of that step are
+    listed with file and line.
     """
+    if step is not None:
+        _list_documents(recipe, overrides, step)
+        return
     from open_instruct import pipeline
     from open_instruct.inspect import inspect_recipe
 
@@ -267,6 +275,25 @@ def inspect(recipe: str, overrides: tuple[str, ...], num_examples: int, tokens: 
     if resolved.stage not in ("sft", "dpo"):
         raise UserError(f"{path}: data inspect shows sft and dpo recipes, not {resolved.stage}.")
     inspect_recipe(resolved, num_shown=num_examples, by_token=tokens)
+
+
+def _list_documents(recipe: str, overrides: Sequence[str], step: int) -> None:
+    from olmo_base.pretrain import PretrainRecipe, num_steps, open_corpus, read_in_step
+    from open_instruct import pipeline
+
+    kept = Path(recipe) / "recipe.yaml"
+    path = kept if kept.is_file() else pipeline.find_recipe(recipe)
+    _, resolved = pipeline.load_stage_recipe(path, overrides)
+    if not isinstance(resolved, PretrainRecipe):
+        raise UserError(f"{path}: --step is for pretrain recipes, not {resolved.stage}.")
+    corpus = open_corpus(resolved, verify=False)
+    last = num_steps(resolved, len(corpus.train))
+    if step > last:
+        raise UserError(f"{path}: the run has {last:,} steps; there is no step {step:,}.")
+    for index, places in read_in_step(resolved, corpus, step):
+        click.echo(f"sequence {index}")
+        for place in places:
+            click.echo(f"  {place}")
 
 
 @data.command()

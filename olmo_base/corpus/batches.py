@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from olmo_base.corpus.shards import Shard, read_shards, verify_content
+from olmo_base.corpus.shards import Place, Shard, read_shards, verify_content
 from olmo_base.run.errors import UserError
 
 U64 = np.uint64
@@ -126,7 +126,7 @@ class TokenSequences:
         self.num_tokens = sum(shard.info.num_tokens for shard in shards)
         self.num_documents = sum(shard.info.num_documents for shard in shards)
         self.num_bytes = sum(shard.info.num_bytes for shard in shards)
-        self._paths = [shard.path for shard in shards]
+        self._shards = shards
         self._tokens = [shard.tokens() for shard in shards]
         self._ends = np.cumsum([shard.info.num_tokens for shard in shards])
         self._num_sequences = (self.num_tokens - 1) // max_length
@@ -151,12 +151,17 @@ class TokenSequences:
             start, index = end_here, index + 1
         return np.concatenate(parts).astype(np.int64)
 
-    def place(self, index: int) -> str:
-        """Where the sequence of this number begins, in words."""
-        start = index * self.max_length
-        shard = int(np.searchsorted(self._ends, start, side="right"))
-        first = start - (int(self._ends[shard]) - len(self._tokens[shard]))
-        return f"{self._paths[shard]} from token {first:,} on"
+    def places(self, index: int) -> list[Place]:
+        """The documents that the tokens of the sequence of this number belong to, in order."""
+        start, stop = index * self.max_length, (index + 1) * self.max_length + 1
+        found: list[Place] = []
+        for shard, end in zip(self._shards, self._ends.tolist(), strict=True):
+            shard_start = end - shard.info.num_tokens
+            if start < end and stop > shard_start:
+                found += shard.places(
+                    max(0, start - shard_start), min(stop - shard_start, shard.info.num_tokens)
+                )
+        return found
 
     def batch(self, indices: Sequence[int] | npt.NDArray[np.int64], *, mask: bool) -> Batch:
         """The sequences of these numbers. ``mask``: tell their documents apart."""

@@ -2,14 +2,18 @@
 
 tokens_00000.bin     ids one after the other, little-endian uint16 or uint32, no header;
                      every document is followed by one end-of-text id
-tokens_00000.json    what the .bin holds: the fields of ``ShardInfo``
+tokens_00000.origin  where each document came from, little-endian int64, three a document: its
+                     first token in the .bin, its file (a number in ``files``), its line (0: all)
+tokens_00000.json    what the two hold: the fields of ``ShardInfo``
 """
 
+import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +21,19 @@ from tokenizers import Tokenizer
 
 from olmo_base.run.errors import UserError
 
+ORIGIN_DTYPE = np.dtype("<i8")
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 Ids = npt.NDArray[np.unsignedinteger]
+
+
+class Place(NamedTuple):
+    """Where a document stands; ``line`` is None when the whole file is the document."""
+
+    path: str
+    line: int | None
+
+    def __str__(self) -> str:
+        return self.path if self.line is None else f"{self.path}, line {self.line}"
 
 
 @dataclass(frozen=True)
@@ -33,6 +48,8 @@ class ShardInfo:
     num_documents: int
     num_bytes: int  # of the documents' text as UTF-8
     sha256: str  # of the .bin
+    origin_sha256: str  # of the .origin
+    files: tuple[str, ...]  # that the documents came from, as the recipe named them
 
 
 @dataclass(frozen=True)
@@ -45,6 +62,21 @@ class Shard:
     def tokens(self) -> Ids:
         """All ids, mapped into memory and read-only."""
         return np.memmap(self.path, dtype=DTYPES[self.info.dtype], mode="r")
+
+    def origin(self) -> npt.NDArray[np.int64]:
+        """Rows (first token, file, line) of the documents in order, mapped into memory."""
+        path = self.path.with_suffix(".origin")
+        return np.memmap(path, dtype=ORIGIN_DTYPE, mode="r", shape=(self.info.num_documents, 3))
+
+    def places(self, start: int, stop: int) -> list[Place]:
+        """The documents that the tokens start..stop-1 belong to."""
+        origin_N3 = self.origin()
+        first = int(np.searchsorted(origin_N3[:, 0], start, side="right")) - 1
+        last = int(np.searchsorted(origin_N3[:, 0], stop, side="left"))
+        return [
+            Place(self.info.files[int(file)], int(line) or None)
+            for _, file, line in origin_N3[first:last]
+        ]
 
 
 def dtype_for(vocab_size: int) -> str:
@@ -81,28 +113,48 @@ class ShardWriter:
     def _start(self) -> None:
         self._path = self._folder / f"tokens_{self._num_shards:05d}.bin"
         self._file = open(self._path, "wb")  # noqa: SIM115 - closed by _end
-        self._hash = hashlib.sha256()
+        self._origin_file = open(self._path.with_suffix(".origin"), "wb")  # noqa: SIM115
+        self._hash, self._origin_hash = hashlib.sha256(), hashlib.sha256()
+        self._files: dict[str, int] = {}
         self._tokens = self._documents = self._bytes = 0
 
-    def add(self, ids: Ids, *, num_documents: int, num_bytes: int) -> None:
-        """Append documents that ``encode_documents`` encoded. ``num_bytes`` is that of the text."""
+    def add(
+        self,
+        ids: Ids,
+        lengths_N: npt.NDArray[np.int64],
+        *,
+        places: Sequence[Place],
+        num_bytes: int,
+    ) -> None:
+        """Append N documents that ``encode_documents`` encoded, and say where each stands.
+
+        ``num_bytes`` is that of the text.
+        """
         if self._tokens >= self._tokens_per_shard:
             self._end()
             self._start()
         data = ids.astype(DTYPES[self._dtype], copy=False).tobytes()
         self._file.write(data)
         self._hash.update(data)
+        origin_N3 = np.empty((len(places), 3), ORIGIN_DTYPE)
+        origin_N3[:, 0] = self._tokens + np.cumsum(lengths_N) - lengths_N
+        for row, (path, line) in zip(origin_N3, places, strict=True):
+            row[1:] = self._files.setdefault(path, len(self._files)), line or 0
+        self._origin_file.write(origin_N3.tobytes())
+        self._origin_hash.update(origin_N3.tobytes())
         self._tokens += len(ids)
-        self._documents += num_documents
+        self._documents += len(places)
         self._bytes += num_bytes
         self.num_tokens += len(ids)
-        self.num_documents += num_documents
+        self.num_documents += len(places)
         self.num_bytes += num_bytes
 
     def _end(self) -> None:
         self._file.close()
+        self._origin_file.close()
         if self._tokens == 0:
             self._path.unlink()
+            self._path.with_suffix(".origin").unlink()
             return
         info = ShardInfo(
             dtype=self._dtype,
@@ -113,6 +165,8 @@ class ShardWriter:
             num_documents=self._documents,
             num_bytes=self._bytes,
             sha256=self._hash.hexdigest(),
+            origin_sha256=self._origin_hash.hexdigest(),
+            files=tuple(self._files),
         )
         content = json.dumps(asdict(info), indent=2) + "\n"
         self._path.with_suffix(".json").write_text(content, encoding="utf-8")
@@ -144,25 +198,31 @@ def _read_info(path: Path) -> ShardInfo:
     try:
         content = json.loads(sidecar.read_text(encoding="utf-8"))
         info = ShardInfo(**{item.name: content[item.name] for item in fields(ShardInfo)})
+        info = dataclasses.replace(info, files=tuple(info.files))
         itemsize = DTYPES[info.dtype].itemsize
     except FileNotFoundError:
         raise UserError(f"{sidecar} is missing beside {path.name}. {again}") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{sidecar} cannot be read as a shard's description. {again}") from None
-    expected = info.num_tokens * itemsize
-    if path.stat().st_size != expected:
-        raise UserError(
-            f"{path} has {path.stat().st_size} bytes; its description says {expected}. {again}"
-        )
+    origin = path.with_suffix(".origin")
+    if not origin.is_file():
+        raise UserError(f"{origin} is missing beside {path.name}. {again}")
+    for file, expected in ((path, info.num_tokens * itemsize), (origin, info.num_documents * 24)):
+        if file.stat().st_size != expected:
+            raise UserError(
+                f"{file} has {file.stat().st_size} bytes; its description says {expected}. {again}"
+            )
     return info
 
 
 def verify_content(shard: Shard) -> None:
     """Compare a shard's SHA-256 with its sidecar's. Errors: UserError if they differ."""
-    with open(shard.path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != shard.info.sha256:
-        raise UserError(
-            f"The content of {shard.path} is not what was written (its SHA-256 differs from the "
-            "description's). Run the tokenize stage again into a new folder."
-        )
+    origin = shard.path.with_suffix(".origin")
+    for path, expected in ((shard.path, shard.info.sha256), (origin, shard.info.origin_sha256)):
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != expected:
+            raise UserError(
+                f"The content of {path} is not what was written (its SHA-256 differs from the "
+                "description's). Run the tokenize stage again into a new folder."
+            )

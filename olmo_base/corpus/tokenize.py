@@ -17,7 +17,12 @@ from typing import Any, Literal
 
 from tokenizers import Tokenizer
 
-from olmo_base.corpus.documents import DocumentSource, DocumentStream, document_files
+from olmo_base.corpus.documents import (
+    Document,
+    DocumentSource,
+    DocumentStream,
+    document_files,
+)
 from olmo_base.corpus.encode import CHARACTERS_PER_BATCH, encoded_batches, gather
 from olmo_base.corpus.shards import ShardWriter, dtype_for, vocab_size_of
 from olmo_base.run.artefact import (
@@ -113,14 +118,16 @@ def input_files(recipe: TokenizeRecipe) -> list[Path]:
     return [*_tokenizer_files(recipe), *document_files(sources)]
 
 
-def _texts(recipe: TokenizeRecipe, streams: dict[str, DocumentStream]) -> Iterator[tuple[str, str]]:
+def _documents(
+    recipe: TokenizeRecipe, streams: dict[str, DocumentStream]
+) -> Iterator[tuple[str, Document]]:
     """Every document with the name of its split."""
     for name, stream in streams.items():
         for document in stream:
             is_eval = name == "eval" or is_held_out(
                 document.text, fraction=recipe.eval_fraction, seed=recipe.run.seed
             )
-            yield ("eval" if is_eval else "train"), document.text
+            yield ("eval" if is_eval else "train"), document
 
 
 def _streams(recipe: TokenizeRecipe, counts: ExampleCounts) -> dict[str, DocumentStream]:
@@ -136,11 +143,11 @@ def plan(recipe: TokenizeRecipe) -> dict[str, object]:
     eos_token_of(recipe, tokenizer)
     documents = {"train": 0, "eval": 0}
     num_characters, sample = 0, ""
-    for split, text in _texts(recipe, _streams(recipe, ExampleCounts())):
+    for split, document in _documents(recipe, _streams(recipe, ExampleCounts())):
         documents[split] += 1
-        num_characters += len(text)
+        num_characters += len(document.text)
         if len(sample) < CHARACTERS_PER_BATCH:
-            sample += text[:CHARACTERS_PER_BATCH]
+            sample += document.text[:CHARACTERS_PER_BATCH]
     num_sampled = len(tokenizer.encode(sample, add_special_tokens=False))
     num_tokens = num_characters * num_sampled // max(1, len(sample)) + sum(documents.values())
     itemsize = 2 if dtype_for(vocab_size_of(tokenizer)) == "uint16" else 4
@@ -179,13 +186,13 @@ def run(recipe: TokenizeRecipe) -> RunFolder:
                 tokenizer_sha256=sha256_file(tokenizer_path(recipe.tokenizer_name_or_path)),
                 tokens_per_shard=recipe.tokens_per_shard,
             )
-        batches = gather(_texts(recipe, streams))
-        for batch, ids in encoded_batches(
+        batches = gather(_documents(recipe, streams))
+        for batch, encoded in encoded_batches(
             batches, tokenizer, eos_token_id=eos_token_id, num_proc=recipe.num_proc
         ):
             if flag.requested:
                 raise Stopped(flag.signal_number)
-            writers[batch.split].add(ids, num_documents=len(batch.texts), num_bytes=batch.num_bytes)
+            writers[batch.split].add(*encoded, places=batch.places, num_bytes=batch.num_bytes)
             num_read = sum(stream.bytes_read for stream in streams.values())
             progress.update(num_read, tokens=sum(w.num_tokens for w in writers.values()))
         for writer in writers.values():

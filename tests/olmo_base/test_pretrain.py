@@ -36,6 +36,7 @@ from olmo_base.pretrain import (
     num_steps,
     open_corpus,
     plan,
+    read_in_step,
     run,
 )
 from olmo_base.run.artefact import RunConfig
@@ -353,10 +354,12 @@ def test_a_loss_that_stays_no_number_is_an_error_that_names_step_and_text(tokens
     assert main([str(path)]) == 2
     message = capsys.readouterr().err
     assert "3 steps in a row were left out: loss or gradient was no finite number." in message
-    found = re.search(r"Step (\d+) read (.*?) and more", message)
+    found = re.search(r"Step (\d+) read (.*?) and \d+ more", message)
     assert found is not None
     step, read = int(found.group(1)), found.group(2)
-    assert re.match(r"\S+tokens_00000.bin from token [\d,]+ on; ", read)
+    places = re.findall(r"\S+documents.jsonl, line (\d+)", read)
+    assert len(places) == 3
+    assert f"open-instruct data inspect {tmp_path / 'run'} --step {step}" in message
     rows = rows_of(tmp_path / "run")
     assert [row.get("skipped_steps") for row in rows if "grad_norm" in row][-2:] == [1, 2]
     kept = sorted(item.name for item in (tmp_path / "run" / "checkpoints").iterdir())
@@ -364,6 +367,24 @@ def test_a_loss_that_stays_no_number_is_an_error_that_names_step_and_text(tokens
     assert kept[-1] in message
     weights = load_file(tmp_path / "run" / "checkpoints" / kept[-1] / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_what_a_step_read_is_what_its_batches_hold(tokens, tmp_path):
+    recipe = recipe_for(tokens, tmp_path)
+    corpus = open_corpus(recipe, verify=False)
+    lines = (tokens.parent / "documents.jsonl").read_text().splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    tokenizer = load_tokenizer(tokens)
+    batches = micro_batches(
+        corpus.train, 4, micro_batch_size=8, gradient_accumulation_steps=1, seed=42, mask=False
+    )
+    for (_, places), ids in zip(
+        read_in_step(recipe, corpus, 5), batches[0].ids_BT.tolist(), strict=True
+    ):
+        read = [texts[(place.line or 0) - 1] for place in places]
+        whole = "\n".join(read)  # every end of text is a line's end here
+        seen = tokenizer.decode(ids, skip_special_tokens=False).replace("<|endoftext|>", "\n")
+        assert seen.strip("\n�") in whole
 
 
 # ---------------------------------------------------------------- going on from a model

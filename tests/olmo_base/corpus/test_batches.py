@@ -11,7 +11,7 @@ from olmo_base.corpus.batches import (
     sequences_of_step,
     shuffled,
 )
-from olmo_base.corpus.shards import ShardWriter, read_shards
+from olmo_base.corpus.shards import Place, ShardWriter, read_shards
 from olmo_base.run.errors import UserError
 
 
@@ -25,10 +25,25 @@ def write_shards(folder, documents, *, tokens_per_shard=10**9, tokenizer_sha256=
         tokenizer_sha256=tokenizer_sha256,
         tokens_per_shard=tokens_per_shard,
     )
-    for ids in documents:
-        writer.add(np.array([*ids, 0]), num_documents=1, num_bytes=len(ids))
+    for number, ids in enumerate(documents, start=1):
+        place = Place(f"{folder.name}.jsonl", number)
+        writer.add(
+            np.array([*ids, 0]), np.array([len(ids) + 1]), places=[place], num_bytes=len(ids)
+        )
     writer.close()
     return read_shards(folder)
+
+
+def test_a_sequence_knows_the_documents_its_tokens_belong_to(tmp_path):
+    # ids with ends: 1 2 0 | 3 0 | 4 5 6 7 0 || 8 0 | 9 0; the second shard begins after "||"
+    shards = write_shards(tmp_path / "a", [[1, 2], [3], [4, 5, 6, 7], [8], [9]], tokens_per_shard=9)
+    assert len(shards) == 2
+    sequences = TokenSequences(shards, 3)
+    found = [[place.line for place in sequences.places(index)] for index in range(len(sequences))]
+    # each reads three tokens, and the one after them is asked for
+    assert found == [[1, 2], [2, 3], [3], [3, 4, 5]]
+    assert str(sequences.places(3)[1]) == "a.jsonl, line 4"
+    assert str(Place("book.txt", None)) == "book.txt"
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 7, 16, 17, 100, 1000, 4097])

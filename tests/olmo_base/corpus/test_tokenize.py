@@ -69,6 +69,10 @@ def test_shards_hold_every_document_in_order_with_one_end_token_each(home, tmp_p
         assert shard.info.dtype == "uint16"
         assert shard.info.vocab_size == vocab_size_of(tokenizer)
         assert shard.info.tokenizer_sha256 == sha256_file(folder / "tokenizer.json")
+    places = [place for shard in shards for place in shard.places(0, shard.info.num_tokens)]
+    lines = (home / "documents.jsonl").read_text().splitlines()
+    assert [json.loads(lines[(place.line or 0) - 1])["text"] for place in places] == TEXTS
+    assert {place.path for place in places} == {str(home / "documents.jsonl")}
 
 
 def test_the_number_of_processes_changes_nothing(home, tmp_path):
@@ -190,6 +194,19 @@ def test_shards_that_were_tampered_with_are_refused(home, tmp_path):
     path.write_bytes(b"\x01" + content[1:])
     with pytest.raises(UserError, match="SHA-256 differs"):
         verify_content(read_shards(folder)[0])
+    path.write_bytes(content)
+    origin = path.with_suffix(".origin")
+    original = origin.read_bytes()
+    origin.write_bytes(original[:-1] + b"\x01")
+    with pytest.raises(UserError, match="origin is not what was written"):
+        verify_content(read_shards(folder)[0])
+    origin.write_bytes(original[:-1])
+    with pytest.raises(UserError, match=r"origin has \d+ bytes; its description says"):
+        read_shards(folder)
+    origin.unlink()
+    with pytest.raises(UserError, match="origin is missing"):
+        read_shards(folder)
+    origin.write_bytes(original)
     path.write_bytes(content[:-1])
     with pytest.raises(UserError, match="its description says"):
         read_shards(folder)
