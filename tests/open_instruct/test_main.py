@@ -232,6 +232,37 @@ def test_data_inspect_shows_what_is_learnt(sft_recipe, capsys):
     assert not Path("run").exists()
 
 
+def test_data_inspect_lists_the_documents_of_a_step_of_pretraining(small, capsys):
+    mixer = [{"path": "text.jsonl"}]
+    write_recipe(
+        small / "tokenize.yaml",
+        stage="tokenize",
+        tokenizer_name_or_path="runs/tokenizer",
+        dataset_mixer=mixer,
+        output_dir="runs/tokens",
+    )
+    write_recipe(
+        small / "pretrain.yaml",
+        stage="pretrain",
+        dataset_mixer=[{"path": "runs/tokens"}],
+        model="olmo2_1m",
+        max_length=16,
+        per_device_train_batch_size=2,
+        max_steps=3,
+        output_dir="runs/base",
+    )
+    assert main(["run", "tokenizer.yaml"]) == main(["run", "tokenize.yaml"]) == 0
+    capsys.readouterr()
+    assert main(["data", "inspect", "pretrain.yaml", "--step", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert len(re.findall(r"^sequence \d+$", printed, re.M)) == 2
+    assert re.search(r"^  text\.jsonl, line [1-9]$", printed, re.M)
+    refused = ["data", "inspect", "pretrain.yaml", "--step", "4"]
+    assert_refused(refused, "the run has 3 steps; there is no step 4", capsys)
+    refused = ["data", "inspect", "tokenize.yaml", "--step", "1"]
+    assert_refused(refused, "--step is for pretrain recipes, not tokenize", capsys)
+
+
 def test_a_full_disk_is_one_message_and_exit_code_2(small):
     def allow_small_files_only() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
