@@ -22,12 +22,14 @@ from torch import Tensor
 
 from olmo_base.corpus.batches import (
     Batch,
+    Mixture,
     TokenSequences,
     micro_batches,
     read_split,
-    sequences_of_step,
+    refuse_other_tokenizers,
+    shares_of,
 )
-from olmo_base.corpus.shards import Place, Shard
+from olmo_base.corpus.shards import Place
 from olmo_base.losses import MAX_LOGITS, next_token_loss
 from olmo_base.model.hf_weights import (
     copy_tokenizer,
@@ -88,6 +90,8 @@ class TokenSource:
     """One item of a ``dataset_mixer`` of tokens: the output_dir of a tokenize run."""
 
     path: str
+    ratio: float | None = setting(None, above=0)  # its part of the run; of all items, or of none
+    max_repeats: float = setting(1.0, above=0)  # with a ratio: how often it may be read
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,16 @@ class PretrainRecipe:
     def __post_init__(self) -> None:
         if not self.dataset_mixer:
             raise RecipeError("dataset_mixer", "the list is empty; name a tokenize run's folder.")
+        with_ratio = [source for source in self.dataset_mixer if source.ratio is not None]
+        if with_ratio and len(with_ratio) < len(self.dataset_mixer):
+            raise RecipeError("dataset_mixer", "give every item a ratio, or none.")
+        if with_ratio and self.max_steps <= 0 and self.max_tokens <= 0:
+            raise RecipeError(
+                "dataset_mixer", "ratios need max_tokens or max_steps to be parts of."
+            )
+        for source in self.dataset_mixer:
+            if source.ratio is None and source.max_repeats != 1.0:
+                raise RecipeError("dataset_mixer", f"{source.path}: max_repeats needs a ratio.")
         if self.max_steps > 0 and self.max_tokens > 0:
             raise RecipeError("max_tokens", "max_steps already says how long; keep one of them.")
         if self.init_from is not None and self.shape != ModelShape():
@@ -163,7 +177,7 @@ class PretrainRecipe:
 class Corpus:
     """The token shards of a recipe as sequences, and the tokenizer they were made with."""
 
-    train: TokenSequences
+    train: TokenSequences | Mixture
     held_out: TokenSequences | None
     tokenizer_folder: Path
 
@@ -176,10 +190,15 @@ def open_corpus(recipe: PretrainRecipe, *, verify: bool) -> Corpus:
     """
     folders = [Path(source.path) for source in recipe.dataset_mixer]
     train_shards, eval_shards = read_split(folders, "train"), read_split(folders, "eval")
-    train = TokenSequences(train_shards, recipe.max_length, verify=verify)
+    refuse_other_tokenizers(train_shards)
+    train: TokenSequences | Mixture
+    if recipe.dataset_mixer[0].ratio is None:
+        train = TokenSequences(train_shards, recipe.max_length, verify=verify)
+    else:
+        train = _mixture(recipe, verify=verify)
     held_out = None
     if eval_shards:
-        _refuse_other_tokenizer(eval_shards, train_shards)
+        refuse_other_tokenizers([*train_shards, *eval_shards])
         held_out = TokenSequences(eval_shards, recipe.max_length, verify=verify)
     path = tokenizer_path(folders[0])
     if sha256_file(path) != train_shards[0].info.tokenizer_sha256:
@@ -190,12 +209,31 @@ def open_corpus(recipe: PretrainRecipe, *, verify: bool) -> Corpus:
     return Corpus(train, held_out, folders[0])
 
 
-def _refuse_other_tokenizer(shards: Sequence[Shard], others: Sequence[Shard]) -> None:
-    if shards[0].info.tokenizer_sha256 != others[0].info.tokenizer_sha256:
-        raise UserError(
-            f"{shards[0].path.parent} and {others[0].path.parent} hold the ids of different "
-            "tokenizers. Tokenize both with the same one."
-        )
+def _mixture(recipe: PretrainRecipe, *, verify: bool) -> Mixture:
+    sources = [
+        TokenSequences(read_split([source.path], "train"), recipe.max_length, verify=verify)
+        for source in recipe.dataset_mixer
+    ]
+    shares = shares_of(
+        [source.path for source in recipe.dataset_mixer],
+        [len(source) for source in sources],
+        [source.ratio or 0.0 for source in recipe.dataset_mixer],
+        [source.max_repeats for source in recipe.dataset_mixer],
+        num_steps(recipe, 0) * recipe.sequences_per_step,
+    )
+    return Mixture(sources, shares)
+
+
+def mixture_table(corpus: Corpus) -> list[str]:
+    """What each source of a mixture was asked for, has and gives, in tokens; a line each."""
+    if not isinstance(corpus.train, Mixture):
+        return []
+    T = corpus.train.max_length
+    return [
+        f"{share.name}: asked {share.ratio:.2%}, available {share.available * T:,} tokens, "
+        f"used {share.used * T:,}, each {share.repeats:.2f} times"
+        for share in corpus.train.shares
+    ]
 
 
 def model_config(recipe: PretrainRecipe, corpus: Corpus) -> ModelConfig:
@@ -527,11 +565,8 @@ def read_in_step(
     recipe: PretrainRecipe, corpus: Corpus, step: int
 ) -> list[tuple[int, list[Place]]]:
     """What step 1, 2, … reads: each sequence's number and the documents in it, in order."""
-    indices = sequences_of_step(
-        step - 1,
-        num_sequences=len(corpus.train),
-        sequences_per_step=recipe.sequences_per_step,
-        seed=recipe.run.seed,
+    indices = corpus.train.of_step(
+        step - 1, sequences_per_step=recipe.sequences_per_step, seed=recipe.run.seed
     )
     return [(int(index), corpus.train.places(int(index))) for index in indices]
 
@@ -602,6 +637,7 @@ def plan(recipe: PretrainRecipe) -> dict[str, object]:
     flops = flops_per_token(config, recipe.max_length)
     return {
         "examples": len(corpus.train),
+        **({"mixture": "; ".join(mixture_table(corpus))} if mixture_table(corpus) else {}),
         "steps": steps,
         "tokens_per_step": tokens_per_step,
         "tokens": steps * tokens_per_step,
@@ -645,6 +681,8 @@ def run(recipe: PretrainRecipe) -> RunFolder:
         f"{recipe.sequences_per_step * recipe.max_length:,} tokens, "
         f"{'bf16' if bf16 else 'fp32'} on {device}"
     )
+    for line in mixture_table(corpus):
+        folder.log(line)
     if corpus.held_out is None:
         folder.log("no held-out documents: give the tokenize stage an eval_fraction to have some")
     figures = train(folder, recipe, corpus, model, bf16=bf16)

@@ -8,6 +8,7 @@ seed and the step, and a stopped run goes on with the same ones.
 
 # S sequences of a step, B of a micro-batch, T positions
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,12 +112,7 @@ class TokenSequences:
 
     def __init__(self, shards: Sequence[Shard], max_length: int, *, verify: bool = False) -> None:
         first = shards[0].info
-        for shard in shards[1:]:
-            if shard.info.tokenizer_sha256 != first.tokenizer_sha256:
-                raise UserError(
-                    f"{shard.path.parent} and {shards[0].path.parent} hold the ids of different "
-                    "tokenizers. Tokenize both with the same one."
-                )
+        refuse_other_tokenizers(shards)
         if verify:
             for shard in shards:
                 verify_content(shard)
@@ -163,6 +159,15 @@ class TokenSequences:
                 )
         return found
 
+    def of_step(self, step: int, *, sequences_per_step: int, seed: int) -> npt.NDArray[np.int64]:
+        """The numbers of the sequences that step 0, 1, … learns from."""
+        return sequences_of_step(
+            step,
+            num_sequences=len(self),
+            sequences_per_step=sequences_per_step,
+            seed=seed,
+        )
+
     def batch(self, indices: Sequence[int] | npt.NDArray[np.int64], *, mask: bool) -> Batch:
         """The sequences of these numbers. ``mask``: tell their documents apart."""
         T = self.max_length
@@ -176,8 +181,125 @@ class TokenSequences:
         return Batch(ids_BT, tokens_BT1[:, 1:].contiguous(), documents_BT)
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one source of a mixture was asked for and gives, in sequences."""
+
+    name: str
+    ratio: float  # of all sequences, the ratios of a mixture adding up to 1
+    available: int
+    used: int
+
+    @property
+    def repeats(self) -> float:
+        """How often the run reads each of its sequences, on average."""
+        return self.used / self.available
+
+
+def shares_of(
+    names: Sequence[str],
+    available: Sequence[int],
+    ratios: Sequence[float],
+    max_repeats: Sequence[float],
+    total: int,
+) -> list[Share]:
+    """Divide ``total`` sequences by ratio, to the nearest whole (the largest remainders get one).
+
+    Errors: UserError if a source would give none, or more than ``max_repeats`` of what it has.
+    """
+    whole = sum(ratios)
+    exact = [ratio / whole * total for ratio in ratios]
+    used = [int(number) for number in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: (used[i] - exact[i], i))
+    for i in by_remainder[: total - sum(used)]:
+        used[i] += 1
+    shares = [
+        Share(name, ratio / whole, number, taken)
+        for name, ratio, number, taken in zip(names, ratios, available, used, strict=True)
+    ]
+    for share, limit in zip(shares, max_repeats, strict=True):
+        if share.used == 0:
+            raise UserError(
+                f"{share.name}: a ratio of {share.ratio:.2g} is less than one of {total} sequences."
+                " Raise it, train longer, or leave the source out."
+            )
+        if share.repeats > limit:
+            raise UserError(
+                f"{share.name}: a ratio of {share.ratio:.3g} asks for {share.used:,} sequences and "
+                f"{share.available:,} are there: each would be read {share.repeats:.2f} times. "
+                f"Lower the ratio, train for fewer tokens, or allow max_repeats: "
+                f"{math.ceil(share.repeats)}."
+            )
+    return shares
+
+
+class Mixture:
+    """The sequences of several sources, each with a share of the run's steps.
+
+    All places of the run are shuffled once; each source owns a range of them, as long as its share.
+    A source that has less starts over, newly shuffled. So the order is a function of the seed and
+    the step, and a source's sequences are read equally often to within one.
+    """
+
+    def __init__(self, sources: Sequence[TokenSequences], shares: Sequence[Share]) -> None:
+        self._sources, self.shares = sources, shares
+        self.max_length = sources[0].max_length
+        self.eos_token_id = sources[0].eos_token_id
+        self.vocab_size = max(source.vocab_size for source in sources)
+        self.num_tokens = sum(source.num_tokens for source in sources)
+        self.num_documents = sum(source.num_documents for source in sources)
+        self._firsts = np.cumsum([0, *(len(source) for source in sources)])
+        self._starts = np.cumsum([0, *(share.used for share in shares)])
+
+    def __len__(self) -> int:
+        return int(self._firsts[-1])
+
+    def of_step(self, step: int, *, sequences_per_step: int, seed: int) -> npt.NDArray[np.int64]:
+        """The numbers of the sequences that step 0, 1, … learns from."""
+        first = step * sequences_per_step
+        places = np.arange(first, first + sequences_per_step, dtype=np.int64)
+        owned = shuffled(places, int(self._starts[-1]), seed=seed, epoch=0)
+        chosen = np.empty_like(owned)
+        which = np.searchsorted(self._starts, owned, side="right") - 1
+        for i in np.unique(which):
+            here = which == i
+            epochs, positions = np.divmod(owned[here] - self._starts[i], len(self._sources[i]))
+            for epoch in np.unique(epochs):
+                now = np.flatnonzero(here)[epochs == epoch]
+                order = shuffled(
+                    positions[epochs == epoch],
+                    len(self._sources[i]),
+                    seed=seed + 1 + int(i),
+                    epoch=int(epoch),
+                )
+                chosen[now] = self._firsts[i] + order
+        return chosen
+
+    def _source(self, index: int) -> tuple[TokenSequences, int]:
+        i = int(np.searchsorted(self._firsts, index, side="right")) - 1
+        return self._sources[i], index - int(self._firsts[i])
+
+    def places(self, index: int) -> list[Place]:
+        """The documents that the tokens of the sequence of this number belong to, in order."""
+        source, here = self._source(index)
+        return source.places(here)
+
+    def batch(self, indices: Sequence[int] | npt.NDArray[np.int64], *, mask: bool) -> Batch:
+        """The sequences of these numbers. ``mask``: tell their documents apart."""
+        found = []
+        for index in indices:
+            source, here = self._source(int(index))
+            found.append(source.batch([here], mask=mask))
+        documents = [batch.document_ids_BT for batch in found if batch.document_ids_BT is not None]
+        return Batch(
+            torch.cat([batch.ids_BT for batch in found]),
+            torch.cat([batch.labels_BT for batch in found]),
+            torch.cat(documents) if documents else None,
+        )
+
+
 def micro_batches(
-    sequences: TokenSequences,
+    sequences: TokenSequences | Mixture,
     step: int,
     *,
     micro_batch_size: int,
@@ -186,16 +308,23 @@ def micro_batches(
     mask: bool,
 ) -> list[Batch]:
     """The batches of one optimizer step. Only their product decides which sequences they hold."""
-    indices = sequences_of_step(
-        step,
-        num_sequences=len(sequences),
-        sequences_per_step=micro_batch_size * gradient_accumulation_steps,
-        seed=seed,
+    indices = sequences.of_step(
+        step, sequences_per_step=micro_batch_size * gradient_accumulation_steps, seed=seed
     )
     return [
         sequences.batch(indices[first : first + micro_batch_size], mask=mask)
         for first in range(0, len(indices), micro_batch_size)
     ]
+
+
+def refuse_other_tokenizers(shards: Sequence[Shard]) -> None:
+    """Errors: UserError if the shards were not all made with one tokenizer."""
+    for shard in shards[1:]:
+        if shard.info.tokenizer_sha256 != shards[0].info.tokenizer_sha256:
+            raise UserError(
+                f"{shard.path.parent} and {shards[0].path.parent} hold the ids of different "
+                "tokenizers. Tokenize both with the same one."
+            )
 
 
 def split_folder(folder: str | Path, split: str) -> Path:

@@ -387,6 +387,37 @@ def test_what_a_step_read_is_what_its_batches_hold(tokens, tmp_path):
         assert seen.strip("\n�") in whole
 
 
+def test_a_run_mixes_its_sources_and_says_how(tokens, tmp_path, capsys):
+    mixer = [
+        {"path": str(tokens), "ratio": 0.75},
+        {"path": f"{tokens}/.", "ratio": 0.25, "max_repeats": 2},
+    ]
+    recipe = recipe_for(tokens, tmp_path, dataset_mixer=mixer)
+    assert "asked 75.00%" in str(plan(recipe)["mixture"])
+    folder = run(recipe).path
+    said = capsys.readouterr().err
+    assert re.search(
+        r"asked 75\.00%, available [\d,]+ tokens, used 1,152, each 0\.\d\d times", said
+    )
+    assert re.search(r"asked 25\.00%, available [\d,]+ tokens, used 384, ", said)
+    assert len([row for row in rows_of(folder) if "loss" in row]) == 3
+
+
+@pytest.mark.parametrize(
+    ("mixer", "keys", "message"),
+    [
+        ([{"ratio": 1.0}, {}], {}, "every item a ratio, or none"),
+        ([{"ratio": 1.0}], {"max_steps": -1}, "ratios need max_tokens or max_steps"),
+        ([{"max_repeats": 2.0}], {}, "max_repeats needs a ratio"),
+        ([{"ratio": 1.0}], {"max_steps": 1000}, "each would be read"),
+    ],
+)
+def test_a_mixture_that_cannot_be_is_refused(tokens, tmp_path, mixer, keys, message):
+    sources = [{"path": str(tokens), **item} for item in mixer]
+    with pytest.raises(UserError, match=message):
+        open_corpus(recipe_for(tokens, tmp_path, dataset_mixer=sources, **keys), verify=False)
+
+
 # ---------------------------------------------------------------- going on from a model
 
 

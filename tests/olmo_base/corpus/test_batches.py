@@ -5,10 +5,12 @@ import pytest
 import torch
 
 from olmo_base.corpus.batches import (
+    Mixture,
     TokenSequences,
     micro_batches,
     read_split,
     sequences_of_step,
+    shares_of,
     shuffled,
 )
 from olmo_base.corpus.shards import Place, ShardWriter, read_shards
@@ -128,6 +130,64 @@ def test_cutting_a_step_differently_gives_the_same_sequences(tmp_path):
     whole = tokens_of(12, 1)
     for size, accumulation in ((6, 2), (4, 3), (3, 4), (2, 6), (1, 12)):
         assert torch.equal(tokens_of(size, accumulation), whole)
+
+
+# ---------------------------------------------------------------- mixtures
+
+
+def mixture_of(tmp_path, lengths, ratios, total, max_repeats=9.0):
+    """Sources of so many sequences of two tokens, all tokens of source n being n + 1."""
+    sources = []
+    for number, length in enumerate(lengths):
+        shards = write_shards(tmp_path / f"source{number}", [[number + 1] * (2 * length)])
+        sources.append(TokenSequences(shards, 2))
+    names = [f"source{number}" for number in range(len(lengths))]
+    available = [len(source) for source in sources]
+    assert available == list(lengths)
+    shares = shares_of(names, available, ratios, [max_repeats] * len(lengths), total)
+    return Mixture(sources, shares)
+
+
+def test_a_mixture_reads_each_source_as_often_as_its_ratio_says(tmp_path):
+    mixture = mixture_of(tmp_path, [7, 20, 30], [3, 5, 2], total=40)
+    assert [share.used for share in mixture.shares] == [12, 20, 8]
+    steps = [mixture.of_step(step, sequences_per_step=8, seed=1) for step in range(5)]
+    row = np.concatenate(steps)
+    counts = np.bincount(row, minlength=57)
+    assert counts[:7].sum() == 12 and set(counts[:7]) == {1, 2}  # read over again, evenly
+    assert (counts[7:27] == 1).all()
+    assert counts[27:].sum() == 8 and counts[27:].max() == 1
+    kinds = np.digitize(row, [7, 27])
+    assert len(set(kinds[:8])) > 1  # mixed, and not one after the other
+    other_seed = np.concatenate(
+        [mixture.of_step(step, sequences_per_step=8, seed=2) for step in range(5)]
+    )
+    assert other_seed.tolist() != row.tolist()
+    # the order does not depend on how it is cut into steps
+    assert mixture.of_step(1, sequences_per_step=20, seed=1).tolist() == row[20:].tolist()
+
+
+def test_a_mixture_s_batches_hold_the_tokens_of_their_sources(tmp_path):
+    mixture = mixture_of(tmp_path, [7, 20], [1, 1], total=8)
+    batch = mixture.batch([0, 6, 7, 26], mask=True)
+    assert batch.ids_BT[:, 0].tolist() == [1, 1, 2, 2]
+    assert batch.document_ids_BT is not None and batch.document_ids_BT.shape == (4, 2)
+    assert [mixture.places(index)[0].path for index in (6, 7)] == ["source0.jsonl", "source1.jsonl"]
+    assert len(mixture) == 27 and mixture.num_documents == 2
+
+
+def test_ratios_are_met_to_the_nearest_sequence():
+    shares = shares_of(["a", "b", "c"], [100] * 3, [1, 1, 1], [1.0] * 3, total=100)
+    assert sorted(share.used for share in shares) == [33, 33, 34]
+    assert sum(share.ratio for share in shares) == pytest.approx(1.0)
+
+
+def test_a_ratio_that_cannot_be_met_says_how_often_it_would_repeat():
+    with pytest.raises(UserError, match=r"b: .* asks for 30 sequences and 20 are there: .* 1\.50"):
+        shares_of(["a", "b"], [100, 20], [2, 1], [1.0, 1.0], total=90)
+    assert shares_of(["a", "b"], [100, 20], [2, 1], [1.0, 1.5], total=90)[1].repeats == 1.5
+    with pytest.raises(UserError, match="less than one of 90 sequences"):
+        shares_of(["a", "b"], [100, 20], [1000, 1], [1.0, 1.0], total=90)
 
 
 def test_large_ids_survive(tmp_path):
