@@ -120,6 +120,7 @@ class PretrainRecipe:
     pad_vocab_to_multiple_of: int = setting(128, low=1)
     max_length: int = setting(1024, low=1)  # tokens of a sequence
     mask_documents: bool = False  # a token sees its own document only
+    max_ngram_repeats: int = setting(0, low=0)  # leave out sequences with as many: 32 in OLMo-2
     per_device_train_batch_size: int = setting(8, low=1)  # sequences of a micro-batch
     gradient_accumulation_steps: int = setting(1, low=1)
     num_train_epochs: float = setting(1.0, above=0)
@@ -393,6 +394,7 @@ class Position:
 
     step: int = 0  # optimizer steps done
     tokens: int = 0  # asked for so far
+    left_out: int = 0  # sequences with repeated n-grams
     seconds: float = 0.0  # in steps, not in evaluations and checkpoints
     row_tokens: int = 0  # since the last row of metrics.jsonl, as the next two
     row_seconds: float = 0.0
@@ -487,11 +489,13 @@ def train(
                 gradient_accumulation_steps=recipe.gradient_accumulation_steps,
                 seed=recipe.run.seed,
                 mask=recipe.mask_documents,
+                max_ngram_repeats=recipe.max_ngram_repeats,
             )
+            at.left_out += recipe.sequences_per_step - sum(len(batch.ids_BT) for batch in batches)
             step_loss = add_gradients(model, batches, z_loss=recipe.z_loss, bf16=bf16)
             grad_norm = clip_gradients(model.parameters(), recipe.optim.max_grad_norm)
             num_tokens = sum(batch.num_labels for batch in batches)
-            guard.watch(optimizer, step_loss / num_tokens, grad_norm)
+            guard.watch(optimizer, step_loss / max(1, num_tokens), grad_norm)
             optimizer.step()
             optimizer.zero_grad()
 
@@ -510,7 +514,7 @@ def train(
             at.row_seconds += time.perf_counter() - started
             if is_row:
                 shown |= {
-                    "loss": float(row_loss) / at.row_tokens,
+                    "loss": float(row_loss) / max(1, at.row_tokens),
                     "learning_rate": learning_rate,
                     "grad_norm": float(grad_norm),
                     "tokens_per_second": at.row_tokens / at.row_seconds,
@@ -520,6 +524,7 @@ def train(
                     epoch=_epoch(recipe, corpus, at.step),
                     tokens=at.tokens,
                     seconds=round(at.seconds, 3),
+                    **({"sequences_left_out": at.left_out} if recipe.max_ngram_repeats else {}),
                     **({"skipped_steps": guard.num_skipped} if guard.num_skipped else {}),
                     **{key: shown[key] for key in shown if not key.startswith("eval_")},
                     **_gpu_figures(model, shown["tokens_per_second"], recipe.max_length),
@@ -539,6 +544,7 @@ def train(
         "train_seconds": round(at.seconds, 3),
         "tokens_per_second": at.tokens / max(at.seconds, 1e-9),
         "skipped_steps": guard.num_skipped,
+        "sequences_left_out": at.left_out,
     }
 
 
@@ -551,7 +557,7 @@ def add_gradients(
     nothing but rounding.
     """
     device = model.device
-    num_labels = sum(batch.num_labels for batch in batches)
+    num_labels = max(1, sum(batch.num_labels for batch in batches))
     step_loss = torch.zeros((), device=device)
     for batch in batches:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):

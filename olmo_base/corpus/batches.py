@@ -37,6 +37,14 @@ class Batch:
         """Tokens asked for."""
         return self.labels_BT.numel()
 
+    def without(self, max_ngram_repeats: int) -> "Batch":
+        """The sequences in which no n-gram follows itself as often as that."""
+        kept_B = torch.from_numpy(ngram_repeats(self.ids_BT.numpy()) < max_ngram_repeats)
+        if bool(kept_B.all()):
+            return self
+        documents = None if self.document_ids_BT is None else self.document_ids_BT[kept_B]
+        return Batch(self.ids_BT[kept_B], self.labels_BT[kept_B], documents)
+
     def to(self, device: torch.device) -> "Batch":
         """The same on a device; a copy to a GPU is not waited for."""
 
@@ -298,6 +306,25 @@ class Mixture:
         )
 
 
+LONGEST_PERIOD = 13  # tokens of an n-gram whose repetitions are counted
+
+
+def ngram_repeats(ids_BT: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+    """How often the most repeated n-gram of each row follows itself: 1 if none does.
+
+    N-grams of 1 to 13 tokens, as in the instance filter of OLMo-2 (arXiv:2501.00656, section 3.1).
+    Only whole repetitions count.
+    """
+    most_B = np.ones(len(ids_BT), dtype=np.int64)
+    for period in range(1, min(LONGEST_PERIOD, ids_BT.shape[1] - 1) + 1):
+        is_same_BK = ids_BT[:, period:] == ids_BT[:, :-period]
+        places_K = np.arange(1, is_same_BK.shape[1] + 1)
+        last_other_BK = np.maximum.accumulate(np.where(is_same_BK, 0, places_K), axis=1)
+        longest_B = (places_K - last_other_BK).max(axis=1)
+        most_B = np.maximum(most_B, longest_B // period + 1)
+    return most_B
+
+
 def micro_batches(
     sequences: TokenSequences | Mixture,
     step: int,
@@ -306,15 +333,23 @@ def micro_batches(
     gradient_accumulation_steps: int,
     seed: int,
     mask: bool,
+    max_ngram_repeats: int = 0,
 ) -> list[Batch]:
-    """The batches of one optimizer step. Only their product decides which sequences they hold."""
+    """The batches of one optimizer step. Only their product decides which sequences they hold.
+
+    Sequences in which an n-gram follows itself ``max_ngram_repeats`` times or more are left out;
+    0 leaves out none. A batch of which nothing is left is left out too.
+    """
     indices = sequences.of_step(
         step, sequences_per_step=micro_batch_size * gradient_accumulation_steps, seed=seed
     )
-    return [
+    batches = [
         sequences.batch(indices[first : first + micro_batch_size], mask=mask)
         for first in range(0, len(indices), micro_batch_size)
     ]
+    if max_ngram_repeats == 0:
+        return batches
+    return [kept for batch in batches if len((kept := batch.without(max_ngram_repeats)).ids_BT)]
 
 
 def refuse_other_tokenizers(shards: Sequence[Shard]) -> None:

@@ -403,6 +403,24 @@ def test_a_run_mixes_its_sources_and_says_how(tokens, tmp_path, capsys):
     assert len([row for row in rows_of(folder) if "loss" in row]) == 3
 
 
+def test_sequences_left_out_are_counted_and_not_in_the_tokens(tokens, tmp_path):
+    (tmp_path / "all").mkdir()
+    every = rows_of(run(recipe_for(tokens, tmp_path / "all")).path)
+    some = rows_of(run(recipe_for(tokens, tmp_path, max_ngram_repeats=3)).path)
+    last = [[row for row in rows if "grad_norm" in row][-1] for rows in (every, some)]
+    assert "sequences_left_out" not in last[0]
+    assert 0 < last[1]["sequences_left_out"] < 12 * 8
+    assert last[0]["tokens"] - last[1]["tokens"] == 16 * last[1]["sequences_left_out"]
+
+
+def test_a_step_of_which_nothing_is_left_changes_nothing(tokens, tmp_path):
+    finished = run(recipe_for(tokens, tmp_path, max_ngram_repeats=1, weight_decay=0.0)).path
+    results = json.loads((finished / "manifest.json").read_text())["results"]
+    assert results["tokens"] == 0 and results["sequences_left_out"] == 12 * 8
+    losses = [row["eval_loss"] for row in rows_of(finished) if "eval_loss" in row]
+    assert losses[0] == losses[-1]
+
+
 @pytest.mark.parametrize(
     ("mixer", "keys", "message"),
     [

@@ -8,6 +8,7 @@ from olmo_base.corpus.batches import (
     Mixture,
     TokenSequences,
     micro_batches,
+    ngram_repeats,
     read_split,
     sequences_of_step,
     shares_of,
@@ -130,6 +131,60 @@ def test_cutting_a_step_differently_gives_the_same_sequences(tmp_path):
     whole = tokens_of(12, 1)
     for size, accumulation in ((6, 2), (4, 3), (3, 4), (2, 6), (1, 12)):
         assert torch.equal(tokens_of(size, accumulation), whole)
+
+
+# ---------------------------------------------------------------- repeated n-grams
+
+
+def slow_ngram_repeats(row):
+    most = 1
+    for period in range(1, 14):
+        for start in range(len(row)):
+            count = 1
+            first = row[start : start + period]
+            while (
+                len(first) == period
+                and row[start + count * period : start + (count + 1) * period] == first
+            ):
+                count += 1
+            most = max(most, count)
+    return most
+
+
+def test_repeats_are_those_counted_one_by_one():
+    generator = np.random.default_rng(0)
+    rows = generator.integers(0, 2, (200, 30))
+    rows[:50] = generator.integers(0, 9, (50, 30))
+    rows[7, 4:30] = np.tile([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13], 2)
+    assert ngram_repeats(rows).tolist() == [slow_ngram_repeats(row) for row in rows.tolist()]
+    assert ngram_repeats(rows)[7] >= 2
+
+
+def test_sequences_of_repeated_ngrams_are_left_out_of_a_step(tmp_path):
+    documents = [[5] * 7, [1, 2, 3, 4, 5, 6, 7], [3, 4, 3, 4, 3, 4, 3]]
+    sequences = TokenSequences(write_shards(tmp_path, [*documents, [1]]), 8)
+
+    def rows(limit, size=3):
+        batches = micro_batches(
+            sequences,
+            0,
+            micro_batch_size=size,
+            gradient_accumulation_steps=3 // size,
+            seed=0,
+            mask=True,
+            max_ngram_repeats=limit,
+        )
+        assert all(
+            batch.document_ids_BT is not None and len(batch.document_ids_BT) == len(batch.ids_BT)
+            for batch in batches
+        )
+        return sorted(row[:7] for batch in batches for row in batch.ids_BT.tolist()), len(batches)
+
+    assert rows(0) == (sorted(documents), 1)
+    assert rows(8)[0] == sorted(documents)
+    assert rows(4)[0] == sorted(documents[1:])
+    assert rows(3)[0] == [documents[1]]
+    assert rows(3, size=1) == ([documents[1]], 1)  # no empty batches
 
 
 # ---------------------------------------------------------------- mixtures
