@@ -1,0 +1,210 @@
+"""Tokens per second of one pretraining step: ours, the matrix products alone, and peers.
+
+    python benchmarks/pretrain.py [--bf16] [--nanochat FOLDER] [--seconds 20] [--threads 2]
+
+All run in this process on the same batch, in turns, each turn long enough to settle; the best of
+the turns counts, since whatever else the machine does can only slow a turn down. Printed as a
+table with ratios. FOLDER is a checkout of nanochat, of which the model is taken and given AdamW.
+
+"matmul rate" is the time that the step's matrix products and attention take by themselves, forward
+and backward, at the very shapes of the step: what a step without any other work would need.
+"""
+
+import argparse
+import contextlib
+import importlib
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from olmo_base.corpus.batches import Batch
+from olmo_base.model.transformer import ModelConfig, Transformer, flops_per_token
+from olmo_base.optim import OptimConfig, build_optimizer, clip_gradients
+from olmo_base.pretrain import add_gradients
+
+B, T = 8, 256
+SHAPE = ModelConfig(
+    vocab_size=8192,
+    hidden_size=256,
+    intermediate_size=1024,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    max_position_embeddings=1024,
+    eos_token_id=0,
+    pad_token_id=0,
+)
+Step = Callable[[], object]
+
+
+def our_step(device: torch.device, batch: Batch, *, bf16: bool, optim: str) -> Step:
+    """The step of olmo_base.pretrain: loss, gradients, clipping, update."""
+    model = Transformer(SHAPE).to(device)
+    config = OptimConfig(learning_rate=1e-3, optim=optim)  # type: ignore[arg-type]
+    optimizer = build_optimizer(model, config, bf16=bf16)
+
+    def step() -> None:
+        add_gradients(model, [batch], z_loss=0.0, bf16=bf16)
+        clip_gradients(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def step_of(
+    model: torch.nn.Module, loss_of: Callable[[], torch.Tensor], device: torch.device, *, bf16: bool
+) -> Step:
+    """The same step around another model, with torch's fused AdamW."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            loss = loss_of()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def transformers_step(device: torch.device, batch: Batch, *, bf16: bool) -> Step:
+    """Olmo2ForCausalLM with its own loss and scaled-dot-product attention."""
+    from transformers import Olmo2Config, Olmo2ForCausalLM
+
+    config = Olmo2Config(
+        vocab_size=SHAPE.vocab_size,
+        hidden_size=SHAPE.hidden_size,
+        intermediate_size=SHAPE.intermediate_size,
+        num_hidden_layers=SHAPE.num_hidden_layers,
+        num_attention_heads=SHAPE.num_attention_heads,
+        max_position_embeddings=SHAPE.max_position_embeddings,
+        use_cache=False,
+    )
+    model = Olmo2ForCausalLM(config).train()
+    model.to(device)
+    labels = torch.cat([batch.ids_BT[:, :1], batch.labels_BT], 1)[:, :T].to(device)
+    ids = batch.ids_BT.to(device)
+    return step_of(model, lambda: model(input_ids=ids, labels=labels).loss, device, bf16=bf16)
+
+
+def nanochat_step(folder: str, device: torch.device, batch: Batch, *, bf16: bool) -> Step:
+    """nanochat's GPT of the same width, depth and heads, with AdamW."""
+    sys.path.insert(0, folder)
+    gpt = importlib.import_module("nanochat.gpt")
+    config = gpt.GPTConfig(
+        sequence_len=T,
+        vocab_size=SHAPE.vocab_size,
+        n_layer=SHAPE.num_hidden_layers,
+        n_head=SHAPE.num_attention_heads,
+        n_kv_head=SHAPE.num_attention_heads,
+        n_embd=SHAPE.hidden_size,
+    )
+    model = gpt.GPT(config).to(device)
+    with contextlib.suppress(AttributeError):
+        model.init_weights()
+    if not bf16:
+        model = model.float()
+    ids, labels = batch.ids_BT.to(device), batch.labels_BT.to(device)
+    return step_of(model, lambda: model(ids, labels), device, bf16=bf16)
+
+
+def products_step(device: torch.device, *, bf16: bool) -> Step:
+    """Only the step's matrix products and attention, forward and backward."""
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    D, inner, V, N = SHAPE.hidden_size, SHAPE.intermediate_size, SHAPE.vocab_size, B * T
+    shapes = [(D, D)] * 4 + [(D, inner)] * 2 + [(inner, D)]
+    products = [
+        (
+            torch.randn(N, a, device=device, dtype=dtype),
+            torch.randn(b, a, device=device, dtype=dtype),
+        )
+        for a, b in shapes
+    ]
+    head = (
+        torch.randn(N, D, device=device, dtype=dtype),
+        torch.randn(V, D, device=device, dtype=dtype),
+    )
+    outputs = {b: torch.randn(N, b, device=device, dtype=dtype) for b in {D, inner, V}}
+    heads = SHAPE.num_attention_heads
+    q, k, v = (
+        torch.randn(B, heads, T, D // heads, device=device, dtype=dtype, requires_grad=True)
+        for _ in range(3)
+    )
+    given = torch.randn(B, heads, T, D // heads, device=device, dtype=dtype)
+
+    def product(x: torch.Tensor, weight: torch.Tensor) -> None:
+        gradient = outputs[weight.shape[0]]
+        x @ weight.T
+        gradient @ weight
+        gradient.T @ x
+
+    def step() -> None:
+        for _ in range(SHAPE.num_hidden_layers):
+            for x, weight in products:
+                product(x, weight)
+            F.scaled_dot_product_attention(q, k, v, is_causal=True).backward(given)
+        product(*head)
+
+    return step
+
+
+def tokens_per_second(
+    steps: dict[str, Step], seconds: float, device: torch.device
+) -> dict[str, float]:
+    """The best turn of each, the turns taken in rotation."""
+    num_turns = 5
+    best = dict.fromkeys(steps, 0.0)
+    for step in steps.values():
+        for _ in range(2):
+            step()
+    for _ in range(num_turns):
+        for name, step in steps.items():
+            count, started = 0, time.perf_counter()
+            while time.perf_counter() - started < seconds / num_turns or count < 2:
+                step()
+                count += 1
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            best[name] = max(best[name], count * B * T / (time.perf_counter() - started))
+    return best
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--nanochat", metavar="FOLDER")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each candidate")
+    parser.add_argument("--threads", type=int)
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    ids = torch.randint(1, SHAPE.vocab_size, (B, T + 1))
+    batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None).to(device)
+    bf16 = options.bf16
+    steps = {
+        "matmul rate": products_step(device, bf16=bf16),
+        "open-instruct": our_step(device, batch, bf16=bf16, optim="adamw"),
+        "open-instruct, muon": our_step(device, batch, bf16=bf16, optim="muon"),
+        "transformers": transformers_step(device, batch, bf16=bf16),
+    }
+    if options.nanochat:
+        steps["nanochat"] = nanochat_step(options.nanochat, device, batch, bf16=bf16)
+    found = tokens_per_second(steps, options.seconds, device)
+    ours = found["open-instruct"]
+    precision = "bf16" if bf16 else "fp32"
+    print(f"{device}, {torch.get_num_threads()} threads, {precision}, {B} x {T} tokens")
+    for name, rate in found.items():
+        print(f"{name:<22}{rate:>10,.0f} tokens/s   ours / this {ours / rate:.2f}")
+    print(f"ours: {ours * flops_per_token(SHAPE, T) / 1e9:,.0f} GFLOP/s")
+
+
+if __name__ == "__main__":
+    main()
