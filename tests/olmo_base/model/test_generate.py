@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModelForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -16,13 +17,13 @@ from transformers import (
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
-    Olmo2ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
 
 from olmo_base.model.generate import Generator, Sampling, load_generator, next_ids
 from olmo_base.model.hf_weights import export_hf
+from olmo_base.model.rope import Yarn
 from olmo_base.model.transformer import ModelConfig, Transformer
 from olmo_base.run.errors import UserError
 
@@ -31,18 +32,30 @@ EOS, PAD = 2, 3
 STOPS = [EOS, 11, 25]  # enough that some answers of a random model end by themselves
 
 
-def native_model(seed: int = 0, max_length: int = 64) -> Transformer:
+# What each generation has of its own; the window is shorter than prompts and answers.
+OWN: dict[str, dict[str, Any]] = {
+    "olmo": {"clip_qkv": 1.5},
+    "olmo2": {},
+    "olmo3": {
+        "num_hidden_layers": 4,
+        "sliding_window": 6,
+        "rope_scaling": Yarn(factor=4.0, original_max_position_embeddings=16),
+    },
+}
+
+
+def native_model(seed: int = 0, max_length: int = 64, generation: str = "olmo2") -> Transformer:
     """Weights so large that the likeliest token is never a matter of rounding."""
     config = ModelConfig(
         vocab_size=VOCAB,
         hidden_size=24,
         intermediate_size=32,
-        num_hidden_layers=2,
         num_attention_heads=6,
         num_key_value_heads=3,
         max_position_embeddings=max_length,
         eos_token_id=EOS,
         pad_token_id=PAD,
+        **{"model_type": generation, "num_hidden_layers": 2, **OWN[generation]},
     )
     torch.manual_seed(seed)
     model = Transformer(config)
@@ -52,8 +65,8 @@ def native_model(seed: int = 0, max_length: int = 64) -> Transformer:
     return model
 
 
-def native_generator(seed: int = 0, max_length: int = 64) -> Generator:
-    model = native_model(seed, max_length)
+def native_generator(seed: int = 0, max_length: int = 64, generation: str = "olmo2") -> Generator:
+    model = native_model(seed, max_length, generation)
     return Generator(model, eos_token_ids={EOS}, max_length=max_length)
 
 
@@ -76,10 +89,13 @@ def greedy_by_transformers(model: Any, prompt: list[int], max_new_tokens: int) -
     return answer[:-1] if answer[-1] in STOPS else answer
 
 
+@pytest.mark.parametrize("generation", OWN)
 @pytest.mark.parametrize("seed", range(3))
-def test_greedy_answers_of_the_native_model_are_those_of_transformers(seed: int, tmp_path: Path):
-    export_hf(native_model(seed), tmp_path)
-    other = Olmo2ForCausalLM.from_pretrained(tmp_path)
+def test_greedy_answers_of_the_native_model_are_those_of_transformers(
+    generation: str, seed: int, tmp_path: Path
+):
+    export_hf(native_model(seed, generation=generation), tmp_path)
+    other = AutoModelForCausalLM.from_pretrained(tmp_path)
     prompts = some_prompts(12, seed=seed)
     expected = [greedy_by_transformers(other, prompt, 30) for prompt in prompts]
     generator = load_generator(tmp_path, device="cpu")
@@ -142,9 +158,10 @@ def test_greedy_answers_of_other_architectures_are_those_of_transformers(name: s
     assert generator.generate(prompts, max_new_tokens=20, stop_token_ids=STOPS) == expected
 
 
+@pytest.mark.parametrize("generation", OWN)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_an_answer_does_not_depend_on_what_shares_its_batch(temperature: float):
-    generator = native_generator()
+def test_an_answer_does_not_depend_on_what_shares_its_batch(temperature: float, generation: str):
+    generator = native_generator(generation=generation)
     settings: dict[str, Any] = {"max_new_tokens": 25, "temperature": temperature, "seed": 5}
     prompts = some_prompts(9)
     together = generator.generate(prompts, **settings)
@@ -199,11 +216,12 @@ def test_an_answer_ends_where_the_model_can_hold_no_more():
     assert [len(answer) for answer in generator.generate(prompts, max_new_tokens=99)] == [6, 1, 15]
 
 
-def test_growing_the_cache_changes_nothing(tmp_path: Path):
-    generator = native_generator(max_length=400)
+@pytest.mark.parametrize("generation", OWN)
+def test_growing_the_cache_changes_nothing(generation: str, tmp_path: Path):
+    generator = native_generator(max_length=400, generation=generation)
     generator.eos_token_ids = set()
     export_hf(generator.model, tmp_path)
-    other = Olmo2ForCausalLM.from_pretrained(tmp_path)
+    other = AutoModelForCausalLM.from_pretrained(tmp_path)
     [answer] = generator.generate([[5, 9]], max_new_tokens=150)
     assert len(answer) == 150
     with torch.no_grad():  # each id is the likeliest after all before it, seen in one pass

@@ -366,7 +366,7 @@ def test_weights_start_normal_with_std_002_cut_at_three_sigma_and_norms_at_one()
     assert weight.abs().max() <= 0.06
     # A normal cut at 3 sigma has 0.9866 of its standard deviation left.
     assert weight.std().item() == pytest.approx(0.02 * 0.9866, rel=0.01)
-    assert torch.equal(model.norm.weight, torch.ones(32))
+    assert torch.equal(model.state_dict()["norm.weight"], torch.ones(32))
 
 
 def test_weights_of_olmo_1_start_by_width_and_depth():
