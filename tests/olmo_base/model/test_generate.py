@@ -243,7 +243,7 @@ def byte_alphabet(token: str) -> list[str]:
 def test_answers_ended_by_stop_strings_are_those_of_transformers(seed: int, tmp_path: Path):
     export_hf(native_model(seed), tmp_path)
     write_tokenizer(tmp_path)
-    other = AutoModelForCausalLM.from_pretrained(tmp_path)
+    other: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
     generator = load_generator(tmp_path, device="cpu")
     generator.eos_token_ids = set()
     prompts = some_prompts(12, seed=seed)
@@ -350,13 +350,19 @@ def test_top_k_and_top_p_by_hand():
 
 def test_what_min_p_and_the_others_keep_is_what_transformers_keeps():
     logits_BV = torch.randn(200, 30, generator=torch.Generator().manual_seed(0)) * 3
-    for settings in ({"min_p": 0.1}, {"min_p": 0.05, "top_k": 6}, {"min_p": 0.2, "top_p": 0.8}):
+    cases: list[dict[str, Any]] = [
+        {"min_p": 0.1},
+        {"min_p": 0.05, "top_k": 6},
+        {"min_p": 0.2, "top_p": 0.8},
+    ]
+    warpers: dict[str, Any] = {
+        "top_k": TopKLogitsWarper,
+        "top_p": TopPLogitsWarper,
+        "min_p": MinPLogitsWarper,
+    }
+    for settings in cases:
         kept_BV = logits_BV / 0.7
-        for name, warper in (
-            ("top_k", TopKLogitsWarper),
-            ("top_p", TopPLogitsWarper),
-            ("min_p", MinPLogitsWarper),
-        ):
+        for name, warper in warpers.items():
             if name in settings:
                 kept_BV = warper(settings[name])(torch.zeros(200, 1), kept_BV)
         sampling = Sampling(temperature=0.7, **settings)
