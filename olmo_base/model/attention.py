@@ -248,10 +248,13 @@ class Attention(nn.Module):
         """BTD to BTD. ``may_attend`` is B1TS or None for plain causality."""
         x_BTD = to_matmul_dtype(x_BTD)
         v_BKTh = self._heads(self._clipped(self.v_proj(x_BTD))).transpose(1, 2)
-        q_BTD = self.q_norm(self._clipped(self.q_proj(x_BTD)))
-        k_BTD = self.k_norm(self._clipped(self.k_proj(x_BTD)))
-        q_BHTh = rotate(self._heads(q_BTD), *rotation, v_BKTh.dtype)
-        k_BKTh = rotate(self._heads(k_BTD), *rotation, v_BKTh.dtype)
+        # One after the other, nothing kept: what a name would hold on to costs a CPU its cache.
+        q_BHTh = rotate(
+            self._heads(self.q_norm(self._clipped(self.q_proj(x_BTD)))), *rotation, v_BKTh.dtype
+        )
+        k_BKTh = rotate(
+            self._heads(self.k_norm(self._clipped(self.k_proj(x_BTD)))), *rotation, v_BKTh.dtype
+        )
         is_causal = may_attend is None and x_BTD.shape[1] > 1
         if cache is not None:
             k_BKTh, v_BKTh = cache.append(layer, k_BKTh, v_BKTh)
