@@ -155,7 +155,7 @@ def _core_config(content: dict[str, Any], path: Path, notes: list[str]) -> Model
         )
     if model.get("float8_config"):
         notes.append("trained with float8 matrix products; here they are in the weights' dtype")
-    return ModelConfig(
+    config = ModelConfig(
         model_type="olmo2" if window is None else "olmo3",
         vocab_size=model["vocab_size"],
         hidden_size=width,
@@ -174,6 +174,22 @@ def _core_config(content: dict[str, Any], path: Path, notes: list[str]) -> Model
         layer_types=None if types == released_layer_types(num_layers) else types,
         rope_scaling=yarn,
     )
+    _refuse_another_ramp(config)
+    return config
+
+
+def _refuse_another_ramp(config: ModelConfig) -> None:
+    """OLMo-core ends YaRN's ramp at the last pair at most, transformers at the last channel."""
+    yarn = config.rope_scaling
+    if yarn is None:
+        return
+    last = yarn.ramp(config.head_dim, config.rope_theta)[1]
+    if last > config.head_dim // 2 - 1:
+        raise UserError(
+            f"With heads of {config.head_dim} channels, rope_theta {config.rope_theta:g} and an "
+            f"original length of {yarn.original_max_position_embeddings}, OLMo-core and "
+            "transformers stretch positions (YaRN) differently; no conversion would be right."
+        )
 
 
 def _core_windows(
@@ -339,6 +355,7 @@ def write_core(model: Transformer, folder: Path) -> None:
     config = model.config
     if config.model_type == "olmo":
         raise UserError("OLMo-core has no OLMo-1; convert to olmo.")
+    _refuse_another_ramp(config)
     (folder / "config.json").write_text(json.dumps(_core_content(config), indent=2) + "\n", "utf-8")
     names = dict(CORE_NAMES)
     weights = {}

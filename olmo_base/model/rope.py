@@ -49,15 +49,19 @@ class Yarn:
             return self.attention_factor
         return 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
 
-    def stretched(self, frequencies: Tensor, head_dim: int, theta: float) -> Tensor:
-        """The frequencies of all pairs, each kept, slowed, or a mix of the two (section 3.2)."""
+    def ramp(self, head_dim: int, theta: float) -> tuple[int, int]:
+        """The pairs up to which angles stay, and from which they are slowed by the whole factor."""
 
         def pair_that_turns(times: float) -> float:
             length = self.original_max_position_embeddings
             return head_dim * math.log(length / (times * 2 * math.pi)) / (2 * math.log(theta))
 
         first = max(math.floor(pair_that_turns(self.beta_fast)), 0)
-        last = min(math.ceil(pair_that_turns(self.beta_slow)), head_dim - 1)
+        return first, min(math.ceil(pair_that_turns(self.beta_slow)), head_dim - 1)
+
+    def stretched(self, frequencies: Tensor, head_dim: int, theta: float) -> Tensor:
+        """The frequencies of all pairs, each kept, slowed, or a mix of the two (section 3.2)."""
+        first, last = self.ramp(head_dim, theta)
         span = last - first if last != first else 0.001
         pairs = torch.arange(len(frequencies), device=frequencies.device, dtype=torch.float32)
         kept = 1 - ((pairs - first) / span).clamp(0, 1)

@@ -136,6 +136,8 @@ class ModelConfig:
         window, types = self.sliding_window, self.layer_types
         if not isinstance(window, int) or isinstance(window, bool) or window < 1:
             raise UserError(f"sliding_window is {window!r}; it must be a whole number, at least 1.")
+        if self.rope_scaling is not None and self.rope_theta <= 1:
+            raise UserError(f"rope_theta is {self.rope_theta!r}; with YaRN it must be above 1.")
         if types is None:
             return
         if len(types) != self.num_hidden_layers:

@@ -489,6 +489,16 @@ def test_an_olmo_core_checkpoint_that_we_do_not_build_is_refused(
     assert not (tmp_path / "new").exists()
 
 
+def test_positions_that_olmo_core_would_stretch_otherwise_are_refused(tmp_path: Path):
+    """A slow theta: the ramp would end beyond the last of a head's two pairs."""
+    yarn = Yarn(factor=4.0, original_max_position_embeddings=16)
+    config = ModelConfig(**{**YARN.__dict__, "rope_theta": 1.5, "rope_scaling": yarn})
+    export_hf(drawn(config), tmp_path / "hf")
+    with pytest.raises(UserError, match="stretch positions"):
+        convert(tmp_path / "hf", tmp_path / "core")
+    assert not (tmp_path / "core").exists()
+
+
 def test_other_folders_and_targets_are_refused_in_words(tmp_path: Path):
     source = write_olmo1(tmp_path / "src", olmo1_weights())
     (tmp_path / "full").mkdir()

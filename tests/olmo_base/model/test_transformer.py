@@ -463,6 +463,15 @@ def test_flops_of_windowed_layers_count_the_window():
             {"model_type": "olmo3", "sliding_window": 5, "layer_types": (FULL, "chunked")},
             ["'chunked'", "sliding_attention"],
         ),
+        (
+            {
+                "model_type": "olmo3",
+                "sliding_window": 5,
+                "rope_theta": 1.0,
+                "rope_scaling": Yarn(factor=2.0, original_max_position_embeddings=8),
+            },
+            ["rope_theta is 1.0", "above 1"],
+        ),
         ({"num_attention_heads": 5}, ["hidden_size 32", "num_attention_heads 5"]),
         ({"num_attention_heads": 32, "num_key_value_heads": 32}, ["heads of 1", "even"]),
         ({"num_key_value_heads": 3}, ["num_key_value_heads 3", "num_attention_heads 4"]),
