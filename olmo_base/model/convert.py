@@ -161,8 +161,8 @@ def _refuse_another_model(
 def difference_from_transformers(model: Transformer, hf_folder: Path) -> float:
     """The largest difference of any layer's states or the logits, as part of their largest value.
 
-    In fp32, on random ids; ``model`` is changed to fp32 for it. Only one of the two models is in
-    memory beside the other's states.
+    Both have their weights in the dtype of ``model`` and compute in fp32, on random ids. Only one
+    of the two is in memory beside the other's states, and ``model`` is gone afterwards.
     """
     from transformers import AutoModelForCausalLM  # heavy, and only for verifying
     from transformers.utils import logging
@@ -172,14 +172,15 @@ def difference_from_transformers(model: Transformer, hf_folder: Path) -> float:
     length = min(config.max_position_embeddings, max(48, min(longest_window, 240) + 16))
     generator = torch.Generator().manual_seed(0)
     ids_BT = torch.randint(config.vocab_size, (2, length), generator=generator)
+    dtype = model.dtype
     ours = _states(model.float().eval(), ids_BT)
     model.to("meta")
     logging.disable_progress_bar()
     load: Any = AutoModelForCausalLM.from_pretrained  # its type does not know of the report
-    other, report = load(hf_folder, dtype=torch.float32, output_loading_info=True)
+    other, report = load(hf_folder, dtype=dtype, output_loading_info=True)
     if wrong := [*report["missing_keys"], *report["unexpected_keys"]]:
         raise UserError(f"transformers does not find its way in {hf_folder}: {sorted(wrong)[0]}.")
-    found = other.eval()(ids_BT, output_hidden_states=True)
+    found = other.float().eval()(ids_BT, output_hidden_states=True)
     theirs = [*found.hidden_states, found.logits]
     assert len(ours) == len(theirs)
     return max(

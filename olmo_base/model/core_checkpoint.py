@@ -146,6 +146,7 @@ def _core_config(content: dict[str, Any], path: Path, notes: list[str]) -> Model
     tokenizer = (content.get("dataset") or {}).get("tokenizer") or {}
     if "eos_token_id" not in tokenizer:
         raise UserError(f"{path} does not say dataset.tokenizer.eos_token_id.")
+    pad_token_id = tokenizer.get("pad_token_id")
     length = (content.get("train_module") or {}).get("max_sequence_length") or (
         content.get("dataset") or {}
     ).get("sequence_length")
@@ -168,7 +169,7 @@ def _core_config(content: dict[str, Any], path: Path, notes: list[str]) -> Model
         rms_norm_eps=norms[0].get("eps") or 1e-5,  # their default
         tie_word_embeddings=bool(model.get("tie_word_embeddings")),
         eos_token_id=tokenizer["eos_token_id"],
-        pad_token_id=tokenizer.get("pad_token_id", tokenizer["eos_token_id"]),
+        pad_token_id=tokenizer["eos_token_id"] if pad_token_id is None else pad_token_id,
         bos_token_id=tokenizer.get("bos_token_id"),
         sliding_window=window,
         layer_types=None if types == released_layer_types(num_layers) else types,
@@ -198,9 +199,15 @@ def _core_windows(
     """How many tokens windowed layers see, and which layers they are."""
     if sliding is None:
         return None, None
+    forced_first, forced_last = (
+        f"force_full_attention_on_{end}_layer" for end in ("first", "last")
+    )
+    if unknown := sorted(sliding.keys() - {"pattern", forced_first, forced_last, "_CLASS_"}):
+        raise UserError(
+            f"{path}: sliding_window {unknown[0]} is not a key that this conversion knows."
+        )
     pattern = sliding["pattern"]
-    skips_first = sliding.get("force_full_attention_on_first_layer", True)
-    skips_last = sliding.get("force_full_attention_on_last_layer", True)
+    skips_first, skips_last = sliding.get(forced_first, True), sliding.get(forced_last, True)
     sizes = []
     for layer in range(num_layers):
         forced = (skips_first and layer == 0) or (skips_last and layer == num_layers - 1)
@@ -244,37 +251,38 @@ def _core_yarn(
     scaling = dict(scalings[0] or {})
     if not str(scaling.pop("_CLASS_", "YaRN")).rpartition(".")[2].startswith("YaRN"):
         raise UserError(f"{path}: positions are scaled, but not by YaRN, which is not built here.")
-    try:
-        return Yarn(
-            factor=float(scaling.pop("factor")),
-            original_max_position_embeddings=scaling.pop("old_context_len"),
-            beta_fast=float(scaling.pop("beta_fast", 32)),
-            beta_slow=float(scaling.pop("beta_slow", 1)),
-        )
-    except KeyError as error:
-        raise UserError(f"{path}: the scaling of positions does not say {error}.") from None
+    yarn = Yarn(
+        factor=float(scaling.pop("factor")),
+        original_max_position_embeddings=scaling.pop("old_context_len"),
+        beta_fast=float(scaling.pop("beta_fast", 32)),
+        beta_slow=float(scaling.pop("beta_slow", 1)),
+    )
+    if scaling:
+        raise UserError(f"{path}: scaling {min(scaling)} is not a key that this conversion knows.")
+    return yarn
 
 
 def read_core(folder: Path, notes: list[str]) -> Transformer:
     """The model of a checkpoint; what was changed goes to ``notes``. Errors: UserError."""
     path = folder / "config.json"
-    config = _core_config(read_json(path), path, notes)
+    try:
+        config = _core_config(read_json(path), path, notes)
+    except KeyError as error:
+        raise UserError(f"{path} does not say the model's {error.args[0]}.") from None
     weights = (
         _read_distributed(folder / CORE_WEIGHTS)
         if (folder / CORE_WEIGHTS).is_dir()
         else read_checkpoint_file(folder)
     )
-    return assembled(config, _from_core(weights.items(), config), folder)
+    return assembled(config, _from_core(weights.items()), folder)
 
 
-def _from_core(weights: Named, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+def _from_core(weights: Named) -> Iterator[tuple[str, Tensor]]:
     names = {theirs + "weight": ours + "weight" for ours, theirs in CORE_NAMES}
     for name, tensor in weights:
         name = name.removeprefix("model.")
         block = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
         if block is None:
-            if name == "lm_head.w_out.weight" and config.tie_word_embeddings:
-                continue
             yield names.get(name, name), tensor
         else:
             yield f"layers.{block[1]}." + names.get(block[2], block[2]), tensor

@@ -192,8 +192,6 @@ def _from_olmo(weights: Named, config: ModelConfig) -> Iterator[tuple[str, Tenso
         name = name.removeprefix("model.")
         block = re.fullmatch(r"transformer\.blocks\.(\d+)\.(.+)", name)
         if block is None:
-            if name == "transformer.ff_out.weight" and config.tie_word_embeddings:
-                continue
             yield whole.get(name, name), tensor
             continue
         ours = f"layers.{block[1]}."
@@ -267,7 +265,11 @@ def assembled(config: ModelConfig, weights: Named, folder: Path) -> Transformer:
         model = Transformer(config)
     wanted = model.state_dict()
     loaded: dict[str, Tensor] = {}
+    tied_head = None
     for name, tensor in weights:
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            tied_head = tensor  # some writers keep it a second time
+            continue
         if name not in wanted:
             raise UserError(
                 f"{folder} holds a weight that this configuration does not have: {name}"
@@ -282,6 +284,10 @@ def assembled(config: ModelConfig, weights: Named, folder: Path) -> Transformer:
         raise UserError(
             f"{folder} lacks {len(missing)} of {len(wanted)} weights, the first being "
             f"{missing[0]}. Copy or download it again."
+        )
+    if tied_head is not None and not torch.equal(tied_head, loaded["embed_tokens.weight"]):
+        raise UserError(
+            f"{folder}: the configuration ties the head to the embedding, but the two differ."
         )
     model.load_state_dict(loaded, assign=True)
     return model

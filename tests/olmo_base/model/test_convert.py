@@ -398,6 +398,20 @@ def test_weights_are_kept_in_another_dtype_if_asked(tmp_path: Path):
     convert(source, tmp_path / "hf", dtype=torch.bfloat16)
     weights = load_file(tmp_path / "hf" / "model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    export_hf(drawn(OLMO3), tmp_path / "olmo3")
+    convert(tmp_path / "olmo3", tmp_path / "core", dtype=torch.bfloat16)
+    convert(tmp_path / "core", tmp_path / "again")
+    assert load_native(tmp_path / "again").dtype == torch.bfloat16
+
+
+def test_a_tied_head_that_is_not_the_embedding_is_refused(tmp_path: Path):
+    weights = olmo1_weights(is_tied=True)
+    same = {**weights, "transformer.ff_out.weight": weights["transformer.wte.weight"].clone()}
+    convert(write_olmo1(tmp_path / "same", same, weight_tying=True), tmp_path / "hf")
+    other = {**weights, "transformer.ff_out.weight": torch.randn(VOCAB, D)}
+    source = write_olmo1(tmp_path / "other", other, weight_tying=True)
+    with pytest.raises(UserError, match="ties the head to the embedding"):
+        convert(source, tmp_path / "new")
 
 
 def test_the_swapped_end_of_text_of_olmo_1s_tokenizer_is_mended_and_said(tmp_path: Path):
@@ -475,6 +489,8 @@ def changed(content: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("model.block.sequence_mixer.rope.partial_rotary_factor", 0.5, "partial_rotary_factor"),
         ("model.block.layer_norm.eps", 1e-5, "differ in their eps"),
         ("model.block.sequence_mixer.sliding_window.pattern", [4, 8, -1], "windows of 4 and 8"),
+        ("model.block.sequence_mixer.sliding_window.step", 2, "sliding_window step is not a key"),
+        ("model.block.feed_forward", {"name": "default"}, "does not say the model's hidden_size"),
         ("model.embed_scale", 2.0, "model embed_scale is 2.0"),
         ("dataset.tokenizer", {}, "does not say dataset.tokenizer.eos_token_id"),
     ],
