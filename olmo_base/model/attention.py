@@ -248,7 +248,7 @@ class Attention(nn.Module):
         """BTD to BTD. ``may_attend`` is B1TS or None for plain causality."""
         x_BTD = to_matmul_dtype(x_BTD)
         v_BKTh = self._heads(self._clipped(self.v_proj(x_BTD))).transpose(1, 2)
-        # One after the other, nothing kept: what a name would hold on to costs a CPU its cache.
+        # Nested, so that nothing before the rotation stays in memory through attention.
         q_BHTh = rotate(
             self._heads(self.q_norm(self._clipped(self.q_proj(x_BTD)))), *rotation, v_BKTh.dtype
         )

@@ -255,10 +255,12 @@ def load_native(
         model = Transformer(config)
     wanted = {hf_name(name): (name, tensor) for name, tensor in model.state_dict().items()}
     loaded: dict[str, Tensor] = {}
+    tied_head = None
     for file in _weight_files(folder):
         for name, tensor in _read_tensors(file):
             if name == "lm_head.weight" and config.tie_word_embeddings:
-                continue  # some writers keep the tied head a second time
+                tied_head = tensor.to(device=device, dtype=dtype)  # some writers keep it too
+                continue
             if name not in wanted:
                 raise UserError(
                     f"{file} holds the weight {name}, which an "
@@ -277,6 +279,11 @@ def load_native(
         raise UserError(
             f"{folder} lacks {len(missing)} of {len(wanted)} weights, the first being "
             f"{missing[0]}. Copy or download the folder again."
+        )
+    if tied_head is not None and not torch.equal(tied_head, loaded["embed_tokens.weight"]):
+        raise UserError(
+            f"{folder}: config.json ties the head to the embedding (tie_word_embeddings), but the "
+            "two differ. Set it to false if the head is to be used."
         )
     model.load_state_dict(loaded, assign=True)
     return model.requires_grad_(True)

@@ -344,6 +344,17 @@ def test_a_missing_an_unknown_and_a_misshapen_weight_are_each_named(tmp_path: Pa
         load_native(tmp_path)
 
 
+def test_a_tied_head_kept_twice_is_read_and_one_that_differs_is_refused(tmp_path: Path):
+    file = export_hf(drawn(TIED), tmp_path) / "model.safetensors"
+    weights = load_file(file)
+    embedding = weights["model.embed_tokens.weight"]
+    save_file({**weights, "lm_head.weight": embedding.clone()}, file)
+    assert load_native(tmp_path).config.tie_word_embeddings
+    save_file({**weights, "lm_head.weight": embedding + 1}, file)
+    with pytest.raises(UserError, match="ties the head to the embedding"):
+        load_native(tmp_path)
+
+
 def test_a_missing_shard_is_named(tmp_path: Path):
     export_hf(drawn(SMALL), tmp_path, max_shard_bytes=5_000)
     gone = sorted(tmp_path.glob("model-*.safetensors"))[1]
