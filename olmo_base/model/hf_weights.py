@@ -256,7 +256,7 @@ def load_native(
     wanted = {hf_name(name): (name, tensor) for name, tensor in model.state_dict().items()}
     loaded: dict[str, Tensor] = {}
     tied_head = None
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         for name, tensor in _read_tensors(file):
             if name == "lm_head.weight" and config.tie_word_embeddings:
                 tied_head = tensor.to(device=device, dtype=dtype)  # some writers keep it too
@@ -415,7 +415,8 @@ def _layer_types(content: dict[str, Any]) -> tuple[str, ...] | None:
     return None if tuple(types) == released_layer_types(num_layers) else tuple(types)
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The files of safetensors that a folder's weights are in. Errors: UserError if they lack."""
     if (folder / WEIGHTS_INDEX).is_file():
         index = _read_json(folder / WEIGHTS_INDEX)
         names = sorted(set(index.get("weight_map", {}).values()))

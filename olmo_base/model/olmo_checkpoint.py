@@ -20,6 +20,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from olmo_base.model.hf_weights import WEIGHTS, WEIGHTS_INDEX, weight_files
 from olmo_base.model.transformer import GENERATIONS, RMS_NORM_EPS, ModelConfig, Transformer
 from olmo_base.run.errors import UserError
 
@@ -296,12 +297,14 @@ def assembled(config: ModelConfig, weights: Named, folder: Path) -> Transformer:
 def read_checkpoint_file(folder: Path) -> dict[str, Tensor]:
     """The weights of an unsharded checkpoint, under their own names."""
     try:
-        if (folder / "model.safetensors").is_file():
-            weights = load_file(folder / "model.safetensors")
-            return {_plain_name(name): tensor for name, tensor in weights.items()}
+        if any((folder / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX)):
+            shards = [load_file(file) for file in weight_files(folder)]
+            return {_plain_name(name): shard[name] for shard in shards for name in shard}
         for name in ("model.pt", "pytorch_model.bin"):
             if (folder / name).is_file():
                 return dict(torch.load(folder / name, map_location="cpu", weights_only=True))
+    except UserError:
+        raise
     except Exception as error:  # torch and safetensors have many, all of which say: damaged
         raise UserError(f"The weights in {folder} cannot be read: {error}.") from None
     raise UserError(

@@ -146,9 +146,18 @@ def test_an_olmo_1_checkpoint_becomes_a_folder_that_computes_the_same(
     assert config.tie_word_embeddings == is_tied
 
 
-def test_an_old_folder_with_remote_code_is_read_too(tmp_path: Path):
+@pytest.mark.parametrize("is_in_shards", [False, True])
+def test_an_old_folder_with_remote_code_is_read_too(is_in_shards: bool, tmp_path: Path):
     weights = olmo1_weights()
     source = write_olmo1(tmp_path / "src", weights, "model.safetensors")
+    if is_in_shards:
+        named = load_file(source / "model.safetensors")
+        (source / "model.safetensors").unlink()
+        places = {name: f"model-{number % 2}.safetensors" for number, name in enumerate(named)}
+        for file in set(places.values()):
+            save_file({n: w for n, w in named.items() if places[n] == file}, source / file)
+        index = json.dumps({"weight_map": places})
+        (source / "model.safetensors.index.json").write_text(index)
     (source / "config.yaml").unlink()
     content = {"model_type": "hf_olmo", "architectures": ["OLMoForCausalLM"], **OLMO1_SHAPE}
     (source / "config.json").write_text(json.dumps(content))
