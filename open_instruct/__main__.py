@@ -234,6 +234,53 @@ def report(runs: tuple[str, ...], output_dir: str | None) -> None:
     write_report(runs, output_dir, show=True)
 
 
+# ---------------------------------------------------------------- convert
+
+
+@cli.command()
+@click.argument("source", metavar="SRC")
+@click.argument("target", metavar="DST")
+@click.option(
+    "--to",
+    type=click.Choice(["hf", "olmo", "olmo_core"]),
+    help="The layout of DST: Hugging Face, the first OLMo trainer, or OLMo-core.",
+)
+@click.option("--tokenizer", metavar="DIR", help="A folder with a tokenizer to copy along.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="What DST keeps its weights in; else what SRC does.",
+)
+def convert(
+    source: str, target: str, to: str | None, tokenizer: str | None, dtype: str | None
+) -> None:
+    """Convert a model between Hugging Face and the OLMo trainers.
+
+    SRC is a folder: of a Hugging Face OLMo 1, 2 or 3, of a checkpoint of the OLMo trainer
+    (config.yaml), or of one of OLMo-core (model_and_optim). A checkpoint becomes a Hugging Face
+    folder, and such a folder a checkpoint of the trainer that made its generation. DST is compared
+    with transformers, layer by layer, and written only if it agrees.
+    """
+    from olmo_base.model.convert import DTYPES
+    from olmo_base.model.convert import convert as convert_model
+
+    signal.signal(signal.SIGTERM, _stop_now)
+    done = convert_model(
+        source,
+        target,
+        to=to,
+        tokenizer_files=tokenizer,
+        dtype=None if dtype is None else DTYPES[dtype],
+    )
+    for note in done.notes:
+        click.echo(f"Note: {note}.", err=True)
+    click.echo(
+        f"{target}: {done.layout_from} to {done.layout_to}; hidden states and logits are those of "
+        f"transformers to {done.difference:.0e} of their size.",
+        err=True,
+    )
+
+
 # ---------------------------------------------------------------- data
 
 

@@ -1,12 +1,25 @@
 """Every recipe that is shipped loads, and the debug ones run from end to end."""
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, Olmo2ForCausalLM, Olmo3ForCausalLM, OlmoForCausalLM
 
-from olmo_base.run.artefact import read_manifest
+from olmo_base.corpus.documents import DocumentSource
+from olmo_base.corpus.tokenize import TokenizeRecipe
+from olmo_base.corpus.tokenize import run as tokenize
+from olmo_base.model.hf_weights import load_native
+from olmo_base.model.presets import PRESETS
+from olmo_base.model.transformer import Transformer, num_parameters
+from olmo_base.pretrain import model_config, open_corpus, plan
+from olmo_base.run.artefact import RunConfig, read_manifest
 from olmo_base.run.recipe import read_keys, read_stage
+from olmo_base.tokenizer import TokenizerRecipe
+from olmo_base.tokenizer import run as train_tokenizer
 from open_instruct.__main__ import main
 from open_instruct.pipeline import STAGES, load_pipeline, load_stage_recipe
 
@@ -33,6 +46,87 @@ def test_the_recipe_loads(path):
             variables |= own.value if own else {}
     _, recipe = load_stage_recipe(path, variables=variables)
     assert recipe.stage in STAGES
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A folder with a small corpus of tokens, where published recipes look for theirs."""
+    folder = tmp_path_factory.mktemp("published")
+    lines = (json.dumps({"text": f"The {n}th text says {n * n}. " * 9}) + "\n" for n in range(500))
+    (folder / "texts.jsonl").write_text("".join(lines))
+    source = (DocumentSource(str(folder / "texts.jsonl")),)
+    tokenizer = RunConfig(str(folder / "tokenizer"))
+    train_tokenizer(TokenizerRecipe("tokenizer", source, tokenizer, vocab_size=280))
+    tokenize(
+        TokenizeRecipe("tokenize", tokenizer.output_dir, source, RunConfig(str(folder / "tokens")))
+    )
+    return folder
+
+
+PUBLISHED = {
+    "olmo1/1b": (3.05e12, "olmo_1b_0724"),
+    "olmo1/7b": (2.75e12, "olmo_7b_0724"),
+    "olmo2/1b": (4.0e12, "olmo2_1b"),
+    "olmo2/7b": (3.9e12, "olmo2_7b"),
+    "olmo2/13b": (5.0e12, "olmo2_13b"),
+    "olmo2/32b": (6.06e12, "olmo2_32b"),
+    "olmo3/7b": (5.93e12, "olmo3_7b"),
+    "olmo3/32b": (5.5e12, "olmo3_32b"),
+}
+
+
+def test_every_recipe_of_a_published_model_is_checked():
+    assert PUBLISHED.keys() == {
+        str(path.parent.relative_to(RECIPES))
+        for path in FILES
+        if path.relative_to(RECIPES).parts[0].startswith("olmo")
+    }
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_recipe_of_a_published_model_is_planned_with_its_shape(name, root, capsys):
+    path = RECIPES / name / "pretrain.yaml"
+    assert main(["run", str(path), f"root={root}", "--dry-run"]) == 0
+    assert "# memory_bytes" in capsys.readouterr().out
+    _, recipe = load_stage_recipe(path, [f"root={root}"])
+    tokens, preset = PUBLISHED[name]
+    assert plan(recipe)["tokens"] == pytest.approx(tokens, rel=0.005)
+    config = model_config(recipe, open_corpus(recipe, verify=False))
+    ids: dict[str, Any] = {"vocab_size": config.vocab_size, "bos_token_id": None}
+    ids |= {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
+    assert config == dataclasses.replace(PRESETS[preset], **ids)
+    with torch.device("meta"):
+        model = Transformer(config)
+    assert sum(weight.numel() for weight in model.parameters()) == num_parameters(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture", "changes"),
+    [
+        ("olmo1/7b", OlmoForCausalLM, ["max_tokens=-1", "clip_qkv=0.5"]),
+        ("olmo2/32b", Olmo2ForCausalLM, []),
+        ("olmo3/32b", Olmo3ForCausalLM, ["sliding_window=16"]),
+    ],
+)
+def test_a_published_recipe_made_small_trains_a_model_that_transformers_opens(
+    name, architecture, changes, root, tmp_path
+):
+    small = (
+        "hidden_size=32 intermediate_size=48 num_hidden_layers=4 num_attention_heads=4 "
+        "num_key_value_heads=2 max_length=64 per_device_train_batch_size=2 max_steps=3 "
+        "gradient_accumulation_steps=2 warmup_steps=1 bf16=false"
+    ).split()
+    folder = tmp_path / "base"
+    path = RECIPES / name / "pretrain.yaml"
+    places = [f"root={root}", f"output_dir={folder}"]
+    assert main(["run", str(path), *places, *small, *changes]) == 0
+    other = AutoModelForCausalLM.from_pretrained(folder)
+    assert isinstance(other, architecture)
+    model = load_native(folder)
+    ids_BT = torch.randint(model.config.vocab_size, (2, 64))
+    with torch.no_grad():
+        theirs_BTV = other(ids_BT).logits
+        torch.testing.assert_close(model.logits(model(ids_BT)), theirs_BTV, atol=1e-5, rtol=1e-5)
 
 
 def test_the_debug_recipes_run_from_text_to_an_answered_question(tmp_path, monkeypatch, capsys):

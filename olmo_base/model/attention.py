@@ -1,17 +1,18 @@
-"""Causal self-attention of OLMo-2, and the cache of keys and values that decoding reads.
+"""Causal self-attention, and the cache of keys and values that decoding reads.
 
 B batch, T positions of this call, S positions attended to, D width, H query heads,
 K key/value heads, h channels of one head.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olmo_base.model.feed_forward import Linear, RMSNorm, to_matmul_dtype
+from olmo_base.model.feed_forward import INIT_STD, Linear, RMSNorm, to_matmul_dtype
 from olmo_base.model.rope import rotate
 
 MAX_BLOCKED_LENGTH = 1024  # the CPU training path keeps H*T*T/2 probabilities per row and layer
@@ -21,12 +22,12 @@ class KeyValueCache:
     """Keys and values of all layers for a batch of left-padded rows.
 
     Padding stands before a row, so all rows write the same slot and a step is one slice. Memory is
-    taken in blocks and doubles when it is full.
+    taken in blocks and doubles when it is full; layers with a window keep no more than the window.
     """
 
     def __init__(
         self,
-        num_layers: int,
+        windows: Sequence[int | None],
         num_kv_heads: int,
         head_dim: int,
         padding_B: list[int],
@@ -35,54 +36,78 @@ class KeyValueCache:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """``padding_B`` is how many padding positions stand before each row."""
-        self.length = 0  # slots written, the padding included
-        self.capacity = capacity
-        shape = (num_layers, len(padding_B), num_kv_heads, capacity, head_dim)
-        self._keys_LBKSh = torch.zeros(shape, device=device, dtype=dtype)
-        self._values_LBKSh = torch.zeros(shape, device=device, dtype=dtype)
+        """``windows``: how far each layer sees, None for all the way.
+
+        ``padding_B`` is how many padding positions stand before each row.
+        """
+        self.length = 0  # positions read, the padding included
         self._padding = list(padding_B)
         self._padding_B = torch.tensor(padding_B, device=device) if any(padding_B) else None
+        self._places: list[tuple[int | None, int]] = []  # of each layer: its store, its row there
+        num_layers: dict[int | None, int] = {}
+        for window in windows:
+            index = num_layers.get(window, 0)
+            self._places.append((window, index))
+            num_layers[window] = index + 1
+        self._stores = {
+            window: _Store(
+                window,
+                torch.zeros(
+                    (2, number, len(padding_B), num_kv_heads, 0, head_dim),
+                    device=device,
+                    dtype=dtype,
+                ),
+            )
+            for window, number in num_layers.items()
+        }
+        for store in self._stores.values():
+            store.reserve(capacity)
 
     @property
     def num_rows(self) -> int:
         """Rows in the batch now."""
-        return self._keys_LBKSh.shape[1]
+        return len(self._padding)
 
     @property
     def longest_row(self) -> int:
         """Tokens in the longest row so far, its padding not counted."""
         return self.length - min(self._padding)
 
+    @property
+    def capacity(self) -> int:
+        """Positions there is room for before memory grows."""
+        return max(store.data.shape[4] for store in self._stores.values())
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory taken for keys and values."""
+        return sum(store.data.nbytes for store in self._stores.values())
+
     def reserve(self, num_positions: int) -> None:
-        """Make room for ``num_positions`` more slots."""
-        needed = self.length + num_positions
-        if needed <= self.capacity:
-            return
-        self.capacity = max(needed, 2 * self.capacity)
-        grown = []
-        for old in (self._keys_LBKSh, self._values_LBKSh):
-            new = old.new_zeros((*old.shape[:3], self.capacity, old.shape[4]))
-            new[:, :, :, : self.length] = old[:, :, :, : self.length]
-            grown.append(new)
-        self._keys_LBKSh, self._values_LBKSh = grown
+        """Make room for ``num_positions`` more positions."""
+        for store in self._stores.values():
+            store.reserve(self.length + num_positions)
 
     def positions(self, num_positions: int) -> Tensor:
         """Where the next tokens stand in their own rows: T, or BT if rows have padding."""
-        device = self._keys_LBKSh.device
-        slots_T = torch.arange(self.length, self.length + num_positions, device=device)
+        positions_T = self._range(self.length, self.length + num_positions)
         if self._padding_B is None:
-            return slots_T
-        return (slots_T - self._padding_B[:, None]).clamp_(min=0)
+            return positions_T
+        return (positions_T - self._padding_B[:, None]).clamp_(min=0)
 
-    def may_attend(self, num_positions: int) -> Tensor | None:
-        """B1TS, true where a new token may look; None where plain causality says it all."""
-        if self._padding_B is None and (num_positions == 1 or self.length == 0):
-            return None
-        device = self._keys_LBKSh.device
-        key_S = torch.arange(self.length + num_positions, device=device)
-        query_T1 = key_S[self.length :, None]
+    def may_attend(self, num_positions: int, window: int | None) -> Tensor | None:
+        """B1TS, true where a new token may look; None where plain causality says it all.
+
+        S are the keys that ``append`` gives to a layer that sees ``window`` far.
+        """
+        sees_all = window is None or self.length + num_positions <= window
+        if self._padding_B is None and (num_positions == 1 or (self.length == 0 and sees_all)):
+            return None  # what is too far for a single token is no longer kept
+        key_S = self._stores[window].key_positions(self.length, num_positions)
+        query_T1 = self._range(self.length, self.length + num_positions)[:, None]
         allowed = key_S <= query_T1
+        if window is not None:
+            allowed &= key_S > query_T1 - window
         if self._padding_B is None:
             return allowed[None, None]
         is_text_B11S = key_S >= self._padding_B[:, None, None, None]
@@ -90,30 +115,93 @@ class KeyValueCache:
         return (allowed & is_text_B11S) | (key_S == query_T1)
 
     def append(self, layer: int, k_BKTh: Tensor, v_BKTh: Tensor) -> tuple[Tensor, Tensor]:
-        """Write this call's keys and values; all of the layer's so far, as BKSh."""
-        end = self.length + k_BKTh.shape[2]
-        keys_BKSh, values_BKSh = self._keys_LBKSh[layer], self._values_LBKSh[layer]
-        keys_BKSh[:, :, self.length : end] = k_BKTh
-        values_BKSh[:, :, self.length : end] = v_BKTh
-        return keys_BKSh[:, :, :end], values_BKSh[:, :, :end]
+        """Write this call's keys and values; those that the layer may look at, as BKSh."""
+        window, index = self._places[layer]
+        return self._stores[window].append(index, self.length, k_BKTh, v_BKTh)
 
     def advance(self, num_positions: int) -> None:
-        """Count the slots that every layer has now written."""
+        """Count the positions that every layer has now written."""
         self.length += num_positions
 
     def keep_rows(self, rows: list[int]) -> None:
         """Only these rows stay, in this order."""
-        kept = torch.tensor(rows, device=self._keys_LBKSh.device)
-        moved = [new for new, old in enumerate(rows) if new != old]
-        if moved:  # rows that stay in place are not copied
-            source, target = kept[moved], torch.tensor(moved, device=kept.device)
-            for buffer in (self._keys_LBKSh, self._values_LBKSh):
-                buffer[:, target, :, : self.length] = buffer[:, source, :, : self.length]
-        self._keys_LBKSh = self._keys_LBKSh[:, : len(rows)]
-        self._values_LBKSh = self._values_LBKSh[:, : len(rows)]
+        for store in self._stores.values():
+            store.keep_rows(rows, self.length)
         self._padding = [self._padding[row] for row in rows]
         if self._padding_B is not None:
-            self._padding_B = self._padding_B[kept]
+            self._padding_B = self._padding_B[rows]
+
+    def _range(self, start: int, end: int) -> Tensor:
+        device = next(iter(self._stores.values())).data.device
+        return torch.arange(start, end, device=device)
+
+
+class _Store:
+    """The keys and values of all layers that see equally far.
+
+    Position p stands in slot p, or in slot p modulo the window: what is overwritten is what no
+    later token may see.
+    """
+
+    def __init__(self, window: int | None, data: Tensor) -> None:
+        self.window = window
+        self.data = data  # keys and values, layer, B, K, S, h
+
+    def reserve(self, num_positions: int) -> None:
+        """Have slots for so many positions in all."""
+        old, capacity = self.data, self.data.shape[4]
+        needed = self._filled(num_positions)
+        if needed <= capacity:
+            return
+        shape = (*old.shape[:4], self._filled(max(needed, 2 * capacity)), old.shape[5])
+        self.data = old.new_zeros(shape)
+        self.data[:, :, :, :, :capacity] = old
+
+    def _filled(self, length: int) -> int:
+        """Slots that ``length`` positions take."""
+        return length if self.window is None else min(length, self.window)
+
+    def key_positions(self, length: int, num_positions: int) -> Tensor:
+        """Which positions the keys stand for that ``append`` gives after ``length`` others, S."""
+        device, window = self.data.device, self.window
+        if window is not None and num_positions == 1:
+            slot_S = torch.arange(self._filled(length + 1), device=device)
+            return length - (length - slot_S) % window
+        first = 0 if window is None else max(0, length - window + 1)
+        return torch.arange(first, length + num_positions, device=device)
+
+    def append(
+        self, index: int, length: int, k_BKTh: Tensor, v_BKTh: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Write after ``length`` positions; the keys and values to look at, as BKSh."""
+        (keys_BKSh, values_BKSh), window = self.data[:, index], self.window
+        num_positions = k_BKTh.shape[2]
+        end = length + num_positions
+        if window is None or num_positions == 1:
+            start = length if window is None else length % window
+            keys_BKSh[:, :, start : start + num_positions] = k_BKTh
+            values_BKSh[:, :, start : start + num_positions] = v_BKTh
+            filled = self._filled(end)
+            return keys_BKSh[:, :, :filled], values_BKSh[:, :, :filled]
+        before = torch.arange(max(0, length - window + 1), length, device=self.data.device) % window
+        seen = (
+            torch.cat([keys_BKSh[:, :, before], k_BKTh], dim=2),
+            torch.cat([values_BKSh[:, :, before], v_BKTh], dim=2),
+        )
+        kept = min(num_positions, window)
+        slots = torch.arange(end - kept, end, device=self.data.device) % window
+        keys_BKSh[:, :, slots] = k_BKTh[:, :, -kept:]
+        values_BKSh[:, :, slots] = v_BKTh[:, :, -kept:]
+        return seen
+
+    def keep_rows(self, rows: list[int], length: int) -> None:
+        """Only these rows stay, in this order."""
+        moved = [new for new, old in enumerate(rows) if new != old]
+        if moved:  # rows that stay in place are not copied
+            source = [rows[new] for new in moved]
+            filled = self._filled(length)
+            self.data[:, :, moved, :, :filled] = self.data[:, :, source, :, :filled]
+        self.data = self.data[:, :, : len(rows)]
 
 
 class Attention(nn.Module):
@@ -125,19 +213,29 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self, hidden_size: int, num_heads: int, num_kv_heads: int, norm_eps: float
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        *,
+        qk_norm_eps: float | None,
+        clip_qkv: float | None = None,
+        init_std: float = INIT_STD,
+        out_init_std: float = INIT_STD,
     ) -> None:
+        """``qk_norm_eps`` None leaves the norm out; ``clip_qkv`` cuts queries, keys and values."""
         super().__init__()
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = hidden_size // num_heads
+        self.clip_qkv = clip_qkv
         kv_size = num_kv_heads * self.head_dim
-        self.q_proj = Linear(hidden_size, hidden_size)
-        self.k_proj = Linear(hidden_size, kv_size)
-        self.v_proj = Linear(hidden_size, kv_size)
-        self.o_proj = Linear(hidden_size, hidden_size)
-        self.q_norm = RMSNorm(hidden_size, norm_eps)
-        self.k_norm = RMSNorm(kv_size, norm_eps)
+        self.q_proj = Linear(hidden_size, hidden_size, init_std)
+        self.k_proj = Linear(hidden_size, kv_size, init_std)
+        self.v_proj = Linear(hidden_size, kv_size, init_std)
+        self.o_proj = Linear(hidden_size, hidden_size, out_init_std)
+        self.q_norm = _qk_norm(hidden_size, qk_norm_eps)
+        self.k_norm = _qk_norm(kv_size, qk_norm_eps)
 
     def forward(
         self,
@@ -149,9 +247,14 @@ class Attention(nn.Module):
     ) -> Tensor:
         """BTD to BTD. ``may_attend`` is B1TS or None for plain causality."""
         x_BTD = to_matmul_dtype(x_BTD)
-        v_BKTh = self._heads(self.v_proj(x_BTD)).transpose(1, 2)
-        q_BHTh = rotate(self._heads(self.q_norm(self.q_proj(x_BTD))), *rotation, v_BKTh.dtype)
-        k_BKTh = rotate(self._heads(self.k_norm(self.k_proj(x_BTD))), *rotation, v_BKTh.dtype)
+        v_BKTh = self._heads(self._clipped(self.v_proj(x_BTD))).transpose(1, 2)
+        # Nested, so that nothing before the rotation stays in memory through attention.
+        q_BHTh = rotate(
+            self._heads(self.q_norm(self._clipped(self.q_proj(x_BTD)))), *rotation, v_BKTh.dtype
+        )
+        k_BKTh = rotate(
+            self._heads(self.k_norm(self._clipped(self.k_proj(x_BTD)))), *rotation, v_BKTh.dtype
+        )
         is_causal = may_attend is None and x_BTD.shape[1] > 1
         if cache is not None:
             k_BKTh, v_BKTh = cache.append(layer, k_BKTh, v_BKTh)
@@ -160,6 +263,27 @@ class Attention(nn.Module):
 
     def _heads(self, x_BTD: Tensor) -> Tensor:
         return x_BTD.unflatten(-1, (-1, self.head_dim))
+
+    def _clipped(self, x_BTD: Tensor) -> Tensor:
+        return x_BTD if self.clip_qkv is None else x_BTD.clamp(-self.clip_qkv, self.clip_qkv)
+
+
+def _qk_norm(width: int, eps: float | None) -> nn.Module:
+    return nn.Identity() if eps is None else RMSNorm(width, eps)
+
+
+def window_mask(num_positions: int, window: int | None, device: torch.device) -> Tensor | None:
+    """TT, true where a position may look: itself and the ``window - 1`` before it.
+
+    None where plain causality says the same.
+    """
+    if window is None or window >= num_positions:
+        return None
+    return (
+        torch.ones(num_positions, num_positions, dtype=torch.bool, device=device)
+        .tril_()
+        .triu_(1 - window)
+    )
 
 
 def attend(

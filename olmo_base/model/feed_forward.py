@@ -1,4 +1,4 @@
-"""What a position computes on its own: linear maps, RMSNorm and the SwiGLU feed-forward.
+"""What a position computes on its own: linear maps, the norms and the SwiGLU feed-forward.
 
 B batch, T positions, D width of the residual stream, F width of the feed-forward.
 """
@@ -10,32 +10,52 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 INIT_STD = 0.02  # OLMo-2 (arXiv:2501.00656, 3.2): every matrix, at every depth
-INIT_CUT = 3 * INIT_STD
+LAYER_NORM_EPS = 1e-5  # OLMo-1; no released model has another
 
 
 class Linear(nn.Linear):
-    """A linear map without bias, drawn as OLMo-2 draws it: normal, std 0.02, cut at 3 sigma."""
+    """A linear map without bias, drawn from a normal distribution that is cut at 3 sigma."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int, init_std: float = INIT_STD) -> None:
+        self.init_std = init_std  # nn.Linear draws before it returns
         super().__init__(in_features, out_features, bias=False)
 
     def reset_parameters(self) -> None:
         """Draw the weights from torch's global generator."""
-        nn.init.trunc_normal_(self.weight, std=INIT_STD, a=-INIT_CUT, b=INIT_CUT)
+        _draw(self.weight, self.init_std)
 
 
 class Embedding(nn.Embedding):
     """A row for each id, drawn like the linear maps."""
 
+    def __init__(self, num_rows: int, width: int, init_std: float = INIT_STD) -> None:
+        self.init_std = init_std
+        super().__init__(num_rows, width)
+
     def reset_parameters(self) -> None:
         """Draw the weights from torch's global generator."""
-        nn.init.trunc_normal_(self.weight, std=INIT_STD, a=-INIT_CUT, b=INIT_CUT)
+        _draw(self.weight, self.init_std)
+
+
+def _draw(weight: Tensor, std: float) -> None:
+    nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
 
 
 def to_matmul_dtype(x: Tensor) -> Tensor:
     """``x`` in autocast's dtype, so that several linear maps share one cast instead of one each."""
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / std over the last axis, without weights (OLMo-1, arXiv:2402.00838, 2.1).
+
+    Computed in fp32; what comes out has the dtype of ``x``.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape as ``x``."""
+        return F.layer_norm(x.float(), x.shape[-1:], eps=LAYER_NORM_EPS).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -98,11 +118,17 @@ class FeedForward(nn.Module):
     forward and backward, at widths 128 and 256 in fp32 and bf16.
     """
 
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        init_std: float = INIT_STD,
+        out_init_std: float = INIT_STD,
+    ) -> None:
         super().__init__()
-        self.gate_proj = Linear(hidden_size, intermediate_size)
-        self.up_proj = Linear(hidden_size, intermediate_size)
-        self.down_proj = Linear(intermediate_size, hidden_size)
+        self.gate_proj = Linear(hidden_size, intermediate_size, init_std)
+        self.up_proj = Linear(hidden_size, intermediate_size, init_std)
+        self.down_proj = Linear(intermediate_size, hidden_size, out_init_std)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """BTD to BTD."""

@@ -35,13 +35,15 @@ class Sampling:
     """How the next token is drawn. Temperature 0 takes the likeliest and ignores the rest.
 
     Applied in transformers' order: temperature, then ``top_k`` (0 keeps all), then ``top_p`` (the
-    fewest tokens that together have at least this probability).
+    fewest tokens that together have at least this probability), then ``min_p`` (those that have at
+    least this part of the likeliest one's probability).
     """
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+    min_p: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
@@ -50,6 +52,8 @@ class Sampling:
             raise UserError(f"top_p is {self.top_p}; it must be above 0 and at most 1.")
         if self.top_k < 0:
             raise UserError(f"top_k is {self.top_k}; it must be 0 (no limit) or more.")
+        if not 0.0 <= self.min_p <= 1.0:
+            raise UserError(f"min_p is {self.min_p}; it must be between 0 (no limit) and 1.")
 
 
 def next_ids(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor | None) -> Tensor:
@@ -59,7 +63,7 @@ def next_ids(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor | None) ->
     assert uniform_B is not None
     scaled_BV = logits_BV.float() / sampling.temperature
     vocab_size = scaled_BV.shape[-1]
-    if sampling.top_k == 0 and sampling.top_p == 1.0:
+    if sampling.top_k == 0 and sampling.top_p == 1.0 and sampling.min_p == 0.0:
         return _inverse_cdf(scaled_BV.softmax(-1), uniform_B)
     # The k likeliest, likeliest first
     top_k = min(sampling.top_k or vocab_size, vocab_size)
@@ -68,6 +72,9 @@ def next_ids(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor | None) ->
     if sampling.top_p < 1.0:
         before_Bk = probabilities_Bk.cumsum(-1) - probabilities_Bk
         probabilities_Bk = probabilities_Bk.masked_fill(before_Bk >= sampling.top_p, 0.0)
+    if sampling.min_p > 0.0:
+        least_B1 = sampling.min_p * probabilities_Bk[:, :1]
+        probabilities_Bk = probabilities_Bk.masked_fill(probabilities_Bk < least_B1, 0.0)
     return ids_Bk.gather(-1, _inverse_cdf(probabilities_Bk, uniform_B)[:, None]).squeeze(-1)
 
 
@@ -183,6 +190,45 @@ class TransformersDecoder:
         self.mask_BT = self.mask_BT[kept]
 
 
+# ---------------------------------------------------------------- where an answer ends
+
+
+class StopRule:
+    """The ids and the strings that end an answer."""
+
+    def __init__(
+        self, token_ids: frozenset[int], strings: tuple[str, ...], tokenizer: Any = None
+    ) -> None:
+        """``tokenizer`` is needed for strings only. Errors: UserError for an empty string."""
+        if "" in strings:
+            raise UserError("A stop string is empty; every answer would end at once. Remove it.")
+        self.token_ids = token_ids
+        self.strings = strings
+        self.tokenizer = tokenizer
+        # A token has a byte at least; a few more, for the first may be cut inside a character.
+        self._num_kept = 4 + max((len(string.encode()) for string in strings), default=0)
+
+    def is_complete(self, tail: list[int], token: int) -> bool:
+        """Whether ``token`` completes a stop string; ``tail`` is what the answer ended with.
+
+        The token is added to the tail.
+        """
+        if not self.strings:
+            return False
+        tail.append(token)
+        del tail[: -self._num_kept]
+        text = self.tokenizer.decode(
+            tail, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return any(string in text for string in self.strings)
+
+
+def before_stop(text: str, stop_strings: Iterable[str]) -> str:
+    """What stands before the first of the stop strings; the whole text if it holds none."""
+    starts = [start for string in stop_strings if (start := text.find(string)) >= 0]
+    return text[: min(starts, default=len(text))]
+
+
 # ---------------------------------------------------------------- the generator
 
 
@@ -191,7 +237,9 @@ class Generator:
 
     An answer holds neither the prompt nor the token that ended it. It ends at a token of
     ``eos_token_ids`` or ``stop_token_ids``, after ``max_new_tokens``, or where prompt and answer
-    together reach ``max_length``, whichever comes first.
+    together reach ``max_length``, whichever comes first. It also ends with the token that completes
+    one of ``stop_strings``; that token belongs to the answer, since the string may begin in the
+    middle of a token: ``before_stop`` cuts the text.
 
     Greedy answers do not depend on which prompts share a batch (but for the rounding of a tie), and
     sampled ones only on the prompt, the seed and the prompt's place in ``prompts``.
@@ -241,20 +289,23 @@ class Generator:
         temperature: float = 0.0,
         top_p: float = 1.0,
         top_k: int = 0,
+        min_p: float = 0.0,
         seed: int = 0,
         stop_token_ids: Iterable[int] = (),
+        stop_strings: Sequence[str] = (),
     ) -> list[list[int]]:
         """An answer for each prompt, in their order; batches of similar length are made inside.
 
         Errors: UserError for an empty or too long prompt, an unknown id, or a value out of range.
         """
-        sampling = Sampling(temperature, top_p, top_k, seed)
+        sampling = Sampling(temperature, top_p, top_k, seed, min_p)
         self._check(prompts, max_new_tokens)
+        stop = self._stop_rule(stop_token_ids, stop_strings)
         answers: list[list[int]] = [[] for _ in prompts]
         longest_first = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
         for start in range(0, len(prompts), MAX_ROWS):
             batch = {index: prompts[index] for index in longest_first[start : start + MAX_ROWS]}
-            for index, token in self._decode(batch, max_new_tokens, sampling, stop_token_ids):
+            for index, token in self._decode(batch, max_new_tokens, sampling, stop):
                 answers[index].append(token)
         return answers
 
@@ -266,17 +317,24 @@ class Generator:
         temperature: float = 0.0,
         top_p: float = 1.0,
         top_k: int = 0,
+        min_p: float = 0.0,
         seed: int = 0,
         stop_token_ids: Iterable[int] = (),
+        stop_strings: Sequence[str] = (),
     ) -> Iterator[int]:
         """The answer that ``generate`` gives to this prompt alone, each id as soon as it is known.
 
         Bad values are refused when it is called, not at the first id. Errors: as ``generate``.
         """
-        sampling = Sampling(temperature, top_p, top_k, seed)
+        sampling = Sampling(temperature, top_p, top_k, seed, min_p)
         self._check([prompt], max_new_tokens)
-        decoded = self._decode({0: prompt}, max_new_tokens, sampling, stop_token_ids)
+        stop = self._stop_rule(stop_token_ids, stop_strings)
+        decoded = self._decode({0: prompt}, max_new_tokens, sampling, stop)
         return (token for _, token in decoded)
+
+    def _stop_rule(self, token_ids: Iterable[int], strings: Sequence[str]) -> StopRule:
+        tokenizer = self.tokenizer if strings else None
+        return StopRule(frozenset(self.eos_token_ids | set(token_ids)), tuple(strings), tokenizer)
 
     def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         if max_new_tokens < 1:
@@ -303,10 +361,10 @@ class Generator:
         prompts: dict[int, Sequence[int]],
         max_new_tokens: int,
         sampling: Sampling,
-        stop_token_ids: Iterable[int],
+        stop: StopRule,
     ) -> Iterator[tuple[int, int]]:
         """(key of the prompt, its next id), step by step for all rows; finished rows leave."""
-        stops = self.eos_token_ids | set(stop_token_ids)
+        tails: dict[int, list[int]] = {key: [] for key in prompts}
         limits = {
             key: min(max_new_tokens, self.max_length - len(prompt))
             for key, prompt in prompts.items()
@@ -334,10 +392,10 @@ class Generator:
             step += 1
             kept = []
             for row, (key, token) in enumerate(zip(keys, ids_B.tolist(), strict=True)):
-                if token in stops:
+                if token in stop.token_ids:
                     continue
                 yield key, token
-                if step < limits[key]:
+                if step < limits[key] and not stop.is_complete(tails[key], token):
                     kept.append(row)
             if not kept:
                 return
@@ -378,7 +436,7 @@ def load_generator(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> Generator:
-    """A generator for a model folder or hub name: native for OLMo-2, transformers' otherwise.
+    """A generator for a model folder or hub name: native for OLMo-1 to 3, transformers' otherwise.
 
     ``device`` None takes a GPU if there is one; ``dtype`` None keeps what the weights are saved in;
     ``trust_remote_code`` runs Python code that the folder brings.

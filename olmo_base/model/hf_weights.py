@@ -1,4 +1,4 @@
-"""Our weights <-> a Hugging Face ``Olmo2ForCausalLM`` folder, without importing transformers.
+"""Our weights <-> the Hugging Face folder of an OLMo model, without importing transformers.
 
 Out: names -> shards of safetensors -> config.json and generation_config.json -> tokenizer files.
 In: config.json -> ModelConfig -> an empty model -> each tensor to its place.
@@ -6,6 +6,7 @@ In: config.json -> ModelConfig -> an empty model -> each tensor to its place.
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 import tempfile
@@ -18,11 +19,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from olmo_base.model.transformer import ModelConfig, Transformer
+from olmo_base.model.rope import Yarn
+from olmo_base.model.transformer import (
+    FULL,
+    GENERATIONS,
+    SLIDING,
+    ModelConfig,
+    Transformer,
+    released_layer_types,
+)
 from olmo_base.run.artefact import move_into, resolve_model
 from olmo_base.run.errors import UserError
 
-ARCHITECTURE = "Olmo2ForCausalLM"
+ARCHITECTURES = {
+    "olmo": "OlmoForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "olmo3": "Olmo3ForCausalLM",
+}
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
@@ -35,6 +48,12 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+# The keys of config.json that only some generations have
+OWN_KEYS = {
+    "olmo": ("clip_qkv",),
+    "olmo2": ("rms_norm_eps",),
+    "olmo3": ("rms_norm_eps", "sliding_window", "layer_types"),
+}
 # Our module -> theirs, applied in this order to the part of the name that it matches.
 HF_NAMES = (
     (r"^layers\.(\d+)\.attention_norm\.", r"model.layers.\1.post_attention_layernorm."),
@@ -83,7 +102,7 @@ def export_hf(
         written = {file.name for file in temporary.iterdir()}
         _remove_old_model(folder, keep=written)
         move_into(temporary, folder)
-        _write_json(temporary / "config.json", _hf_config(model.config, model.dtype))
+        _write_json(temporary / "config.json", hf_config(model.config, model.dtype))
         move_into(temporary, folder)
     return folder
 
@@ -161,21 +180,49 @@ def _remove_old_model(folder: Path, keep: set[str]) -> None:
             old.unlink(missing_ok=True)
 
 
-def _hf_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+def hf_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """The content of config.json."""
     shape = dataclasses.asdict(config)
-    theta = shape.pop("rope_theta")
+    own = {
+        "clip_qkv": shape.pop("clip_qkv"),
+        "rms_norm_eps": shape.pop("rms_norm_eps"),
+        "sliding_window": shape.pop("sliding_window"),
+        "layer_types": list(config.layer_types or released_layer_types(config.num_hidden_layers)),
+    }
+    for key in ("layer_types", "rope_scaling", "rope_theta", "model_type"):
+        del shape[key]
     return {
-        "architectures": [ARCHITECTURE],
-        "model_type": "olmo2",
+        "architectures": [ARCHITECTURES[config.model_type]],
+        "model_type": config.model_type,
         **shape,
-        "rope_parameters": {"rope_theta": theta, "rope_type": "default"},
-        "rope_theta": theta,  # what readers older than transformers 5 look for
+        **{key: own[key] for key in OWN_KEYS[config.model_type]},
+        **_hf_rope(config),
         "hidden_act": "silu",
         "attention_bias": False,
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
         "use_cache": True,
         "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def _hf_rope(config: ModelConfig) -> dict[str, Any]:
+    """Positions as transformers 5 reads them, and beside it as older readers do."""
+    plain: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default"}
+    if config.model_type != "olmo3":
+        return {"rope_parameters": plain, "rope_theta": config.rope_theta}
+    yarn = config.rope_scaling
+    scaling = None
+    if yarn is not None:
+        scaling = {
+            **dataclasses.asdict(yarn),
+            "rope_type": "yarn",
+            "attention_factor": yarn.scale,
+        }
+    return {
+        "rope_parameters": {FULL: plain | (scaling or {}), SLIDING: plain},
+        "rope_theta": config.rope_theta,
+        "rope_scaling": scaling,
     }
 
 
@@ -197,7 +244,7 @@ def load_native(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Transformer:
-    """The model of any OLMo-2 folder (or hub name), in the dtype it was saved in unless told.
+    """The model of any OLMo folder (or hub name), in the dtype it was saved in unless told.
 
     Errors: UserError if there is no config.json, no or damaged weights, another architecture, or
     weights that are missing, unknown or of another shape than the config says.
@@ -208,14 +255,17 @@ def load_native(
         model = Transformer(config)
     wanted = {hf_name(name): (name, tensor) for name, tensor in model.state_dict().items()}
     loaded: dict[str, Tensor] = {}
-    for file in _weight_files(folder):
+    tied_head = None
+    for file in weight_files(folder):
         for name, tensor in _read_tensors(file):
             if name == "lm_head.weight" and config.tie_word_embeddings:
-                continue  # some writers keep the tied head a second time
+                tied_head = tensor.to(device=device, dtype=dtype)  # some writers keep it too
+                continue
             if name not in wanted:
                 raise UserError(
-                    f"{file} holds the weight {name}, which an {ARCHITECTURE} of this config.json "
-                    "does not have. The file belongs to another model."
+                    f"{file} holds the weight {name}, which an "
+                    f"{ARCHITECTURES[config.model_type]} of this config.json does not have. "
+                    "The file belongs to another model."
                 )
             ours, empty = wanted[name]
             if tensor.shape != empty.shape:
@@ -230,40 +280,57 @@ def load_native(
             f"{folder} lacks {len(missing)} of {len(wanted)} weights, the first being "
             f"{missing[0]}. Copy or download the folder again."
         )
+    if tied_head is not None and not torch.equal(tied_head, loaded["embed_tokens.weight"]):
+        raise UserError(
+            f"{folder}: config.json ties the head to the embedding (tie_word_embeddings), but the "
+            "two differ. Set it to false if the head is to be used."
+        )
     model.load_state_dict(loaded, assign=True)
     return model.requires_grad_(True)
 
 
 def is_native(folder: str | Path) -> bool:
-    """Whether ``load_native`` reads this folder: an OLMo-2 with nothing that we do not build."""
+    """Whether ``load_native`` reads this folder: an OLMo with nothing that we do not build."""
     content = _read_json(Path(folder) / "config.json")
-    return content.get("model_type") == "olmo2" and not _not_built(content)
+    return content.get("model_type") in GENERATIONS and not _not_built(content)
 
 
 def read_model_config(folder: str | Path) -> ModelConfig:
     """The shape that a folder's config.json states. Errors: UserError as in ``load_native``."""
     path = Path(folder) / "config.json"
     content = _read_json(path)
-    if content.get("model_type") != "olmo2":
+    generation = content.get("model_type")
+    if generation not in GENERATIONS:
         named = ", ".join(content.get("architectures") or []) or "an unnamed architecture"
         raise UserError(
-            f"{path} describes {named} (model_type {content.get('model_type')!r}); the native "
-            "model is OLMo-2 (model_type 'olmo2')."
+            f"{path} describes {named} (model_type {generation!r}); the native models are "
+            f"OLMo-1 to OLMo-3 (model_type {', '.join(map(repr, GENERATIONS))})."
         )
     if reason := _not_built(content):
-        raise UserError(f"{path}: {reason}, which the native OLMo-2 does not have.")
-    keys = {field.name for field in dataclasses.fields(ModelConfig)}
-    given = {key: value for key, value in content.items() if key in keys and value is not None}
-    given["rope_theta"] = _rope(content).get("rope_theta", content.get("rope_theta", 10_000.0))
+        raise UserError(f"{path}: {reason}, which the native {GENERATIONS[generation]} lacks.")
+    fields = {field.name: field for field in dataclasses.fields(ModelConfig)}
+    others = {key for keys in OWN_KEYS.values() for key in keys} - set(OWN_KEYS[generation])
+    given = {
+        key: value
+        for key, value in content.items()
+        if key in fields.keys() - others - {"rope_scaling"} and value is not None
+    }
+    given["rope_theta"] = _rope(content)[FULL]["rope_theta"]
     given.setdefault("num_key_value_heads", given.get("num_attention_heads"))
-    given.setdefault("rms_norm_eps", 1e-5)  # transformers' default for a config that is silent
+    # transformers' defaults for a config that is silent
+    if generation != "olmo":
+        given.setdefault("rms_norm_eps", 1e-5)
     given.setdefault("eos_token_id", 0)
     if isinstance(given["eos_token_id"], list):
         given["eos_token_id"] = given["eos_token_id"][0]
     given.setdefault("pad_token_id", given["eos_token_id"])
-    required = {field.name for field in dataclasses.fields(ModelConfig) if _has_no_default(field)}
+    required = {name for name, field in fields.items() if _has_no_default(field)}
     if missing := sorted(required - given.keys()):
         raise UserError(f"{path} does not say {', '.join(missing)}.")
+    if generation == "olmo3":
+        given.setdefault("sliding_window", 4096)
+        given["layer_types"] = _layer_types(content)
+        given["rope_scaling"] = _yarn(content)
     return ModelConfig(**given)
 
 
@@ -277,23 +344,79 @@ def _not_built(content: dict[str, Any]) -> str | None:
         return "it has biases in attention (attention_bias)"
     if content.get("hidden_act", "silu") != "silu":
         return f"its activation is {content['hidden_act']} (hidden_act)"
-    if (kind := _rope(content).get("rope_type", "default")) != "default":
-        return f"its rotary positions are scaled ({kind})"
     heads = content.get("num_attention_heads") or 1
     if content.get("head_dim") not in (None, content.get("hidden_size", 0) // heads):
         return f"its heads have {content['head_dim']} channels (head_dim)"
+    rope = _rope(content)
+    kind = rope[FULL]["rope_type"]
+    if content.get("model_type") != "olmo3":
+        return None if kind == "default" else f"its rotary positions are scaled ({kind})"
+    if "sliding_window" in content and content["sliding_window"] is None:
+        return "its windowed layers have no window (sliding_window)"
+    if kind not in ("default", "yarn"):
+        return f"its rotary positions are scaled ({kind})"
+    if kind == "yarn" and (unknown := sorted(rope[FULL].keys() - YARN_KEYS)):
+        return f"its YaRN has {unknown[0]}"
+    if (kind := rope[SLIDING]["rope_type"]) != "default":
+        return f"the rotary positions of its windowed layers are scaled ({kind})"
+    if rope[FULL]["rope_theta"] != rope[SLIDING]["rope_theta"]:
+        return "its windowed layers have another rope_theta than the others"
     return None
 
 
-def _rope(content: dict[str, Any]) -> dict[str, Any]:
-    """transformers 5 writes rope_parameters, 4 wrote rope_theta and rope_scaling."""
-    rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
-    if "type" in rope:
-        rope = {"rope_type": rope["type"], **rope}
-    return rope
+YARN_KEYS = {field.name for field in dataclasses.fields(Yarn)} | {"rope_type", "type", "rope_theta"}
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def _rope(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """How positions turn in layers that see all and in those with a window.
+
+    transformers 5 writes rope_parameters, nested for OLMo-3; 4 wrote rope_theta and rope_scaling,
+    and scaled only the layers that see all.
+    """
+    written = content.get("rope_parameters") or {}
+    scaling = content.get("rope_scaling") or {}
+    if FULL in written or SLIDING in written:
+        kinds = {kind: dict(written.get(kind) or {}) for kind in (FULL, SLIDING)}
+        kinds[FULL] |= scaling
+    else:
+        full = dict(written or scaling)
+        kinds = {
+            FULL: full,
+            SLIDING: {"rope_theta": full["rope_theta"]} if "rope_theta" in full else {},
+        }
+    # transformers' defaults for a config that is silent
+    default = 500_000.0 if content.get("model_type") == "olmo3" else 10_000.0
+    for rope in kinds.values():
+        rope.setdefault("rope_theta", content.get("rope_theta") or default)
+        rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    return kinds
+
+
+def _yarn(content: dict[str, Any]) -> Yarn | None:
+    rope = _rope(content)[FULL]
+    if rope["rope_type"] == "default":
+        return None
+    names = {field.name for field in dataclasses.fields(Yarn)}
+    given = {key: value for key, value in rope.items() if key in names and value is not None}
+    given.setdefault("original_max_position_embeddings", content.get("max_position_embeddings"))
+    if "factor" not in given:
+        raise UserError("config.json asks for YaRN (rope_type) and does not say its factor.")
+    yarn = Yarn(**given)
+    own = dataclasses.replace(yarn, attention_factor=None)
+    return own if math.isclose(own.scale, yarn.scale, rel_tol=1e-9) else yarn
+
+
+def _layer_types(content: dict[str, Any]) -> tuple[str, ...] | None:
+    """None for the pattern of the released models."""
+    num_layers = content["num_hidden_layers"]
+    types = content.get("layer_types")
+    if types is None:  # transformers' default, whose last layer is nothing special
+        types = [FULL if index % 4 == 3 else SLIDING for index in range(num_layers)]
+    return None if tuple(types) == released_layer_types(num_layers) else tuple(types)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of safetensors that a folder's weights are in. Errors: UserError if they lack."""
     if (folder / WEIGHTS_INDEX).is_file():
         index = _read_json(folder / WEIGHTS_INDEX)
         names = sorted(set(index.get("weight_map", {}).values()))

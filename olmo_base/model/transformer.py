@@ -1,28 +1,43 @@
-"""The OLMo-2 language model (arXiv:2501.00656): ids in, hidden states and logits out.
+"""The OLMo language models, all three generations: ids in, hidden states and logits out.
 
 B batch, T positions, D width, V vocabulary.
 
-The norms stand on the outputs of attention and feed-forward, inside the residual branch, and not
-before them: h = x + norm(attention(x)), out = h + norm(feed_forward(h)).
+OLMo-1 (arXiv:2402.00838) norms what goes into attention and feed-forward, without weights:
+h = x + attention(norm(x)), out = h + feed_forward(norm(h)). OLMo-2 (arXiv:2501.00656) norms what
+comes out of them, inside the residual branch: h = x + norm(attention(x)), out = h +
+norm(feed_forward(h)), and norms queries and keys too. OLMo-3 is OLMo-2 of whose layers three of
+four see no further back than a window.
 """
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from olmo_base.model.attention import Attention, KeyValueCache
-from olmo_base.model.feed_forward import Embedding, FeedForward, Linear, RMSNorm
-from olmo_base.model.rope import RotaryTable
+from olmo_base.model.attention import Attention, KeyValueCache, window_mask
+from olmo_base.model.feed_forward import (
+    INIT_STD,
+    Embedding,
+    FeedForward,
+    LayerNorm,
+    Linear,
+    RMSNorm,
+)
+from olmo_base.model.rope import RotaryTable, Yarn
 from olmo_base.run.errors import UserError
+
+GENERATIONS = {"olmo": "OLMo-1", "olmo2": "OLMo-2", "olmo3": "OLMo-3"}
+RMS_NORM_EPS = 1e-6
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of an OLMo-2 model, under the names that its config.json carries.
+    """The shape of an OLMo model, under the names that its config.json carries.
 
     Errors: UserError naming the key, its value and what it must be.
     """
@@ -38,10 +53,18 @@ class ModelConfig:
     pad_token_id: int
     bos_token_id: int | None = None
     rope_theta: float = 500_000.0
-    rms_norm_eps: float = 1e-6
+    rms_norm_eps: float = RMS_NORM_EPS
     tie_word_embeddings: bool = False
+    model_type: str = "olmo2"  # the generation, one of GENERATIONS
+    clip_qkv: float | None = None  # OLMo-1: queries, keys and values are cut at plus-minus this
+    sliding_window: int | None = None  # OLMo-3: tokens that a windowed layer sees, itself included
+    layer_types: tuple[str, ...] | None = None  # OLMo-3: which layers have it; None as released
+    rope_scaling: Yarn | None = None  # OLMo-3: of the layers that see all
 
     def __post_init__(self) -> None:
+        if self.model_type not in GENERATIONS:
+            known = ", ".join(GENERATIONS)
+            raise UserError(f"model_type is {self.model_type!r}; the generations are {known}.")
         for name in (
             "vocab_size",
             "hidden_size",
@@ -83,17 +106,83 @@ class ModelConfig:
                     f"{name} is {value}; the ids of a vocabulary of {self.vocab_size} "
                     f"are 0 to {self.vocab_size - 1}."
                 )
+        if self.model_type == "olmo":
+            self._check_olmo1()
+        elif self.clip_qkv is not None:
+            raise UserError(
+                f"clip_qkv is {self.clip_qkv}, but only OLMo-1 has it, and model_type is "
+                f"{self.model_type}. Leave it out."
+            )
+        if self.model_type == "olmo3":
+            self._check_olmo3()
+        else:
+            for name in ("sliding_window", "layer_types", "rope_scaling"):
+                if getattr(self, name) is not None:
+                    raise UserError(
+                        f"{name} is given, but only OLMo-3 has it, and model_type is "
+                        f"{self.model_type}. Leave it out."
+                    )
+
+    def _check_olmo1(self) -> None:
+        if self.clip_qkv is not None and not (math.isfinite(self.clip_qkv) and self.clip_qkv > 0):
+            raise UserError(f"clip_qkv is {self.clip_qkv!r}; it must be a number above 0.")
+        if self.rms_norm_eps != RMS_NORM_EPS:
+            raise UserError(
+                f"rms_norm_eps is {self.rms_norm_eps}, but OLMo-1 has a LayerNorm of a fixed eps "
+                "and no RMSNorm. Leave it out."
+            )
+
+    def _check_olmo3(self) -> None:
+        window, types = self.sliding_window, self.layer_types
+        if not isinstance(window, int) or isinstance(window, bool) or window < 1:
+            raise UserError(f"sliding_window is {window!r}; it must be a whole number, at least 1.")
+        if self.rope_scaling is not None and self.rope_theta <= 1:
+            raise UserError(f"rope_theta is {self.rope_theta!r}; with YaRN it must be above 1.")
+        if types is None:
+            return
+        if len(types) != self.num_hidden_layers:
+            raise UserError(
+                f"layer_types names {len(types)} layers, num_hidden_layers is "
+                f"{self.num_hidden_layers}."
+            )
+        if wrong := sorted(set(types) - {FULL, SLIDING}):
+            raise UserError(f"layer_types holds {wrong[0]!r}; it must be {FULL} or {SLIDING}.")
 
     @property
     def head_dim(self) -> int:
         """Channels of one head."""
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def norms_inputs(self) -> bool:
+        """Whether norms stand before attention and feed-forward; if not, after them."""
+        return self.model_type == "olmo"
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """How many tokens each layer sees, itself included; None for all before it."""
+        types = self.layer_types or released_layer_types(self.num_hidden_layers)
+        return tuple(
+            self.sliding_window if kind == SLIDING and self.model_type == "olmo3" else None
+            for kind in types
+        )
+
+
+def released_layer_types(num_layers: int) -> tuple[str, ...]:
+    """OLMo-3's pattern: every fourth layer sees all, and so does the last."""
+    return tuple(
+        FULL if index % 4 == 3 or index == num_layers - 1 else SLIDING
+        for index in range(num_layers)
+    )
+
 
 def num_parameters(config: ModelConfig) -> int:
     """Every weight, counted once: tied embeddings count once too."""
     width, kv_width = config.hidden_size, config.num_key_value_heads * config.head_dim
     norms_per_layer = 3 * width + kv_width  # of attention, feed-forward, query; and of key
+    final_norm = width
+    if config.model_type == "olmo":
+        norms_per_layer = final_norm = 0
     num_embedding = config.vocab_size * width
     num_heads = 0 if config.tie_word_embeddings else num_embedding
     num_layers = config.num_hidden_layers
@@ -101,7 +190,7 @@ def num_parameters(config: ModelConfig) -> int:
         num_embedding
         + num_heads
         + num_layers * (_matmul_weights_per_layer(config) + norms_per_layer)
-        + width
+        + final_norm
     )
 
 
@@ -110,13 +199,14 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
 
     6 N + 12 L H h T as in PaLM (arXiv:2204.02311, appendix B): N counts the weights that take part
     in a matrix product, the language-model head among them and the embedding look-up not. The
-    masked half of attention is counted too, as is usual.
+    masked half of attention is counted too, as is usual; of a windowed layer, the window.
     """
     num_weights = (
         config.num_hidden_layers * _matmul_weights_per_layer(config)
         + config.vocab_size * config.hidden_size
     )
-    attention = 12 * config.num_hidden_layers * config.hidden_size * sequence_length
+    num_seen = sum(min(window or sequence_length, sequence_length) for window in config.windows)
+    attention = 12 * config.hidden_size * num_seen
     return 6.0 * num_weights + attention
 
 
@@ -125,20 +215,60 @@ def _matmul_weights_per_layer(config: ModelConfig) -> int:
     return 2 * width * width + 2 * width * kv_width + 3 * width * config.intermediate_size
 
 
-class Block(nn.Module):
-    """One layer: attention, then feed-forward, each normed on its way into the residual stream."""
+class InitStd(NamedTuple):
+    """Standard deviations that a layer's matrices start with."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    inputs: float  # of what reads the residual stream
+    attention_out: float
+    feed_forward_out: float
+
+
+def init_std(config: ModelConfig, layer: int) -> InitStd:
+    """OLMo-1 scales by width and depth (its "mitchell" scheme), later ones use one number."""
+    if config.model_type != "olmo":
+        return InitStd(INIT_STD, INIT_STD, INIT_STD)
+    return InitStd(
+        config.hidden_size**-0.5,
+        (2 * config.hidden_size * (layer + 1)) ** -0.5,
+        (2 * config.intermediate_size * (layer + 1)) ** -0.5,
+    )
+
+
+def new_norm(config: ModelConfig) -> nn.Module:
+    """The generation's norm of the residual stream's width."""
+    if config.model_type == "olmo":
+        return LayerNorm()
+    return RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Sight(NamedTuple):
+    """What layers that see equally far share: how positions turn, and who sees whom."""
+
+    rotation: tuple[Tensor, Tensor]  # cosines and sines, Th or B1Th
+    may_attend: Tensor | None  # B1TS; None for plain causality
+
+
+class Block(nn.Module):
+    """One layer: attention, then feed-forward, each normed on its way in (OLMo-1) or out."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
+        std = init_std(config, layer)
+        self.norms_inputs = config.norms_inputs
         self.attention = Attention(
             config.hidden_size,
             config.num_attention_heads,
             config.num_key_value_heads,
-            config.rms_norm_eps,
+            qk_norm_eps=None if config.model_type == "olmo" else config.rms_norm_eps,
+            clip_qkv=config.clip_qkv,
+            init_std=std.inputs,
+            out_init_std=std.attention_out,
         )
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.feed_forward = FeedForward(config.hidden_size, config.intermediate_size)
-        self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention_norm = new_norm(config)
+        self.feed_forward = FeedForward(
+            config.hidden_size, config.intermediate_size, std.inputs, std.feed_forward_out
+        )
+        self.feed_forward_norm = new_norm(config)
 
     def forward(
         self,
@@ -149,6 +279,10 @@ class Block(nn.Module):
         layer: int,
     ) -> Tensor:
         """BTD to BTD."""
+        if self.norms_inputs:
+            normed_BTD = self.attention_norm(x_BTD)
+            x_BTD = x_BTD + self.attention(normed_BTD, rotation, may_attend, cache, layer)
+            return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
         mixed_BTD = self.attention(x_BTD, rotation, may_attend, cache, layer)
         x_BTD = x_BTD + self.attention_norm(mixed_BTD)
         return x_BTD + self.feed_forward_norm(self.feed_forward(x_BTD))
@@ -161,13 +295,26 @@ class Transformer(nn.Module):
         """Weights are drawn from torch's global generator; under torch.device("meta") none are."""
         super().__init__()
         self.config = config
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = (
-            None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
+        std = init_std(config, 0).inputs
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, std)
+        self.layers = nn.ModuleList(
+            Block(config, layer) for layer in range(config.num_hidden_layers)
         )
-        self.rotary_table = RotaryTable(config.head_dim, config.rope_theta)
+        self.norm = new_norm(config)
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else Linear(config.hidden_size, config.vocab_size, std)
+        )
+        self.windows = config.windows
+        self.rotary_tables = {
+            window: RotaryTable(
+                config.head_dim,
+                config.rope_theta,
+                config.rope_scaling if window is None else None,
+            )
+            for window in self.windows
+        }
         self.gradient_checkpointing = False  # recompute each layer in the backward pass
 
     def forward(
@@ -183,9 +330,10 @@ class Transformer(nn.Module):
         own document (RoPE is relative, so positions need not start anew). ``cache`` continues what
         it holds. Errors: UserError if there are more positions than the model was made for.
         """
-        rotation, may_attend = self._positions_and_mask(ids_BT, document_ids_BT, cache)
+        sights = self._sights(ids_BT, document_ids_BT, cache)
         x_BTD = self.embed_tokens(ids_BT)
         for index, layer in enumerate(self.layers):
+            rotation, may_attend = sights[self.windows[index]]
             if self.gradient_checkpointing and torch.is_grad_enabled() and cache is None:
                 x_BTD = checkpoint(
                     layer, x_BTD, rotation, may_attend, None, index, use_reentrant=False
@@ -218,7 +366,7 @@ class Transformer(nn.Module):
     def new_cache(self, padding_B: list[int], *, capacity: int) -> KeyValueCache:
         """An empty cache for rows with so many padding positions before them."""
         return KeyValueCache(
-            self.config.num_hidden_layers,
+            self.windows,
             self.config.num_key_value_heads,
             self.config.head_dim,
             padding_B,
@@ -227,28 +375,38 @@ class Transformer(nn.Module):
             dtype=self.dtype,
         )
 
-    def _positions_and_mask(
+    def _sights(
         self, ids_BT: Tensor, document_ids_BT: Tensor | None, cache: KeyValueCache | None
-    ) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+    ) -> dict[int | None, Sight]:
+        """By window."""
         num_positions = ids_BT.shape[1]
         if cache is not None:
             assert document_ids_BT is None, "a cache holds one document per row"
             cache.reserve(num_positions)
             self._check_length(cache.longest_row + num_positions)
-            cos_Sh, sin_Sh = self.rotary_table(cache.length + num_positions, ids_BT.device)
             positions = cache.positions(num_positions)
-            may_attend = cache.may_attend(num_positions)
-            cos, sin = cos_Sh[positions], sin_Sh[positions]
-            if positions.ndim == 2:  # rows at different positions: B1Th beside BHTh
-                cos, sin = cos[:, None], sin[:, None]
-            return (cos, sin), may_attend
+            end = cache.length + num_positions
+            return {
+                window: Sight(
+                    _at(positions, *table(end, ids_BT.device)),
+                    cache.may_attend(num_positions, window),
+                )
+                for window, table in self.rotary_tables.items()
+            }
         self._check_length(num_positions)
-        cos_Sh, sin_Sh = self.rotary_table(num_positions, ids_BT.device)
-        rotation = cos_Sh[:num_positions], sin_Sh[:num_positions]
-        if document_ids_BT is None:
-            return rotation, None
-        is_same_BTT = document_ids_BT[:, :, None] == document_ids_BT[:, None, :]
-        return rotation, is_same_BTT.tril()[:, None]
+        is_same_B1TT = None
+        if document_ids_BT is not None:
+            is_same_BTT = document_ids_BT[:, :, None] == document_ids_BT[:, None, :]
+            is_same_B1TT = is_same_BTT.tril()[:, None]
+        sights = {}
+        for window, table in self.rotary_tables.items():
+            cos_Sh, sin_Sh = table(num_positions, ids_BT.device)
+            near_TT = window_mask(num_positions, window, ids_BT.device)
+            may_attend = is_same_B1TT
+            if near_TT is not None:
+                may_attend = near_TT[None, None] if may_attend is None else may_attend & near_TT
+            sights[window] = Sight((cos_Sh[:num_positions], sin_Sh[:num_positions]), may_attend)
+        return sights
 
     def _check_length(self, num_positions: int) -> None:
         if num_positions > self.config.max_position_embeddings:
@@ -256,3 +414,10 @@ class Transformer(nn.Module):
                 f"A row has {num_positions} tokens; this model was made for at most "
                 f"{self.config.max_position_embeddings} (max_position_embeddings). Shorten the row."
             )
+
+
+def _at(positions: Tensor, cos_Sh: Tensor, sin_Sh: Tensor) -> tuple[Tensor, Tensor]:
+    cos, sin = cos_Sh[positions], sin_Sh[positions]
+    if positions.ndim == 2:  # rows at different positions: B1Th beside BHTh
+        cos, sin = cos[:, None], sin[:, None]
+    return cos, sin

@@ -14,6 +14,7 @@ from pathlib import Path
 import click
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from open_instruct import shipped_folder
 from open_instruct.__main__ import _stop_now, cli, main
@@ -73,7 +74,7 @@ def test_help_of_every_verb_imports_nothing_heavy():
 
 
 def test_the_verbs_of_the_readme_are_there():
-    assert {"run", "chat", "eval", "report", "data"} <= set(cli.commands)
+    assert {"run", "chat", "eval", "report", "data", "convert"} <= set(cli.commands)
 
 
 @pytest.mark.parametrize(
@@ -91,6 +92,24 @@ def test_the_verbs_of_the_readme_are_there():
 def test_mistyped_words_exit_with_2_and_suggest_the_nearest(words, message, capsys):
     assert main(words) == 2
     assert message in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- convert
+
+
+def test_a_model_is_converted_and_comes_back(tmp_path, capsys):
+    save_tiny_model(tmp_path / "hf")
+    there, back = str(tmp_path / "core"), str(tmp_path / "back")
+    assert main(["convert", str(tmp_path / "hf"), there]) == 0
+    assert "hf to olmo_core" in capsys.readouterr().err
+    assert main(["convert", there, back, "--to", "hf"]) == 0
+    assert (tmp_path / "back" / "tokenizer.json").is_file()
+    old, new = (tmp_path / name / "model.safetensors" for name in ("hf", "back"))
+    weights, again = load_file(old), load_file(new)
+    assert weights.keys() == again.keys()
+    assert all(weights[name].equal(again[name]) for name in weights)
+    assert main(["convert", str(tmp_path / "hf"), back]) == 2
+    assert "back is there already" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- run

@@ -7,7 +7,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel
+from tokenizers.models import BPE
 from transformers import (
+    AutoModelForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -16,13 +20,22 @@ from transformers import (
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
-    Olmo2ForCausalLM,
+    MinPLogitsWarper,
     T5Config,
     T5ForConditionalGeneration,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
 )
 
-from olmo_base.model.generate import Generator, Sampling, load_generator, next_ids
+from olmo_base.model.generate import (
+    Generator,
+    Sampling,
+    before_stop,
+    load_generator,
+    next_ids,
+)
 from olmo_base.model.hf_weights import export_hf
+from olmo_base.model.rope import Yarn
 from olmo_base.model.transformer import ModelConfig, Transformer
 from olmo_base.run.errors import UserError
 
@@ -31,18 +44,30 @@ EOS, PAD = 2, 3
 STOPS = [EOS, 11, 25]  # enough that some answers of a random model end by themselves
 
 
-def native_model(seed: int = 0, max_length: int = 64) -> Transformer:
+# What each generation has of its own; the window is shorter than prompts and answers.
+OWN: dict[str, dict[str, Any]] = {
+    "olmo": {"clip_qkv": 1.5},
+    "olmo2": {},
+    "olmo3": {
+        "num_hidden_layers": 4,
+        "sliding_window": 6,
+        "rope_scaling": Yarn(factor=4.0, original_max_position_embeddings=16),
+    },
+}
+
+
+def native_model(seed: int = 0, max_length: int = 64, generation: str = "olmo2") -> Transformer:
     """Weights so large that the likeliest token is never a matter of rounding."""
     config = ModelConfig(
         vocab_size=VOCAB,
         hidden_size=24,
         intermediate_size=32,
-        num_hidden_layers=2,
         num_attention_heads=6,
         num_key_value_heads=3,
         max_position_embeddings=max_length,
         eos_token_id=EOS,
         pad_token_id=PAD,
+        **{"model_type": generation, "num_hidden_layers": 2, **OWN[generation]},
     )
     torch.manual_seed(seed)
     model = Transformer(config)
@@ -52,8 +77,8 @@ def native_model(seed: int = 0, max_length: int = 64) -> Transformer:
     return model
 
 
-def native_generator(seed: int = 0, max_length: int = 64) -> Generator:
-    model = native_model(seed, max_length)
+def native_generator(seed: int = 0, max_length: int = 64, generation: str = "olmo2") -> Generator:
+    model = native_model(seed, max_length, generation)
     return Generator(model, eos_token_ids={EOS}, max_length=max_length)
 
 
@@ -76,10 +101,13 @@ def greedy_by_transformers(model: Any, prompt: list[int], max_new_tokens: int) -
     return answer[:-1] if answer[-1] in STOPS else answer
 
 
+@pytest.mark.parametrize("generation", OWN)
 @pytest.mark.parametrize("seed", range(3))
-def test_greedy_answers_of_the_native_model_are_those_of_transformers(seed: int, tmp_path: Path):
-    export_hf(native_model(seed), tmp_path)
-    other = Olmo2ForCausalLM.from_pretrained(tmp_path)
+def test_greedy_answers_of_the_native_model_are_those_of_transformers(
+    generation: str, seed: int, tmp_path: Path
+):
+    export_hf(native_model(seed, generation=generation), tmp_path)
+    other = AutoModelForCausalLM.from_pretrained(tmp_path)
     prompts = some_prompts(12, seed=seed)
     expected = [greedy_by_transformers(other, prompt, 30) for prompt in prompts]
     generator = load_generator(tmp_path, device="cpu")
@@ -142,9 +170,10 @@ def test_greedy_answers_of_other_architectures_are_those_of_transformers(name: s
     assert generator.generate(prompts, max_new_tokens=20, stop_token_ids=STOPS) == expected
 
 
+@pytest.mark.parametrize("generation", OWN)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_an_answer_does_not_depend_on_what_shares_its_batch(temperature: float):
-    generator = native_generator()
+def test_an_answer_does_not_depend_on_what_shares_its_batch(temperature: float, generation: str):
+    generator = native_generator(generation=generation)
     settings: dict[str, Any] = {"max_new_tokens": 25, "temperature": temperature, "seed": 5}
     prompts = some_prompts(9)
     together = generator.generate(prompts, **settings)
@@ -192,6 +221,67 @@ def test_stop_tokens_end_the_answer_and_are_not_part_of_it():
     assert stopped == answer[: answer.index(stop)]
 
 
+# One character each but for a few longer tokens, in which a stop string may begin or end.
+TOKENS = [*"abcdefghijklmnopqrstuvwxyz0123456789", "é", "bc", "de", "xyz"]
+
+
+def write_tokenizer(folder: Path) -> None:
+    assert len(TOKENS) == VOCAB
+    vocab = {"".join(byte_alphabet(token)): index for index, token in enumerate(TOKENS)}
+    tokenizer = Tokenizer(BPE(vocab, []))
+    tokenizer.decoder = ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+
+
+def byte_alphabet(token: str) -> list[str]:
+    """How a byte-level tokenizer writes the bytes of a token: é is two of them."""
+    return [character for character in ("Ã©" if token == "é" else token)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_answers_ended_by_stop_strings_are_those_of_transformers(seed: int, tmp_path: Path):
+    export_hf(native_model(seed), tmp_path)
+    write_tokenizer(tmp_path)
+    other: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
+    generator = load_generator(tmp_path, device="cpu")
+    generator.eos_token_ids = set()
+    prompts = some_prompts(12, seed=seed)
+    whole = generator.generate(prompts, max_new_tokens=30)
+    texts = [generator.tokenizer.decode(ids) for ids in whole]
+    # Two characters out of three of the answers: most of them end early, at different places.
+    strings = [texts[row][start : start + 2] for row, start in ((0, 9), (1, 4), (2, 17))]
+    found = generator.generate(prompts, max_new_tokens=30, stop_strings=strings)
+    assert sum(len(one) < len(all_) for one, all_ in zip(found, whole, strict=True)) >= 3
+    for prompt, answer in zip(prompts, found, strict=True):
+        output = other.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=30,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=PAD,
+            stop_strings=strings,
+            tokenizer=generator.tokenizer,
+        )
+        assert output[0, len(prompt) :].tolist() == answer
+        streamed = generator.stream(prompt, max_new_tokens=30, stop_strings=strings)
+        assert list(streamed) == answer
+
+
+def test_the_text_is_cut_before_the_first_stop_string():
+    assert before_stop("one\n\ntwo###", ["###", "\n\n"]) == "one"
+    assert before_stop("nothing here", ["###"]) == "nothing here"
+    assert before_stop("anything", []) == "anything"
+
+
+def test_an_empty_stop_string_is_refused(tmp_path: Path):
+    export_hf(native_model(), tmp_path)
+    write_tokenizer(tmp_path)
+    with pytest.raises(UserError, match="stop string is empty"):
+        load_generator(tmp_path).generate([[1]], max_new_tokens=3, stop_strings=["x", ""])
+
+
 def test_an_answer_ends_where_the_model_can_hold_no_more():
     generator = native_generator(max_length=16)
     generator.eos_token_ids = set()
@@ -199,11 +289,12 @@ def test_an_answer_ends_where_the_model_can_hold_no_more():
     assert [len(answer) for answer in generator.generate(prompts, max_new_tokens=99)] == [6, 1, 15]
 
 
-def test_growing_the_cache_changes_nothing(tmp_path: Path):
-    generator = native_generator(max_length=400)
+@pytest.mark.parametrize("generation", OWN)
+def test_growing_the_cache_changes_nothing(generation: str, tmp_path: Path):
+    generator = native_generator(max_length=400, generation=generation)
     generator.eos_token_ids = set()
     export_hf(generator.model, tmp_path)
-    other = Olmo2ForCausalLM.from_pretrained(tmp_path)
+    other = AutoModelForCausalLM.from_pretrained(tmp_path)
     [answer] = generator.generate([[5, 9]], max_new_tokens=150)
     assert len(answer) == 150
     with torch.no_grad():  # each id is the likeliest after all before it, seen in one pass
@@ -252,6 +343,36 @@ def test_top_k_and_top_p_by_hand():
     # top_k first: of 0.625 and 0.375 the first already has half
     assert shares(top_k=2, top_p=0.5) == [0.0, 1.0, 0.0, 0.0]
     assert shares(top_k=99) == [0.15, 0.5, 0.05, 0.3]
+    assert shares(min_p=0.5) == [0.0, 0.62, 0.0, 0.38]  # at least 0.25
+    assert shares(min_p=0.09) == [0.15, 0.5, 0.05, 0.3]
+    assert shares(min_p=1.0) == [0.0, 1.0, 0.0, 0.0]
+
+
+def test_what_min_p_and_the_others_keep_is_what_transformers_keeps():
+    logits_BV = torch.randn(200, 30, generator=torch.Generator().manual_seed(0)) * 3
+    cases: list[dict[str, Any]] = [
+        {"min_p": 0.1},
+        {"min_p": 0.05, "top_k": 6},
+        {"min_p": 0.2, "top_p": 0.8},
+    ]
+    warpers: dict[str, Any] = {
+        "top_k": TopKLogitsWarper,
+        "top_p": TopPLogitsWarper,
+        "min_p": MinPLogitsWarper,
+    }
+    for settings in cases:
+        kept_BV = logits_BV / 0.7
+        for name, warper in warpers.items():
+            if name in settings:
+                kept_BV = warper(settings[name])(torch.zeros(200, 1), kept_BV)
+        sampling = Sampling(temperature=0.7, **settings)
+        drawn = [next_ids(logits_BV, sampling, torch.full((200,), u / 400)) for u in range(400)]
+        was_drawn_BV = torch.zeros(200, 30, dtype=torch.bool)
+        for ids_B in drawn:
+            was_drawn_BV[torch.arange(200), ids_B] = True
+        assert not (was_drawn_BV & kept_BV.isinf()).any()
+        probability_BV = kept_BV.softmax(-1)
+        assert was_drawn_BV[probability_BV > 0.01].all()
 
 
 def test_temperature_sharpens_by_hand():
@@ -282,6 +403,7 @@ def test_a_token_of_no_probability_is_never_drawn(top_p: float):
         ([[1]], {"temperature": -0.1}, "temperature is -0.1"),
         ([[1]], {"top_p": 0.0}, "top_p is 0.0"),
         ([[1]], {"top_k": -1}, "top_k is -1"),
+        ([[1]], {"min_p": 1.5}, "min_p is 1.5"),
     ],
 )
 def test_what_cannot_be_generated_is_refused_in_words(

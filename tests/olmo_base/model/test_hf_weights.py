@@ -1,6 +1,8 @@
 """Folders that go out to transformers and folders that come in from it."""
 
+import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -17,10 +19,16 @@ from transformers import (
     GPT2LMHeadModel,
     Olmo2Config,
     Olmo2ForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
+    OlmoConfig,
+    OlmoForCausalLM,
 )
 
-from olmo_base.model.hf_weights import export_hf, is_native, load_native
-from olmo_base.model.transformer import ModelConfig, Transformer
+from olmo_base.model.hf_weights import export_hf, hf_config, is_native, load_native
+from olmo_base.model.presets import PRESETS
+from olmo_base.model.rope import Yarn
+from olmo_base.model.transformer import FULL, SLIDING, ModelConfig, Transformer
 from olmo_base.run.errors import UserError
 
 SMALL = ModelConfig(
@@ -35,7 +43,23 @@ SMALL = ModelConfig(
     pad_token_id=3,
     rope_theta=1234.5,
 )
-TIED = ModelConfig(**{**SMALL.__dict__, "tie_word_embeddings": True})
+TIED = dataclasses.replace(SMALL, tie_word_embeddings=True)
+OLMO1 = dataclasses.replace(TIED, model_type="olmo", clip_qkv=0.5)
+OLMO3 = dataclasses.replace(
+    SMALL,
+    model_type="olmo3",
+    num_hidden_layers=5,
+    sliding_window=7,
+    rope_scaling=Yarn(factor=4.0, original_max_position_embeddings=16),
+)
+ANY_ORDER = dataclasses.replace(
+    OLMO3,
+    layer_types=(FULL, SLIDING, FULL, FULL, SLIDING),
+    rope_scaling=Yarn(factor=2.0, original_max_position_embeddings=16, attention_factor=1.5),
+)
+CONFIGS = {"olmo2": SMALL, "tied": TIED, "olmo": OLMO1, "olmo3": OLMO3, "any order": ANY_ORDER}
+CLASSES = {"olmo": OlmoForCausalLM, "olmo2": Olmo2ForCausalLM, "olmo3": Olmo3ForCausalLM}
+EVERY_CONFIG = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 
 
 def drawn(config: ModelConfig) -> Transformer:
@@ -62,14 +86,14 @@ def logits_of(model: Transformer, ids_BT: torch.Tensor) -> torch.Tensor:
         return model.logits(model(ids_BT))
 
 
-@pytest.mark.parametrize("config", [SMALL, TIED], ids=["untied", "tied"])
+@EVERY_CONFIG
 def test_an_exported_model_opens_in_transformers_with_equal_logits(
     config: ModelConfig, tmp_path: Path
 ):
     model = drawn(config)
     export_hf(model, tmp_path / "m")
     other = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
-    assert isinstance(other, Olmo2ForCausalLM)
+    assert isinstance(other, CLASSES[config.model_type])
     ids_BT = torch.randint(50, (3, 40))
     with torch.no_grad():
         theirs = other(ids_BT).logits
@@ -109,7 +133,7 @@ def test_a_model_saved_by_transformers_is_read_with_equal_logits(is_tied: bool, 
         )
 
 
-@pytest.mark.parametrize("config", [SMALL, TIED], ids=["untied", "tied"])
+@EVERY_CONFIG
 @pytest.mark.parametrize("max_shard_bytes", [5_000_000_000, 5_000])
 def test_out_and_in_again_gives_the_same_bits(
     config: ModelConfig, max_shard_bytes: int, tmp_path: Path
@@ -121,6 +145,87 @@ def test_out_and_in_again_gives_the_same_bits(
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, again.state_dict()[name])
     assert all(weight.requires_grad for weight in again.parameters())
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_an_olmo_1_saved_by_transformers_is_read_with_equal_logits(is_tied: bool, tmp_path: Path):
+    torch.manual_seed(1)
+    config = OlmoConfig(
+        vocab_size=40,
+        hidden_size=30,
+        intermediate_size=17,
+        num_hidden_layers=3,
+        num_attention_heads=5,
+        max_position_embeddings=50,
+        clip_qkv=0.3,
+        eos_token_id=7,
+        pad_token_id=1,
+        tie_word_embeddings=is_tied,
+        initializer_range=0.3,
+    )
+    other = OlmoForCausalLM(config).eval()
+    other.save_pretrained(tmp_path)
+    model = load_native(tmp_path)
+    assert (model.config.clip_qkv, model.config.rope_theta) == (0.3, 10_000.0)
+    ids_BT = torch.randint(40, (2, 50))
+    with torch.no_grad():
+        theirs_BTV = other(ids_BT).logits
+    torch.testing.assert_close(logits_of(model, ids_BT), theirs_BTV, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("has_yarn", [False, True])
+def test_an_olmo_3_saved_by_transformers_is_read_with_equal_logits(has_yarn: bool, tmp_path: Path):
+    torch.manual_seed(1)
+    plain = {"rope_theta": 777.0, "rope_type": "default"}
+    yarn = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 10}
+    config = Olmo3Config(
+        vocab_size=40,
+        hidden_size=30,
+        intermediate_size=17,
+        num_hidden_layers=6,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        max_position_embeddings=80,
+        sliding_window=9,
+        rope_parameters={FULL: plain | yarn if has_yarn else dict(plain), SLIDING: dict(plain)},
+        eos_token_id=7,
+        pad_token_id=1,
+        initializer_range=0.3,
+    )
+    other = Olmo3ForCausalLM(config).eval()
+    other.save_pretrained(tmp_path)
+    model = load_native(tmp_path)
+    # transformers' own pattern ends with a window where the layers are no multiple of four
+    assert model.windows == (9, 9, 9, None, 9, 9)
+    ids_BT = torch.randint(40, (2, 80))
+    with torch.no_grad():
+        theirs_BTV = other(ids_BT).logits
+    torch.testing.assert_close(logits_of(model, ids_BT), theirs_BTV, atol=1e-5, rtol=1e-5)
+
+
+def test_an_olmo_3_config_of_transformers_4_is_read(tmp_path: Path):
+    """rope_theta and rope_scaling stand outside, and the scaling is meant for full layers only."""
+    export_hf(drawn(OLMO3), tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    del config["rope_parameters"]
+    config["rope_scaling"]["attention_factor"] = 0.1 * math.log(4.0) + 1
+    path.write_text(json.dumps(config))
+    assert load_native(tmp_path).config == OLMO3
+
+
+def test_a_long_context_preset_is_written_as_the_released_model_says():
+    config = hf_config(PRESETS["olmo3_7b_64k"], torch.bfloat16)
+    assert config["rope_scaling"] == {
+        "attention_factor": pytest.approx(1.2079441541679836),
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 8.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "yarn",
+    }
+    assert (config["sliding_window"], config["max_position_embeddings"]) == (4096, 65536)
+    assert config["layer_types"][:8] == [SLIDING, SLIDING, SLIDING, FULL] * 2
 
 
 def test_shards_are_named_in_an_index_that_transformers_reads(tmp_path: Path):
@@ -239,6 +344,17 @@ def test_a_missing_an_unknown_and_a_misshapen_weight_are_each_named(tmp_path: Pa
         load_native(tmp_path)
 
 
+def test_a_tied_head_kept_twice_is_read_and_one_that_differs_is_refused(tmp_path: Path):
+    file = export_hf(drawn(TIED), tmp_path) / "model.safetensors"
+    weights = load_file(file)
+    embedding = weights["model.embed_tokens.weight"]
+    save_file({**weights, "lm_head.weight": embedding.clone()}, file)
+    assert load_native(tmp_path).config.tie_word_embeddings
+    save_file({**weights, "lm_head.weight": embedding + 1}, file)
+    with pytest.raises(UserError, match="ties the head to the embedding"):
+        load_native(tmp_path)
+
+
 def test_a_missing_shard_is_named(tmp_path: Path):
     export_hf(drawn(SMALL), tmp_path, max_shard_bytes=5_000)
     gone = sorted(tmp_path.glob("model-*.safetensors"))[1]
@@ -262,6 +378,38 @@ def test_what_the_native_model_does_not_build_is_refused(
 ):
     path = damaged_export(tmp_path) / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    assert not is_native(tmp_path)
+    with pytest.raises(UserError, match=words):
+        load_native(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sliding_window": None}, "no window"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "scaled \\(linear\\)"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0}}, "YaRN has mscale"),
+        (
+            {"rope_parameters": {FULL: {"rope_theta": 9.0}, SLIDING: {"rope_theta": 8.0}}},
+            "another rope_theta",
+        ),
+        (
+            {
+                "rope_parameters": {
+                    FULL: {"rope_theta": 9.0},
+                    SLIDING: {"rope_theta": 9.0, "rope_type": "linear", "factor": 2.0},
+                }
+            },
+            "windowed layers are scaled",
+        ),
+    ],
+)
+def test_what_the_native_olmo_3_does_not_build_is_refused(
+    changes: dict[str, object], words: str, tmp_path: Path
+):
+    export_hf(drawn(OLMO3), tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_scaling": None} | changes))
     assert not is_native(tmp_path)
     with pytest.raises(UserError, match=words):
         load_native(tmp_path)
