@@ -1,4 +1,4 @@
-"""Pretraining: token shards become a base model, a Hugging Face ``Olmo2ForCausalLM`` folder.
+"""Pretraining: token shards become a base model, a Hugging Face model folder.
 
 The shards are cut into sequences (corpus/batches.py); each optimizer step sums the loss of its
 micro-batches and divides once, by all tokens asked for. One process; a stopped run goes on with
@@ -39,6 +39,7 @@ from olmo_base.model.hf_weights import (
 )
 from olmo_base.model.presets import ModelShape, padded_vocab_size
 from olmo_base.model.transformer import (
+    GENERATIONS,
     ModelConfig,
     Transformer,
     flops_per_token,
@@ -719,7 +720,7 @@ def model_card(
     lines = [
         "# A base model",
         "",
-        f"OLMo-2 architecture, {num_parameters(config):,} parameters "
+        f"{GENERATIONS[config.model_type]} architecture, {num_parameters(config):,} parameters "
         f"({config.num_hidden_layers} layers of width {config.hidden_size}, "
         f"{config.num_attention_heads} heads, vocabulary {config.vocab_size:,}), "
         f"rows of up to {config.max_position_embeddings:,} tokens.",
