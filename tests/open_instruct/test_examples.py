@@ -304,8 +304,8 @@ BAD_ROWS: dict[str, tuple[Any, str, str]] = {  # row, its message, what it is co
     ),
     "label": (
         {**GOOD, "label": False},
-        "unpaired preferences are not supported yet",
-        "unpaired preferences not supported yet",
+        "loss_type: kto",
+        "rated answer",
     ),
     "empty content": (turns(user("q"), assistant(" \n")), "turn 2 .* is empty", "empty content"),
     "content that is a list": (
