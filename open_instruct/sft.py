@@ -5,40 +5,32 @@ their negative sum -> a model folder that knows its chat template and where to s
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from torch import Tensor, nn
 
 from olmo_base.optim import OptimConfig
-from olmo_base.run.artefact import ExampleCounts, RunConfig, RunFolder, model_files
+from olmo_base.run.artefact import ExampleCounts, RunConfig, RunFolder
 from olmo_base.run.errors import UserError
 from olmo_base.run.launch import seed_everything
 from olmo_base.run.metrics import LogConfig
 from olmo_base.run.resume import CheckpointConfig
+from open_instruct.adapters import AdapterConfig
 from open_instruct.batches import Batch, Examples
-from open_instruct.causal_lm import (
-    ModelConfig,
-    check_lengths,
-    count_parameters,
-    load_causal_lm,
-    load_config,
-    save_causal_lm,
-    training_memory,
-)
-from open_instruct.encode import ChatEncoder, encode_dialogues, find_template, load_chat_encoder
+from open_instruct.causal_lm import ModelConfig
+from open_instruct.encode import ChatEncoder, encode_dialogues, load_chat_encoder
 from open_instruct.examples import (
     DataConfig,
     Source,
     SourceUse,
     mixture_lines,
     read_dialogues,
-    source_files,
 )
-from open_instruct.loop import HeldOut, TrainConfig, Workers, steps_of, train
+from open_instruct.loop import HeldOut, TrainConfig, Workers
 from open_instruct.losses import sft_loss
+from open_instruct.tuning import Model, input_files, plan_figures, steps_for, train_and_finish
 
-STEPS_LOOKED_AT = 200  # by plan(), for the largest micro-batch
+__all__ = ["SftRecipe", "input_files", "plan", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +39,7 @@ class SftRecipe:
 
     stage: Literal["sft"] = "sft"
     model: ModelConfig
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     chat_template: str | None = None  # a name in chat_templates/, a path, or null: the model's own
     data: DataConfig
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -54,13 +47,6 @@ class SftRecipe:
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     run: RunConfig
-
-
-def input_files(recipe: SftRecipe) -> list[Path]:
-    """The files whose content decides the result. Errors: UserError naming one that is missing."""
-    template = [] if recipe.chat_template is None else [find_template(recipe.chat_template)]
-    sources = [*recipe.data.dataset_mixer, *recipe.data.eval_dataset_mixer]
-    return [*model_files(recipe.model.model_name_or_path), *template, *source_files(sources)]
 
 
 # ---------------------------------------------------------------- data and loss
@@ -103,29 +89,7 @@ def plan(recipe: SftRecipe) -> dict[str, object]:
     encoder = load_chat_encoder(recipe.model.model_name_or_path, recipe.chat_template)
     counts = ExampleCounts()
     examples = dialogue_examples(recipe.data.dataset_mixer, encoder, recipe, counts, [])
-    model_config = load_config(recipe.model)
-    check_lengths(int(examples.lengths_NW.max()), model_config, recipe.model.model_name_or_path)
-    steps = steps_of(
-        examples, examples.num_labels_NW.sum(axis=1), recipe.train, seed=recipe.run.seed
-    )
-    num_positions, num_labels = steps.largest_micro_batch(STEPS_LOOKED_AT)
-    num_parameters = count_parameters(recipe.model)
-    return {
-        "examples": counts.as_dict(),
-        "tokens": examples.num_tokens,
-        "label_tokens": examples.num_labels,
-        "longest_example": int(examples.lengths_NW.max()),
-        "steps": steps.total,
-        "examples_per_step": steps.per_step,
-        "parameters": num_parameters,
-        "memory_bytes": training_memory(
-            model_config,
-            num_parameters,
-            num_positions=num_positions,
-            num_labels=num_labels,
-            gradient_checkpointing=recipe.model.gradient_checkpointing,
-        ),
-    }
+    return plan_figures(recipe, examples, examples.num_labels_NW.sum(axis=1), counts)
 
 
 def run(recipe: SftRecipe) -> RunFolder:
@@ -152,38 +116,12 @@ def run(recipe: SftRecipe) -> RunFolder:
     for line in mixture_lines(uses):
         folder.log(line)
 
-    language_model, stored_dtype = load_causal_lm(recipe.model)
-    longest = int(examples.lengths_NW.max())
-    check_lengths(longest, language_model.config, recipe.model.model_name_or_path)
-    model = workers.place(language_model)
-    steps = steps_of(
-        examples,
-        examples.num_labels_NW.sum(axis=1),
-        recipe.train,
-        seed=recipe.run.seed,
-        num_ranks=workers.num_ranks,
-        cost_of_cut=workers.cost_of_cut(),
-    )
+    model = Model(recipe, workers, folder, longest=int(examples.lengths_NW.max()))
+    steps = steps_for(recipe, workers, examples, examples.num_labels_NW.sum(axis=1))
     folder.log(
         f"{len(examples):,} dialogues, {examples.num_tokens:,} tokens, {examples.num_labels:,} of "
         f"them learnt; {steps.total:,} steps of {steps.per_step} dialogues; "
-        f"log-probabilities from {model.way}"
+        f"log-probabilities from {model.logprobs.way}"
     )
-    results = train(
-        folder,
-        workers,
-        model,
-        steps,
-        summed_loss,
-        held_out,
-        seed=recipe.run.seed,
-        config=recipe.train,
-        optim=recipe.optim,
-        checkpoints=recipe.checkpoints,
-        log=recipe.log,
-    )
-    if workers.rank == 0:
-        save_causal_lm(folder, language_model, encoder, stored_dtype)
-        folder.finish(**results)
-    workers.wait()
+    train_and_finish(recipe, workers, folder, model, encoder, steps, summed_loss, held_out)
     return folder

@@ -11,6 +11,7 @@ from olmo_base.optim import OptimConfig, build_optimizer, learning_rate_at, set_
 from olmo_base.run.errors import DataError, UserError
 from olmo_base.run.recipe import load_recipe
 from open_instruct import sft
+from open_instruct.loop import steps_of
 from tests.open_instruct.tiny import (
     assert_same_weights,
     kill_after_step,
@@ -137,7 +138,7 @@ def test_training_equals_transformers_loss_and_a_loop_written_out(folder):
     examples = sft.dialogue_examples(
         recipe.data.dataset_mixer, sft.load_chat_encoder(run.path, None), recipe, run.counts, []
     )
-    steps = sft.steps_of(examples, examples.num_labels_NW[:, 0], recipe.train, seed=recipe.run.seed)
+    steps = steps_of(examples, examples.num_labels_NW[:, 0], recipe.train, seed=recipe.run.seed)
     for step in range(3):
         set_learning_rate(optimizer, learning_rate_at(step, 3, recipe.optim))
         batch = tokenizer.apply_chat_template(
