@@ -15,13 +15,7 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from olmo_base.run.artefact import (
-    ADAPTER_CONFIG,
-    adapter_base,
-    describe_inputs,
-    model_files,
-    read_manifest,
-)
+from olmo_base.run.artefact import ADAPTER_CONFIG, adapter_base, refuse_changed_base
 from olmo_base.run.errors import UserError
 from olmo_base.run.recipe import RecipeError, setting
 
@@ -178,7 +172,7 @@ def open_adapter(model: PreTrainedModel, folder: Path, is_trainable: bool) -> An
     """The base with the adapter in ``folder``. Errors: UserError if they do not fit together."""
     base = adapter_base(folder)
     assert base is not None
-    _refuse_changed_base(folder, base)
+    refuse_changed_base(folder, base)
     model.name_or_path = base
     try:
         return _peft().PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
@@ -193,23 +187,6 @@ def new_adapter_like(model: PreTrainedModel, folder: Path) -> Any:
     settings = peft.PeftConfig.from_pretrained(folder)
     settings.inference_mode = False  # as it was written
     return peft.get_peft_model(model, settings)
-
-
-def _refuse_changed_base(folder: Path, base: str) -> None:
-    """What a run trained beside the weights of its base means nothing beside others."""
-    manifest = read_manifest(folder)
-    if manifest is None:
-        return  # not made by a run of ours: nothing is known of its base
-    known = {item["sha256"] for item in manifest.get("inputs", {}).values()}
-    weights = [file for file in model_files(base) if file.suffix in (".safetensors", ".bin")]
-    changed = [
-        name for name, item in describe_inputs(weights).items() if item["sha256"] not in known
-    ]
-    if changed:
-        raise UserError(
-            f"The adapter in {folder} was trained on other weights than {changed[0]} holds now. "
-            "Put those back, or train the adapter again."
-        )
 
 
 def refuse_other_settings(config: AdapterConfig, folder: Path) -> None:

@@ -115,10 +115,11 @@ class Model:
 def _about_adapter(adapted: Any) -> str:
     settings = adapted.peft_config["default"]
     trained = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
+    targets = {name.rpartition(".")[2] for name in settings.target_modules}
     kind = "DoRA" if settings.use_dora else "rsLoRA" if settings.use_rslora else "LoRA"
     return (
         f"{kind} of rank {settings.r}, alpha {settings.lora_alpha}, dropout "
-        f"{settings.lora_dropout} on {', '.join(sorted(settings.target_modules))} of "
+        f"{settings.lora_dropout} on {', '.join(sorted(targets))} of "
         f"{settings.base_model_name_or_path}; {trained:,} parameters are trained"
     )
 

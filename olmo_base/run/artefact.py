@@ -225,6 +225,26 @@ def model_files(name_or_path: str | Path) -> list[Path]:
     return sorted(wanted) + ([] if base is None else model_files(base))
 
 
+def refuse_changed_base(folder: Path, base: str) -> None:
+    """What a run trained beside the weights of its base means nothing beside others.
+
+    Errors: UserError if the manifest of the adapter in ``folder`` knows other weights.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return  # not made by a run of ours: nothing is known of its base
+    known = {item["sha256"] for item in manifest.get("inputs", {}).values()}
+    weights = [file for file in model_files(base) if file.suffix in (".safetensors", ".bin")]
+    changed = [
+        name for name, item in describe_inputs(weights).items() if item["sha256"] not in known
+    ]
+    if changed:
+        raise UserError(
+            f"The adapter in {folder} was trained on other weights than {changed[0]} holds now. "
+            "Put those back, or train the adapter again."
+        )
+
+
 # ---------------------------------------------------------------- the folder of one run
 
 
