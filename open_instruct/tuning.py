@@ -93,8 +93,8 @@ class Model:
 
     def __init__(self, recipe: TuningRecipe, workers: Workers, folder: RunFolder, longest: int):
         """Errors: UserError if the model cannot be trained, or is too short for the examples."""
-        self._language_model: Any
-        self._language_model, self._stored_dtype = load_causal_lm(
+        self.language_model: Any
+        self.language_model, self._stored_dtype = load_causal_lm(
             recipe.model,
             recipe.adapter,
             device=workers.device,
@@ -102,14 +102,14 @@ class Model:
             seed=recipe.run.seed,
         )
         name = recipe.model.model_name_or_path
-        check_lengths(longest, self._language_model.config, name)
-        if is_adapted(self._language_model):
-            folder.log(_about_adapter(self._language_model))
-        self.logprobs: LabelLogprobs = workers.place(self._language_model)
+        check_lengths(longest, self.language_model.config, name)
+        if is_adapted(self.language_model):
+            folder.log(_about_adapter(self.language_model))
+        self.logprobs: LabelLogprobs = workers.place(self.language_model)
 
     def save(self, folder: RunFolder, encoder: ChatEncoder) -> None:
         """Write the run's model folder. Changes the model's precision."""
-        save_causal_lm(folder, self._language_model, encoder, self._stored_dtype)
+        save_causal_lm(folder, self.language_model, encoder, self._stored_dtype)
 
 
 def _about_adapter(adapted: Any) -> str:
