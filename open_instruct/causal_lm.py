@@ -18,6 +18,7 @@ from olmo_base.run.artefact import (
     adapter_base,
     atomic_folder,
     move_into,
+    resolve_base,
     resolve_model,
 )
 from olmo_base.run.errors import UserError
@@ -59,15 +60,7 @@ def whole_model_folder(name_or_path: str) -> Path:
     """The folder of the model itself; for an adapter that of its base."""
     folder = resolve_model(name_or_path)
     base = adapter_base(folder)
-    if base is None:
-        return folder
-    below = resolve_model(base)
-    if adapter_base(below) is not None:
-        raise UserError(
-            f"{folder} is an adapter on {below}, which is an adapter itself. Merge that one first: "
-            f"open-instruct merge {below} OUT."
-        )
-    return below
+    return folder if base is None else resolve_base(folder, base)
 
 
 def load_config(config: ModelConfig) -> Any:

@@ -35,6 +35,7 @@ class EncodedPair(NamedTuple):
     chosen: Encoded
     rejected: Encoded
     shared_prompt_length: int
+    margin: float = 0.0
 
 
 class EncodedRated(NamedTuple):
@@ -459,14 +460,16 @@ def encode_whole_pairs(
 ) -> list[tuple[Pair, EncodedPair]]:
     """The first half of ``encode_pairs``: sequences of any length."""
     encoder.check_can_be_learnt()
-    return _encode_each(
-        pairs,
-        lambda batch: encoder.encode_many_pairs(
+
+    def encode_many(batch: Sequence[Pair]) -> list[EncodedPair]:
+        encoded = encoder.encode_many_pairs(
             [(item.prompt, item.chosen, item.rejected) for item in batch]
-        ),
-        config,
-        counts,
-    )
+        )
+        return [
+            pair._replace(margin=item.margin) for item, pair in zip(batch, encoded, strict=True)
+        ]
+
+    return _encode_each(pairs, encode_many, config, counts)
 
 
 def encode_rated(
@@ -570,7 +573,7 @@ def fit_pairs(
             if cut.chosen.ids == cut.rejected.ids:
                 counts.drop("chosen and rejected the same after truncation")
                 continue
-            pair = cut
+            pair = cut._replace(margin=pair.margin)
             counts.truncated += 1
         kept.append(pair)
     counts.used += len(kept)

@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import math
 import random
 import re
 import zlib
@@ -98,6 +99,7 @@ class Pair:
     rejected: list[Message]
     source: str
     line: int
+    margin: float = 0.0  # by how much the first is better, if the row says it
 
 
 @dataclass(frozen=True)
@@ -612,6 +614,18 @@ def _same_answers() -> BadRow:
     )
 
 
+def _margin(row: dict[str, Any]) -> float:
+    margin = row.get("margin", 0.0)
+    is_number = isinstance(margin, int | float) and not isinstance(margin, bool)
+    if not is_number or not math.isfinite(margin):
+        raise BadRow(
+            "margin is not a number",
+            f"'margin' is {margin!r}.",
+            "It must be a number: by how much the chosen answer is better.",
+        )
+    return float(margin)
+
+
 def _check_pair(prompt: list[Message], chosen: list[Message], rejected: list[Message]) -> None:
     if not prompt:
         raise BadRow("no shared prompt", "chosen and rejected share no prompt.", "Remove the row.")
@@ -758,13 +772,18 @@ def read_pairs(
     on_bad_row: OnBadRow,
     counts: ExampleCounts,
     uses: list[SourceUse] | None = None,
+    with_margin: bool = False,
 ) -> list[Pair]:
-    """The preference pairs of a mixture; everything else as in ``read_dialogues``."""
+    """The preference pairs of a mixture; everything else as in ``read_dialogues``.
+
+    ``with_margin`` reads each row's ``margin``, a number, where it has one.
+    """
 
     def pair(row: Row, form: Format[Sides]) -> Pair:
         prompt, chosen, rejected = form.read(row.value)
         _check_pair(prompt, chosen, rejected)
-        return Pair(prompt, chosen, rejected, row.source, row.line)
+        margin = _margin(row.value) if with_margin else 0.0
+        return Pair(prompt, chosen, rejected, row.source, row.line, margin)
 
     return _read(sources, PAIR_FORMATS, pair, seed, on_bad_row, counts, uses)
 

@@ -134,7 +134,13 @@ WAYS: dict[str, Callable[[nn.Module, Batch, Tensor | None, str | None], Tensor]]
 # ---------------------------------------------------------------- the module the loop trains
 
 
-class LabelLogprobs(nn.Module):
+class Wrapped(nn.Module):
+    """What the loop trains: a Hugging Face model behind a forward pass that takes a ``Batch``."""
+
+    model: nn.Module
+
+
+class LabelLogprobs(Wrapped):
     """A causal language model whose forward pass is micro-batch -> log-probability of each label.
 
     A module, so that whatever wraps a model for many ranks wraps this and sees every forward pass.

@@ -40,7 +40,7 @@ from open_instruct.batches import (
     Steps,
     evaluation_batches,
 )
-from open_instruct.logprobs import LabelLogprobs
+from open_instruct.logprobs import LabelLogprobs, Wrapped
 
 # (model, micro-batch) -> sums over its terms: "loss", which is minimised, and any others to show.
 SummedLoss = Callable[[nn.Module, Batch], dict[str, Tensor]]
@@ -121,7 +121,7 @@ class Workers:
         tolerance = 1.0 if self.bf16 or is_quantised else 1e-3
         return LabelLogprobs(model, self.precision, tolerance)
 
-    def share(self, model: LabelLogprobs) -> nn.Module:
+    def share(self, model: Wrapped) -> nn.Module:
         """The same model, its gradients averaged over the ranks."""
         prepared: nn.Module = self._accelerator.prepare_model(model)
         return prepared
@@ -239,7 +239,7 @@ def settle(
 
 @torch.no_grad()
 def evaluate(
-    model: LabelLogprobs, held_out: HeldOut, workers: Workers, batch_size: int
+    model: Wrapped, held_out: HeldOut, workers: Workers, batch_size: int
 ) -> dict[str, float]:
     """Every sum of the stage per term over the whole set, by the names ``eval_loss``, ..."""
     totals = Totals()
@@ -282,7 +282,7 @@ class Position:
 def save(
     folder: RunFolder,
     workers: Workers,
-    model: LabelLogprobs,
+    model: Wrapped,
     optimizer: torch.optim.Optimizer,
     at: Position,
     row_sums: dict[str, float],
@@ -309,14 +309,14 @@ def save(
     workers.wait()
 
 
-def trained_parameters(model: LabelLogprobs) -> dict[str, nn.Parameter]:
+def trained_parameters(model: Wrapped) -> dict[str, nn.Parameter]:
     """Name -> parameter, of those that the optimizer changes."""
     named = model.model.named_parameters()
     return {name: parameter for name, parameter in named if parameter.requires_grad}
 
 
 def resume(
-    folder: RunFolder, workers: Workers, model: LabelLogprobs, optimizer: torch.optim.Optimizer
+    folder: RunFolder, workers: Workers, model: Wrapped, optimizer: torch.optim.Optimizer
 ) -> tuple[Position, Totals]:
     """Put weights and optimizer to where the latest checkpoint left them, and say where that is."""
     checkpoint = latest_checkpoint(folder)
@@ -395,7 +395,7 @@ def add_gradients(
 def train(
     folder: RunFolder,
     workers: Workers,
-    model: LabelLogprobs,
+    model: Wrapped,
     steps: Steps,
     loss: Loss,
     held_out: HeldOut | None,

@@ -199,10 +199,26 @@ def chosen_nll(mean_logprobs_B2: Tensor) -> Tensor:
 
     The term that CPO (arXiv:2401.08417), ORPO (arXiv:2403.07691, eq. 6) and iterative RPO
     (arXiv:2404.19733, eq. 1) add so that the chosen answer itself stays likely. Every pair weighs
-    the same, however long its answer: a mean over all tokens of a micro-batch would depend on how
-    the step was cut.
+    the same, however long its answer: TRL's mean over all tokens of a micro-batch depends on how
+    the step was cut (and its ORPO counts the tokens of the prompt too).
     """
     return -mean_logprobs_B2[:, 0].sum()
+
+
+# ---------------------------------------------------------------- rewards of pairs
+
+
+def bradley_terry_loss(rewards_B2: Tensor, margins_B: Tensor) -> Tensor:
+    """The chosen answer's reward has to exceed the rejected one's by the margin; summed over pairs.
+
+    arXiv:2307.09288, eq. 2; with margins of 0 the loss of arXiv:2203.02155, eq. 1.
+    """
+    return -F.logsigmoid(rewards_B2[:, 0] - rewards_B2[:, 1] - margins_B).sum()
+
+
+def centering_loss(rewards_B2: Tensor) -> Tensor:
+    """The square of each pair's added rewards, summed over pairs (arXiv:2312.09244)."""
+    return rewards_B2.sum(dim=1).square().sum()
 
 
 # ---------------------------------------------------------------- single answers, rated

@@ -670,7 +670,7 @@ def plan(recipe: PreferenceRecipe) -> dict[str, object]:
     encoder = load_chat_encoder(recipe.model.model_name_or_path, recipe.chat_template)
     counts = ExampleCounts()
     examples = learnt(load_set(recipe.data.dataset_mixer, encoder, recipe, counts, []))
-    return plan_figures(recipe, examples, np.ones(len(examples)), counts)
+    return plan_figures(recipe, examples, np.ones(len(examples)), counts, recipe.adapter)
 
 
 def run(recipe: PreferenceRecipe) -> RunFolder:
@@ -719,5 +719,14 @@ def run(recipe: PreferenceRecipe) -> RunFolder:
     if isinstance(sets["train"], RatedExamples):
         num_good = int(sets["train"].is_desirable_P.sum())
         folder.log(f"{num_good:,} answers are good, {len(examples) - num_good:,} bad")
-    train_and_finish(recipe, workers, folder, model, encoder, steps, losses["train"], held_out)
+    train_and_finish(
+        recipe,
+        workers,
+        folder,
+        model.logprobs,
+        lambda: model.save(folder, encoder),
+        steps,
+        losses["train"],
+        held_out,
+    )
     return folder

@@ -187,7 +187,8 @@ def plan(recipe: SftRecipe) -> dict[str, object]:
     encoder = load_chat_encoder(recipe.model.model_name_or_path, recipe.chat_template)
     counts = ExampleCounts()
     examples = dialogue_examples(recipe.data.dataset_mixer, encoder, recipe, counts, [])
-    return plan_figures(recipe, examples, terms_per_dialogue(recipe.loss, examples), counts)
+    terms = terms_per_dialogue(recipe.loss, examples)
+    return plan_figures(recipe, examples, terms, counts, recipe.adapter)
 
 
 def run(recipe: SftRecipe) -> RunFolder:
@@ -222,5 +223,14 @@ def run(recipe: SftRecipe) -> RunFolder:
         f"them learnt; {steps.total:,} steps of {steps.per_step} dialogues; "
         f"log-probabilities from {model.logprobs.way}"
     )
-    train_and_finish(recipe, workers, folder, model, encoder, steps, loss, held_out)
+    train_and_finish(
+        recipe,
+        workers,
+        folder,
+        model.logprobs,
+        lambda: model.save(folder, encoder),
+        steps,
+        loss,
+        held_out,
+    )
     return folder

@@ -1,5 +1,6 @@
 """What the tuning stages share: the files they read, what a plan says, the model's load and end."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +24,7 @@ from open_instruct.causal_lm import (
 )
 from open_instruct.encode import ChatEncoder, find_template
 from open_instruct.examples import DataConfig, source_files
-from open_instruct.logprobs import LabelLogprobs
+from open_instruct.logprobs import LabelLogprobs, Wrapped
 from open_instruct.loop import HeldOut, Loss, TrainConfig, Workers, steps_of, train
 
 STEPS_LOOKED_AT = 200  # by a plan, for the largest micro-batch
@@ -34,8 +35,6 @@ class TuningRecipe(Protocol):
 
     @property
     def model(self) -> ModelConfig: ...
-    @property
-    def adapter(self) -> AdapterConfig: ...
     @property
     def chat_template(self) -> str | None: ...
     @property
@@ -60,15 +59,20 @@ def input_files(recipe: TuningRecipe) -> list[Path]:
 
 
 def plan_figures(
-    recipe: TuningRecipe, examples: Examples, terms_per_example: np.ndarray, counts: ExampleCounts
+    recipe: TuningRecipe,
+    examples: Examples,
+    terms_per_example: np.ndarray,
+    counts: ExampleCounts,
+    adapter: AdapterConfig | None = None,
 ) -> dict[str, object]:
     """What a run over these examples would do, for --dry-run. Errors: UserError, as in the run."""
     model_config = load_config(recipe.model)
     check_lengths(int(examples.lengths_NW.max()), model_config, recipe.model.model_name_or_path)
     steps = steps_of(examples, terms_per_example, recipe.train, seed=recipe.run.seed)
     num_positions, num_labels = steps.largest_micro_batch(STEPS_LOOKED_AT)
-    sizes = count_parameters(recipe.model, recipe.adapter)
-    trained = {"trained_parameters": sizes.trained} if recipe.adapter.use_peft else {}
+    sizes = count_parameters(recipe.model, adapter)
+    is_part = sizes.trained < sizes.all
+    trained = {"trained_parameters": sizes.trained} if is_part else {}
     return {
         "examples": counts.as_dict(),
         "tokens": examples.num_tokens,
@@ -88,10 +92,17 @@ def plan_figures(
     }
 
 
+class AdaptableRecipe(TuningRecipe, Protocol):
+    """The keys of a stage that trains a causal language model, whole or by an adapter."""
+
+    @property
+    def adapter(self) -> AdapterConfig: ...
+
+
 class Model:
     """The model of a run: what the loop trains, and how it is kept afterwards."""
 
-    def __init__(self, recipe: TuningRecipe, workers: Workers, folder: RunFolder, longest: int):
+    def __init__(self, recipe: AdaptableRecipe, workers: Workers, folder: RunFolder, longest: int):
         """Errors: UserError if the model cannot be trained, or is too short for the examples."""
         self.language_model: Any
         self.language_model, self._stored_dtype = load_causal_lm(
@@ -142,17 +153,17 @@ def train_and_finish(
     recipe: TuningRecipe,
     workers: Workers,
     folder: RunFolder,
-    model: Model,
-    encoder: ChatEncoder,
+    model: Wrapped,
+    save: Callable[[], None],
     steps: Steps,
     loss: Loss,
     held_out: HeldOut | None,
 ) -> None:
-    """Go through all steps, write the model folder and mark the run as finished."""
+    """Go through all steps, ``save`` the model folder and mark the run as finished."""
     results = train(
         folder,
         workers,
-        model.logprobs,
+        model,
         steps,
         loss,
         held_out,
@@ -163,6 +174,6 @@ def train_and_finish(
         log=recipe.log,
     )
     if workers.rank == 0:
-        model.save(folder, encoder)
+        save()
         folder.finish(**results)
     workers.wait()

@@ -174,6 +174,27 @@ def adapter_base(folder: Path) -> str | None:
     return base
 
 
+def resolve_base(folder: Path, base: str) -> Path:
+    """The folder of the model that the adapter in ``folder`` stands on.
+
+    Errors: UserError if it is not where the adapter says, or is an adapter itself.
+    """
+    try:
+        below = resolve_model(base)
+    except UserError as error:
+        raise UserError(
+            f"{folder} is an adapter on {base}, which cannot be found. Put that model back, or "
+            f"write where it is now into {folder / ADAPTER_CONFIG} (base_model_name_or_path). "
+            f"{error}"
+        ) from None
+    if adapter_base(below) is not None:
+        raise UserError(
+            f"{folder} is an adapter on {below}, which is an adapter itself. Merge that one first: "
+            f"open-instruct merge {below} OUT."
+        )
+    return below
+
+
 def _unfinished_note(folder: Path) -> str:
     try:
         status = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("status")
@@ -222,7 +243,7 @@ def model_files(name_or_path: str | Path) -> list[Path]:
             "Give the output_dir of a finished run or a Hugging Face model folder."
         )
     base = adapter_base(folder)
-    return sorted(wanted) + ([] if base is None else model_files(base))
+    return sorted(wanted) + ([] if base is None else model_files(resolve_base(folder, base)))
 
 
 def refuse_changed_base(folder: Path, base: str) -> None:

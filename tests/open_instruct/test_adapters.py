@@ -271,6 +271,16 @@ def test_an_adapter_on_another_base_than_it_was_trained_on_is_refused(folder):
         load_causal_lm(ModelConfig("lora"))
 
 
+def test_a_base_that_is_gone_is_named_with_what_to_do(folder):
+    sft.run(sft_recipe(folder, max_steps=1))
+    (folder / "base").rename(folder / "moved")
+    with pytest.raises(UserError, match=r"lora is an adapter on .*base, which cannot be found"):
+        sft.run(sft_recipe(folder, model_name_or_path="lora", output_dir="next"))
+    path = folder / "lora" / "adapter_config.json"
+    path.write_text(path.read_text().replace(str(folder / "base"), str(folder / "moved")))
+    load_causal_lm(ModelConfig("lora"))
+
+
 # ---------------------------------------------------------------- preference tuning
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from olmo_base.optim import OptimConfig
 from olmo_base.run.artefact import RunConfig, RunFolder
@@ -44,7 +45,6 @@ from tests.open_instruct.tiny import (
     rows_of,
     save_tiny_model,
     tiny_olmo2,
-    weights_of,
     write_dialogues,
     write_pairs,
     write_rated,
@@ -364,9 +364,19 @@ from open_instruct import preference, sft
 sft.run(load_recipe(sft.SftRecipe, "sft.yaml"))
 preference.run(load_recipe(preference.PreferenceRecipe, "dpo.yaml"))
 preference.run(load_recipe(preference.PreferenceRecipe, "kto.yaml"))
+sft.run(load_recipe(sft.SftRecipe, "lora.yaml"))
 """
 
-DATA = {"sft": "dialogues.jsonl", "dpo": "pairs.jsonl", "kto": "rated.jsonl"}
+DATA = {
+    "sft": "dialogues.jsonl",
+    "dpo": "pairs.jsonl",
+    "kto": "rated.jsonl",
+    "lora": "dialogues.jsonl",
+}
+OTHER_KEYS: dict[str, dict[str, Any]] = {
+    "kto": dict(stage="dpo", loss_type="kto"),
+    "lora": dict(stage="sft", use_peft=True, lora_r=4, lora_dropout=0.0),
+}
 
 
 def test_two_processes_end_with_the_weights_of_one(tmp_path, monkeypatch):
@@ -391,19 +401,17 @@ def test_two_processes_end_with_the_weights_of_one(tmp_path, monkeypatch):
         )
         for stage, data in DATA.items():
             folders[stage, number] = tmp_path / f"{stage}_{number}"
-            keys = dict(
-                stage="dpo" if stage == "kto" else stage,
+            keys = OTHER_KEYS.get(stage, {"stage": stage}) | dict(
                 dataset_mixer=[{"path": data}],
+                eval_dataset_mixer=[{"path": data}],
                 output_dir=f"{stage}_{number}",
             )
-            if stage == "kto":
-                keys |= {"loss_type": "kto"}
-            keys |= {"eval_dataset_mixer": keys["dataset_mixer"]}
             write_recipe(tmp_path / f"{stage}.yaml", **keys, **common)
         if number == 1:
             sft.run(load_recipe(sft.SftRecipe, "sft.yaml"))
             preference.run(load_recipe(preference.PreferenceRecipe, "dpo.yaml"))
             preference.run(load_recipe(preference.PreferenceRecipe, "kto.yaml"))
+            sft.run(load_recipe(sft.SftRecipe, "lora.yaml"))
     (tmp_path / "both.py").write_text(ALL_STAGES)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
@@ -413,7 +421,8 @@ def test_two_processes_end_with_the_weights_of_one(tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
 
     for stage in DATA:
-        one, two = (weights_of(folders[stage, number]) for number in (1, 2))
+        kind = "adapter_model" if stage == "lora" else "model"
+        one, two = (load_file(folders[stage, number] / f"{kind}.safetensors") for number in (1, 2))
         for name in one:
             torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=0, msg=name)
         rows = [rows_of(folders[stage, number] / "metrics.jsonl") for number in (1, 2)]
