@@ -50,6 +50,9 @@ class AdapterConfig:
                 )
         if self.load_in_4bit and self.load_in_8bit:
             raise RecipeError("load_in_8bit", "load_in_4bit is true too. Keep one of them.")
+        if self.load_in_8bit and self.use_dora:
+            # bitsandbytes 0.50's forward pass finds no scales once peft 0.21 has looked at them.
+            raise RecipeError("use_dora", "does not work on 8-bit weights. Take load_in_4bit.")
         for key in ("bnb_4bit_quant_type", "use_bnb_nested_quant"):
             if key in self.given and not self.load_in_4bit:
                 raise RecipeError(key, "set, but load_in_4bit is not true. Remove the key.")
@@ -193,7 +196,15 @@ def refuse_other_settings(config: AdapterConfig, folder: Path) -> None:
     """An adapter that goes on being trained keeps its shape. Errors: UserError naming the key."""
     settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     names = {"lora_r": "r", "lora_target_modules": "target_modules"}
-    for key in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", *FLAGS):
+    shape = (
+        "lora_r",
+        "lora_alpha",
+        "lora_dropout",
+        "lora_target_modules",
+        "use_rslora",
+        "use_dora",
+    )
+    for key in shape:
         if key not in config.given:
             continue
         asked, own = config.given[key], settings.get(names.get(key, key))
@@ -206,9 +217,6 @@ def refuse_other_settings(config: AdapterConfig, folder: Path) -> None:
                 "that adapter which is trained further. Remove the key; or merge the adapter first "
                 f"(open-instruct merge {folder} OUT) and start a new one on OUT."
             )
-
-
-FLAGS = ("use_rslora", "use_dora")
 
 
 def is_adapted(model: Any) -> bool:

@@ -186,7 +186,11 @@ def odds_ratio_loss(policy_B2: Tensor, beta: float) -> Tensor:
 
 
 def log_one_minus_exp(logprobs: Tensor) -> Tensor:
-    """log(1 - p) of log p < 0, exact near both ends."""
+    """log(1 - p) of log p, exact near both ends.
+
+    A p that rounding made 1 counts as 1 - 1e-7, so that neither value nor gradient is infinite.
+    """
+    logprobs = logprobs.clamp(max=-1e-7)
     is_likely = logprobs > -math.log(2)
     # each branch sees only what it is exact for: the other's infinite gradient would become nan
     likely = torch.where(is_likely, logprobs, -1.0)

@@ -193,6 +193,7 @@ PAIR_LOSSES: dict[str, PreferenceLoss] = {
     "orpo": PreferenceLoss(_orpo, has_reference=False, compares_means=True, keys=()),
     "cpo": PreferenceLoss(_cpo, has_reference=False, keys=("label_smoothing", "cpo_alpha")),
 }
+NAMES_OF_TRL = {"sigmoid_norm": "dpo_norm"}  # nearer to another word by spelling
 RATED_LOSS = "kto"  # the one that learns from single answers
 RATED_KEYS = ("desirable_weight", "undesirable_weight")
 RATED_BETA = 0.1
@@ -226,7 +227,8 @@ class LossConfig:
         for name in self.names:
             if name not in PAIR_LOSSES and name != RATED_LOSS:
                 known = [*PAIR_LOSSES, RATED_LOSS]
-                near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+                near = [NAMES_OF_TRL[name]] if name in NAMES_OF_TRL else []
+                near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
                 hint = f" Did you mean {near[0]}?" if near else ""
                 raise RecipeError("loss_type", f"{name!r} must be one of {', '.join(known)}.{hint}")
         if not self.names or len(set(self.names)) < len(self.names):
@@ -265,13 +267,12 @@ class LossConfig:
             for key in loss.keys:
                 used_by.setdefault(key, []).append(name)
         for key, users in used_by.items():
-            is_set = getattr(self, key) not in (None, 0.0) or (
-                key != "label_smoothing" and getattr(self, key) is not None
-            )
+            value = getattr(self, key)
+            is_set = value != 0.0 if key == "label_smoothing" else value is not None
             if is_set and not set(users) & set(self.names):
                 raise RecipeError(
                     key,
-                    f"{getattr(self, key)}, but {', '.join(self.names)} does not use it "
+                    f"{value}, but {', '.join(self.names)} does not use it "
                     f"({', '.join(users)} would). Remove the key.",
                 )
 

@@ -365,6 +365,7 @@ def test_an_adapters_inputs_are_its_own_files_and_its_bases(folder):
         (NO_ADAPTER | dict(lora_dropout=0.0), "lora_dropout: 0.0, but use_peft"),
         (dict(load_in_4bit=True, load_in_8bit=True), "Keep one"),
         (dict(bnb_4bit_quant_type="fp4"), "load_in_4bit is not true"),
+        (dict(use_dora=True, load_in_8bit=True), "use_dora.*load_in_4bit"),
         (dict(lora_dropout=1.0), "below 1"),
     ],
 )

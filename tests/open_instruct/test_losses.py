@@ -172,6 +172,14 @@ def test_log_one_minus_exp_is_exact_near_both_ends_and_has_finite_gradients():
     assert logprobs.grad is not None and torch.isfinite(logprobs.grad).all()
 
 
+def test_a_certain_answer_has_a_finite_odds_ratio_and_gradient():
+    means_B2 = torch.tensor([[0.0, -1.0], [-1.0, 0.0]], requires_grad=True)
+    loss = odds_ratio_loss(means_B2, 1.0)
+    loss.backward()
+    assert means_B2.grad is not None
+    assert torch.isfinite(loss) and torch.isfinite(means_B2.grad).all()
+
+
 def test_the_chosen_answers_likelihood_weighs_every_pair_the_same():
     by_hand(chosen_nll(torch.tensor([[-2.0, -9.0], [-0.5, -7.0]])), 2.5)
 

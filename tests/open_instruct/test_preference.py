@@ -324,6 +324,7 @@ def test_the_added_likelihood_is_the_mean_over_the_chosen_answers_tokens():
     "keys, words",
     [
         (dict(loss_type="sigmoi"), "loss_type.*Did you mean sigmoid"),
+        (dict(loss_type="sigmoid_norm"), "loss_type.*Did you mean dpo_norm"),
         (dict(loss_type=[]), "at least one"),
         (dict(loss_type=["ipo", "ipo"]), "none of them twice"),
         (dict(loss_type=["kto", "ipo"]), "cannot be added"),

@@ -83,6 +83,12 @@ def test_a_quantised_run_learns_and_its_adapter_opens_on_the_base(folder, bits):
     assert (folder / "whole" / "model.safetensors").exists()
 
 
+def test_dora_stands_on_a_4_bit_base_too(folder):
+    run = sft.run(recipe_of(folder, use_dora=True, load_in_4bit=True))
+    rows = rows_of(run.path / "metrics.jsonl")
+    assert rows[-1]["eval_loss"] < rows[0]["eval_loss"] - 0.1
+
+
 def test_a_quantised_policy_starts_from_its_own_reference(folder):
     run = preference.run(recipe_of(folder, "dpo", load_in_4bit=True, num_train_epochs=1))
     first = rows_of(run.path / "metrics.jsonl")[0]
@@ -90,6 +96,25 @@ def test_a_quantised_policy_starts_from_its_own_reference(folder):
     whole = preference.run(recipe_of(folder, "dpo", output_dir="full", num_train_epochs=1))
     found, expected = (load_file(item.path / preference.REFERENCE_FILE) for item in (run, whole))
     assert not torch.allclose(found["train"], expected["train"], atol=1e-3)
+
+
+def test_an_adapter_goes_on_over_a_quantised_base(folder):
+    sft.run(recipe_of(folder, load_in_4bit=True))
+    run = preference.run(
+        recipe_of(
+            folder,
+            "dpo",
+            model_name_or_path="sft",
+            chat_template=None,
+            load_in_4bit=True,
+            lora_r=None,
+            lora_dropout=None,
+        )
+    )
+    rows = rows_of(run.path / "metrics.jsonl")
+    assert rows[0]["eval_reward_margin"] == 0.0 and rows[-1]["eval_reward_margin"] > 0
+    settings = json.loads((run.path / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(folder / "base")
 
 
 def test_a_killed_quantised_run_ends_with_the_same_bits(folder):
