@@ -371,6 +371,23 @@ def _run_from_keys(given: dict[str, Any], overrides: Sequence[str], source: str)
     return stage.run(build_recipe(stage.recipe_class, keys, source=source))
 
 
+# ---------------------------------------------------------------- merge
+
+
+@cli.command()
+@click.argument("adapter")
+@click.argument("out")
+def merge(adapter: str, out: str) -> None:
+    """Write the whole model that an adapter makes of its base.
+
+    ADAPTER is the output_dir of a run with use_peft, or a folder in peft's format; OUT is a new
+    folder.
+    """
+    from open_instruct.causal_lm import merge_adapter
+
+    click.echo(f"{merge_adapter(adapter, out)} is written", err=True)
+
+
 # ---------------------------------------------------------------- errors out
 
 

@@ -72,7 +72,7 @@ class Examples:
             digest.update(labels.tobytes())
         return digest.hexdigest()
 
-    def batch(self, numbers: Sequence[int], pad_id: int = 0) -> "Batch":
+    def batch(self, numbers: Sequence[int], pad_id: int = 0, seed: int = 0) -> "Batch":
         """The examples with these numbers, in this order, right-padded into one micro-batch.
 
         Without numbers: one position of padding without a label, for a rank that has nothing left
@@ -96,6 +96,7 @@ class Examples:
             label_rows_L=torch.from_numpy(label_rows_L),
             examples=torch.tensor(list(numbers), dtype=torch.int64),
             num_rows=len(rows),
+            seed=seed,
         )
 
 
@@ -115,6 +116,7 @@ class Batch:
     label_rows_L: Tensor
     examples: Tensor  # the number of each example in its set
     num_rows: int  # 0 for the batch without examples
+    seed: int = 0  # for what is drawn at random; the same in all micro-batches of a step
 
     def to(self, device: torch.device) -> "Batch":
         """The same on a device; from pinned memory, so that the copy does not stop the host."""
@@ -279,8 +281,9 @@ class Steps:
 
     def micro_batches(self, step: int, rank: int) -> list[Batch]:
         """This rank's micro-batches of a step."""
+        seed = int(np.random.SeedSequence([self._seed, step]).generate_state(1)[0])
         return [
-            self.examples.batch(numbers, self._pad_id)
+            self.examples.batch(numbers, self._pad_id, seed)
             for numbers in self._cut(step).micro_batches[rank]
         ]
 

@@ -1,7 +1,8 @@
 """A causal language model from its Hugging Face folder, and back into one as an artefact.
 
-In: the weights as float32, whatever they are stored as. Out: a complete model folder, stored in
-the precision that the model came in.
+In: the weights as float32, whatever they are stored as, with an adapter on them if the recipe or
+the folder says so. Out: a complete model folder, stored in the precision that the model came in;
+or an adapter's, which names the model it stands on.
 """
 
 from dataclasses import dataclass
@@ -12,10 +13,28 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from olmo_base.run.artefact import RunFolder, atomic_folder, move_into, resolve_model
+from olmo_base.run.artefact import (
+    RunFolder,
+    adapter_base,
+    atomic_folder,
+    move_into,
+    resolve_base,
+    resolve_model,
+)
 from olmo_base.run.errors import UserError
 from olmo_base.run.recipe import setting
-from open_instruct.encode import ChatEncoder, save_chat_files
+from open_instruct.adapters import (
+    AdapterConfig,
+    add_adapter,
+    is_adapted,
+    merged,
+    new_adapter_like,
+    open_adapter,
+    quantisation,
+    refuse_other_settings,
+    save_adapter,
+)
+from open_instruct.encode import ChatEncoder, load_chat_encoder, save_chat_files
 from open_instruct.logprobs import MAX_LOGITS
 
 FLOAT_BYTES = 4
@@ -37,24 +56,72 @@ class ModelConfig:
     trust_remote_code: bool = setting(False, help="run Python code that the model folder brings")
 
 
+def whole_model_folder(name_or_path: str) -> Path:
+    """The folder of the model itself; for an adapter that of its base."""
+    folder = resolve_model(name_or_path)
+    base = adapter_base(folder)
+    return folder if base is None else resolve_base(folder, base)
+
+
 def load_config(config: ModelConfig) -> Any:
     """The model's architecture. Errors: UserError if this transformers does not know it."""
-    folder = resolve_model(config.model_name_or_path)
+    folder = whole_model_folder(config.model_name_or_path)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     except (ValueError, OSError) as error:
         raise UserError(_cannot_load(folder, error)) from None
 
 
-def load_causal_lm(config: ModelConfig) -> tuple[PreTrainedModel, torch.dtype]:
-    """The model in float32 on the CPU, and the precision its files are in.
+def load_causal_lm(
+    config: ModelConfig,
+    adapter: AdapterConfig | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    compute_dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> tuple[PreTrainedModel, torch.dtype]:
+    """The model in float32, and the precision its files are in.
 
-    float32 because Adam's small steps vanish in 16 bits. Errors: UserError if the folder holds
-    no complete causal language model.
+    float32 because Adam's small steps vanish in 16 bits. What ``model_name_or_path`` is and
+    ``use_peft`` decide what is trained:
+
+        a model,    no use_peft   all its weights
+        a model,    use_peft      a new adapter on it
+        an adapter, no use_peft   all weights of its base, with the adapter merged into them
+        an adapter, use_peft      that adapter, further, on the same base
+
+    Only a quantised base goes to ``device`` at once, and computes in ``compute_dtype``. Errors:
+    UserError if the folder holds no complete causal language model.
     """
-    folder = resolve_model(config.model_name_or_path)
+    adapter = adapter or AdapterConfig()
+    given = resolve_model(config.model_name_or_path)
+    folder = whole_model_folder(config.model_name_or_path)
+    if adapter.use_peft and folder != given:
+        refuse_other_settings(adapter, given)
     stored_dtype = getattr(load_config(config), "dtype", None) or torch.float32
+    model = _load_whole(folder, config, adapter, device, compute_dtype)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if folder != given:
+        model = open_adapter(model, given, is_trainable=adapter.use_peft)
+        return (model if adapter.use_peft else merged(model)), stored_dtype
+    if adapter.use_peft:
+        name = config.model_name_or_path
+        base = str(Path(name).resolve()) if Path(name).is_dir() else name
+        model = add_adapter(model, adapter, base, seed)
+    return model, stored_dtype
+
+
+def _load_whole(
+    folder: Path,
+    config: ModelConfig,
+    adapter: AdapterConfig,
+    device: torch.device | str,
+    compute_dtype: torch.dtype,
+) -> PreTrainedModel:
     load: Any = AutoModelForCausalLM.from_pretrained  # its type does not know of the report
+    bits = quantisation(adapter, compute_dtype)
+    placed = {} if bits is None else {"quantization_config": bits, "device_map": {"": device}}
     try:
         model, report = load(
             folder,
@@ -62,6 +129,7 @@ def load_causal_lm(config: ModelConfig) -> tuple[PreTrainedModel, torch.dtype]:
             attn_implementation=config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
+            **placed,
         )
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         raise UserError(_cannot_load(folder, error)) from None
@@ -72,9 +140,8 @@ def load_causal_lm(config: ModelConfig) -> tuple[PreTrainedModel, torch.dtype]:
             f"({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}); they would start "
             "random. Give a complete model folder."
         )
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model, stored_dtype
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 def _cannot_load(folder: Path, error: Exception) -> str:
@@ -98,38 +165,101 @@ def save_causal_lm(
 ) -> None:
     """Write weights, config, tokenizer, template and generation settings into the run's folder.
 
-    Everything is written beside it first and then moved in. Changes the model's precision.
+    Of an adapter its own files in place of weights and config: a config.json beside them would
+    make transformers look for the whole model there. Everything is written beside it first and
+    then moved in. Changes the model's precision.
     """
-    generation = model.generation_config.to_diff_dict() if model.generation_config else {}
     with atomic_folder(folder.path / "model.tmp") as temporary:
-        model.to(dtype)  # type: ignore[arg-type]
-        model.config.use_cache = True
-        model.save_pretrained(temporary)
-        # Settings that transformers reads but refuses to write (temperature without do_sample).
-        settings = GenerationConfig.from_dict(generation)
-        (temporary / "generation_config.json").write_text(
-            settings.to_json_string(use_diff=True), encoding="utf-8"
-        )
-        save_chat_files(encoder, temporary)
+        write_model_files(temporary, model, encoder, dtype)
     move_into(folder.path / "model.tmp", folder.path)
     (folder.path / "model.tmp").rmdir()
+
+
+def write_model_files(
+    folder: Path, model: PreTrainedModel, encoder: ChatEncoder, dtype: torch.dtype
+) -> None:
+    """The files that make ``folder`` a model, or an adapter (in float32, as it was trained)."""
+    generation = model.generation_config.to_diff_dict() if model.generation_config else {}
+    if is_adapted(model):
+        save_adapter(model, folder)
+    else:
+        model.to(dtype)  # type: ignore[arg-type]
+        model.config.use_cache = True
+        model.save_pretrained(folder)
+    # Settings that transformers reads but refuses to write (temperature without do_sample).
+    settings = GenerationConfig.from_dict(generation)
+    (folder / "generation_config.json").write_text(
+        settings.to_json_string(use_diff=True), encoding="utf-8"
+    )
+    save_chat_files(encoder, folder)
+
+
+def merge_adapter(adapter: str, out: str) -> Path:
+    """Write the model that an adapter makes of its base, as a whole, into the new folder ``out``.
+
+    Merged in float32 and stored in the base's precision. Errors: UserError if ``adapter`` is none
+    or ``out`` is not empty.
+    """
+    folder, target = resolve_model(adapter), Path(out)
+    if adapter_base(folder) is None:
+        raise UserError(f"{folder} is not an adapter (no adapter_config.json): nothing to merge.")
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise UserError(f"{target} exists already. Name a new folder.")
+    encoder = load_chat_encoder(folder)
+    model, dtype = load_causal_lm(ModelConfig(adapter))
+    with atomic_folder(target) as temporary:
+        write_model_files(temporary, model, encoder, dtype)
+    return target
 
 
 # ---------------------------------------------------------------- memory
 
 
-def count_parameters(config: ModelConfig) -> int:
-    """Parameters of the model, from its architecture alone."""
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters of a model, in numbers: all, those trained, and those kept in few bits."""
+
+    all: int
+    trained: int
+    quantised: int = 0
+    bits: int = 32
+
+    @property
+    def weight_bytes(self) -> int:
+        """What the weights take; quantised ones bring a float32 scale for each 64."""
+        few = self.quantised * (self.bits + 0.5) / 8
+        return FLOAT_BYTES * (self.all - self.quantised) + round(few)
+
+
+def count_parameters(config: ModelConfig, adapter: AdapterConfig | None = None) -> Sizes:
+    """Sizes of the model, from its architecture alone."""
+    adapter = adapter or AdapterConfig()
+    folder = resolve_model(config.model_name_or_path)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             load_config(config), trust_remote_code=config.trust_remote_code
         )
-    return sum(weight.numel() for weight in model.parameters())
+        number = sum(weight.numel() for weight in model.parameters())
+        if not adapter.use_peft:
+            return Sizes(number, number)
+        head = model.get_output_embeddings()
+        linear = sum(
+            module.weight.numel()
+            for module in model.modules()
+            if isinstance(module, torch.nn.Linear) and module is not head
+        )
+        if adapter_base(folder) is not None:
+            adapted = new_adapter_like(model, folder)
+        else:
+            adapted = add_adapter(model, adapter, config.model_name_or_path, seed=0)
+        trained = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
+    bits = 4 if adapter.load_in_4bit else 8
+    return Sizes(number + trained, trained, linear if adapter.is_quantised else 0, bits)
 
 
 def training_memory(
     model_config: Any,
-    num_parameters: int,
+    sizes: Sizes,
     *,
     num_positions: int,
     num_labels: int,
@@ -151,5 +281,5 @@ def training_memory(
     kept = per_layer + layers * width if gradient_checkpointing else layers * per_layer
     # Logits, their log-softmax and its gradient; the head works in pieces above MAX_LOGITS.
     logits = min(num_labels * text_config.vocab_size, MAX_LOGITS)
-    floats = 4 * num_parameters + num_positions * kept + 3 * logits
-    return FLOAT_BYTES * floats + KERNELS_BYTES
+    floats = 3 * sizes.trained + num_positions * kept + 3 * logits
+    return sizes.weight_bytes + FLOAT_BYTES * floats + KERNELS_BYTES

@@ -24,7 +24,7 @@ from olmo_base.run.artefact import ExampleCounts, atomic_write, resolve_model
 from olmo_base.run.errors import DataError, UserError
 from open_instruct import shipped_folder
 from open_instruct.control_tokens import CannotEncode, ControlTokens, Encoded, Rendered, Span
-from open_instruct.examples import DataConfig, Dialogue, Message, Pair
+from open_instruct.examples import DataConfig, Dialogue, Message, Pair, Rated
 
 BATCH_SIZE = 512  # examples tokenised in one call
 
@@ -35,6 +35,15 @@ class EncodedPair(NamedTuple):
     chosen: Encoded
     rejected: Encoded
     shared_prompt_length: int
+    margin: float = 0.0
+
+
+class EncodedRated(NamedTuple):
+    """A rated answer behind its prompt; only the answer is learnt."""
+
+    sequence: Encoded
+    prompt_length: int  # ids before the answer
+    is_desirable: bool
 
 
 # ---------------------------------------------------------------- messages -> text
@@ -405,7 +414,7 @@ def _common_length(*sequences: Sequence[int]) -> int:
 
 # ---------------------------------------------------------------- many examples, of bounded length
 
-Example = TypeVar("Example", Dialogue, Pair)
+Example = TypeVar("Example", Dialogue, Pair, Rated)
 Result = TypeVar("Result")
 
 
@@ -451,14 +460,72 @@ def encode_whole_pairs(
 ) -> list[tuple[Pair, EncodedPair]]:
     """The first half of ``encode_pairs``: sequences of any length."""
     encoder.check_can_be_learnt()
-    return _encode_each(
-        pairs,
-        lambda batch: encoder.encode_many_pairs(
+
+    def encode_many(batch: Sequence[Pair]) -> list[EncodedPair]:
+        encoded = encoder.encode_many_pairs(
             [(item.prompt, item.chosen, item.rejected) for item in batch]
-        ),
-        config,
-        counts,
-    )
+        )
+        return [
+            pair._replace(margin=item.margin) for item, pair in zip(batch, encoded, strict=True)
+        ]
+
+    return _encode_each(pairs, encode_many, config, counts)
+
+
+def encode_rated(
+    rated: Sequence[Rated], encoder: ChatEncoder, config: DataConfig, counts: ExampleCounts
+) -> list[EncodedRated]:
+    """Rated answers as sequences of at most ``max_length`` ids, in order.
+
+    Counts and errors as in ``encode_dialogues``.
+    """
+    whole = encode_whole_rated(rated, encoder, config, counts)
+    return fit_rated(whole, encoder, config, counts)
+
+
+def encode_whole_rated(
+    rated: Sequence[Rated], encoder: ChatEncoder, config: DataConfig, counts: ExampleCounts
+) -> list[tuple[Rated, EncodedRated]]:
+    """The first half of ``encode_rated``: sequences of any length."""
+    encoder.check_can_be_learnt()
+
+    def encode_many(batch: Sequence[Rated]) -> list[EncodedRated]:
+        # A pair of the answer with itself: pairs know where the prompt ends.
+        pairs = encoder.encode_many_pairs(
+            [(item.prompt, item.answer, item.answer) for item in batch]
+        )
+        return [
+            EncodedRated(pair.chosen, pair.shared_prompt_length, item.is_desirable)
+            for item, pair in zip(batch, pairs, strict=True)
+        ]
+
+    return _encode_each(rated, encode_many, config, counts)
+
+
+def fit_rated(
+    whole: Sequence[tuple[Rated, EncodedRated]],
+    encoder: ChatEncoder,
+    config: DataConfig,
+    counts: ExampleCounts,
+) -> list[EncodedRated]:
+    """The second half of ``encode_rated``: what to do with those that are too long."""
+    _check_lengths([(item, len(rated.sequence.ids)) for item, rated in whole], config)
+    kept = []
+    for _, rated in whole:
+        if len(rated.sequence.ids) > config.max_length:
+            if config.on_too_long == "drop":
+                counts.drop("longer than max_length")
+                continue
+            pair = EncodedPair(rated.sequence, rated.sequence, rated.prompt_length)
+            cut = _cut_pair(pair, config, encoder.opens_with_bos)
+            if isinstance(cut, str):
+                counts.drop(cut)
+                continue
+            rated = EncodedRated(cut.chosen, cut.shared_prompt_length, rated.is_desirable)
+            counts.truncated += 1
+        kept.append(rated)
+    counts.used += len(kept)
+    return kept
 
 
 def fit_dialogues(
@@ -503,7 +570,10 @@ def fit_pairs(
             if isinstance(cut, str):
                 counts.drop(cut)
                 continue
-            pair = cut
+            if cut.chosen.ids == cut.rejected.ids:
+                counts.drop("chosen and rejected the same after truncation")
+                continue
+            pair = cut._replace(margin=pair.margin)
             counts.truncated += 1
         kept.append(pair)
     counts.used += len(kept)
@@ -544,7 +614,9 @@ def pair_length(pair: EncodedPair) -> int:
     return max(len(pair.chosen.ids), len(pair.rejected.ids))
 
 
-def _check_lengths(lengths: Sequence[tuple[Dialogue | Pair, int]], config: DataConfig) -> None:
+def _check_lengths(
+    lengths: Sequence[tuple[Dialogue | Pair | Rated, int]], config: DataConfig
+) -> None:
     """Refuse examples that are too long, if the recipe refuses them or if there are too many."""
     too_long = [(item, length) for item, length in lengths if length > config.max_length]
     if not too_long:
@@ -599,8 +671,6 @@ def _cut_pair(pair: EncodedPair, config: DataConfig, opens_with_bos: bool) -> En
         shared = pair.shared_prompt_length - number
     if not any(chosen.is_learnt) or not any(rejected.is_learnt):
         return "nothing left to learn after truncation"
-    if chosen.ids == rejected.ids:
-        return "chosen and rejected the same after truncation"
     return EncodedPair(chosen, rejected, shared)
 
 

@@ -1,4 +1,4 @@
-"""Dataset rows of any known format -> dialogues and preference pairs.
+"""Dataset rows of any known format -> dialogues, preference pairs and rated answers.
 
     files, folders, hub names -> rows with their line -> one format -> checked turns -> the mixture
 
@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import math
 import random
 import re
 import zlib
@@ -96,6 +97,18 @@ class Pair:
     prompt: list[Message]
     chosen: list[Message]
     rejected: list[Message]
+    source: str
+    line: int
+    margin: float = 0.0  # by how much the first is better, if the row says it
+
+
+@dataclass(frozen=True)
+class Rated:
+    """One answer to a prompt, good or bad, and the row it came from."""
+
+    prompt: list[Message]
+    answer: list[Message]
+    is_desirable: bool
     source: str
     line: int
 
@@ -497,7 +510,12 @@ def _refuse_tools(row: dict[str, Any]) -> None:
 
 def _from_messages(row: dict[str, Any]) -> list[Message]:
     if isinstance(row.get("label"), bool):
-        raise _not_supported("unpaired preferences", "the row holds 'messages' and a 'label'")
+        raise BadRow(
+            "rated answer",
+            "the row holds 'messages' and a 'label': it says of an answer whether it is a good "
+            "one, and a bad one must not be learnt by heart.",
+            "Train on such rows with stage: dpo and loss_type: kto.",
+        )
     _refuse_tools(row)
     return _turns(_field(row, "messages"), "'messages'")
 
@@ -596,6 +614,18 @@ def _same_answers() -> BadRow:
     )
 
 
+def _margin(row: dict[str, Any]) -> float:
+    margin = row.get("margin", 0.0)
+    is_number = isinstance(margin, int | float) and not isinstance(margin, bool)
+    if not is_number or not math.isfinite(margin):
+        raise BadRow(
+            "margin is not a number",
+            f"'margin' is {margin!r}.",
+            "It must be a number: by how much the chosen answer is better.",
+        )
+    return float(margin)
+
+
 def _check_pair(prompt: list[Message], chosen: list[Message], rejected: list[Message]) -> None:
     if not prompt:
         raise BadRow("no shared prompt", "chosen and rejected share no prompt.", "Remove the row.")
@@ -612,6 +642,46 @@ def _check_pair(prompt: list[Message], chosen: list[Message], rejected: list[Mes
         _check_dialogue([*prompt, *answer], f"the prompt with {what}")
     if chosen == rejected:
         raise _same_answers()
+
+
+# ---------------------------------------------------------------- formats of rated answers
+
+Rating = tuple[list[Message], list[Message], bool]  # prompt, answer, whether it is a good one
+
+
+def _label(row: dict[str, Any]) -> bool:
+    label = _field(row, "label")
+    if not isinstance(label, bool):
+        raise BadRow(
+            "label is not true or false",
+            f"'label' is {_kind(label)}.",
+            "It must be true for a good answer and false for a bad one.",
+        )
+    return label
+
+
+def _from_rated_completion(row: dict[str, Any]) -> Rating:
+    prompt = _prompt(_field(row, "prompt"))
+    return prompt, _answer(_field(row, "completion"), "'completion'"), _label(row)
+
+
+def _from_rated_messages(row: dict[str, Any]) -> Rating:
+    _refuse_tools(row)
+    messages = _turns(_field(row, "messages"), "'messages'")
+    return messages[:-1], messages[-1:], _label(row)
+
+
+def _check_rated(prompt: list[Message], answer: list[Message]) -> None:
+    if not prompt:
+        raise BadRow("no prompt", "there is no turn before the answer.", "Add the question.")
+    _check_order(prompt, "the prompt")
+    if prompt[-1]["role"] != "user":
+        raise BadRow(
+            "prompt does not end with the user",
+            f"the prompt ends with {_a(prompt[-1]['role'])} turn; an answer follows a user turn.",
+            "End the prompt with a user turn.",
+        )
+    _check_dialogue([*prompt, *answer], "the prompt with its answer")
 
 
 # ---------------------------------------------------------------- which format a row has
@@ -646,6 +716,11 @@ PAIR_FORMATS: tuple[Format[Sides], ...] = (
     Format("instruction/chosen/rejected", _SIDES | {"instruction"}, _from_instruction_pair),
     Format("whole dialogues chosen/rejected", _SIDES, _from_whole_dialogues),
 )
+_LABEL = frozenset({"label"})
+RATED_FORMATS: tuple[Format[Rating], ...] = (
+    Format("prompt/completion/label", _LABEL | {"prompt", "completion"}, _from_rated_completion),
+    Format("messages/label", _LABEL | {"messages"}, _from_rated_messages),
+)
 
 
 def _recognise(row: dict[str, Any], formats: Sequence[Format[Made]]) -> Format[Made]:
@@ -665,7 +740,7 @@ def _recognise(row: dict[str, Any], formats: Sequence[Format[Made]]) -> Format[M
 
 # ---------------------------------------------------------------- rows -> the mixture
 
-Example = TypeVar("Example", Dialogue, Pair)
+Example = TypeVar("Example", Dialogue, Pair, Rated)
 
 
 def read_dialogues(
@@ -697,15 +772,38 @@ def read_pairs(
     on_bad_row: OnBadRow,
     counts: ExampleCounts,
     uses: list[SourceUse] | None = None,
+    with_margin: bool = False,
 ) -> list[Pair]:
-    """The preference pairs of a mixture; everything else as in ``read_dialogues``."""
+    """The preference pairs of a mixture; everything else as in ``read_dialogues``.
+
+    ``with_margin`` reads each row's ``margin``, a number, where it has one.
+    """
 
     def pair(row: Row, form: Format[Sides]) -> Pair:
         prompt, chosen, rejected = form.read(row.value)
         _check_pair(prompt, chosen, rejected)
-        return Pair(prompt, chosen, rejected, row.source, row.line)
+        margin = _margin(row.value) if with_margin else 0.0
+        return Pair(prompt, chosen, rejected, row.source, row.line, margin)
 
     return _read(sources, PAIR_FORMATS, pair, seed, on_bad_row, counts, uses)
+
+
+def read_rated(
+    sources: Sequence[Source],
+    *,
+    seed: int,
+    on_bad_row: OnBadRow,
+    counts: ExampleCounts,
+    uses: list[SourceUse] | None = None,
+) -> list[Rated]:
+    """The rated answers of a mixture; everything else as in ``read_dialogues``."""
+
+    def rated(row: Row, form: Format[Rating]) -> Rated:
+        prompt, answer, is_desirable = form.read(row.value)
+        _check_rated(prompt, answer)
+        return Rated(prompt, answer, is_desirable, row.source, row.line)
+
+    return _read(sources, RATED_FORMATS, rated, seed, on_bad_row, counts, uses)
 
 
 def _read(
@@ -774,7 +872,7 @@ def _asked(source: Source) -> str:
     return f"all {rows}"
 
 
-def _is_in_part(example: Dialogue | Pair, source: Source) -> bool:
+def _is_in_part(example: Dialogue | Pair | Rated, source: Source) -> bool:
     turns = example.messages if isinstance(example, Dialogue) else example.prompt
     question = next(turn["content"] for turn in turns if turn["role"] == "user")
     digest = hashlib.blake2b(question.encode("utf-8"), digest_size=8).digest()

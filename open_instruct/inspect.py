@@ -21,18 +21,22 @@ from open_instruct.encode import (
     EncodedPair,
     encode_whole_dialogues,
     encode_whole_pairs,
+    encode_whole_rated,
     fit_dialogues,
     fit_pairs,
+    fit_rated,
     load_chat_encoder,
     pair_length,
 )
 from open_instruct.examples import (
     Dialogue,
     Pair,
+    Rated,
     SourceUse,
     mixture_lines,
     read_dialogues,
     read_pairs,
+    read_rated,
 )
 from open_instruct.preference import PreferenceRecipe
 from open_instruct.sft import SftRecipe
@@ -57,7 +61,7 @@ def inspect_recipe(
     encoder = load_chat_encoder(recipe.model.model_name_or_path, recipe.chat_template)
     data, seed = recipe.data, recipe.run.seed
     counts, uses = ExampleCounts(), list[SourceUse]()
-    whole: Sequence[tuple[Dialogue | Pair, Encoded | EncodedPair]]
+    whole: Sequence[tuple[Dialogue | Pair | Rated, Encoded | EncodedPair]]
     too_long: UserError | None = None
     if isinstance(recipe, SftRecipe):
         dialogues = read_dialogues(
@@ -66,6 +70,16 @@ def inspect_recipe(
         whole = encoded_dialogues = encode_whole_dialogues(dialogues, encoder, data, counts)
         try:
             fit_dialogues(encoded_dialogues, encoder, data, counts)
+        except UserError as error:
+            too_long = error
+    elif recipe.loss.is_rated:
+        rated = read_rated(
+            data.dataset_mixer, seed=seed, on_bad_row=data.on_bad_row, counts=counts, uses=uses
+        )
+        encoded_rated = encode_whole_rated(rated, encoder, data, counts)
+        whole = [(item, encoded.sequence) for item, encoded in encoded_rated]
+        try:
+            fit_rated(encoded_rated, encoder, data, counts)
         except UserError as error:
             too_long = error
     else:
@@ -83,6 +97,8 @@ def inspect_recipe(
         item, encoded = whole[number]
         console.print(Rule(Text(f"{item.source}, line {item.line}"), align="left"))
         for name, part in _parts(encoded):
+            if isinstance(item, Rated):
+                name = "a good answer" if item.is_desirable else "a bad answer"
             console.print(
                 Text(f"{name}: {len(part.ids)} tokens, {sum(part.is_learnt)} learnt", "dim")
             )

@@ -30,17 +30,50 @@ def id_logprobs(logits_LV: Tensor, ids_L: Tensor) -> Tensor:
     return -F.cross_entropy(logits_LV.float(), ids_L, reduction="none")
 
 
+def mean_logprob(logits_LV: Tensor) -> Tensor:
+    """The mean log-probability over the vocabulary: (L,)."""
+    logits_LV = logits_LV.float()
+    return logits_LV.mean(-1) - logits_LV.logsumexp(-1)
+
+
+def log_sum_squares(logits_LV: Tensor) -> Tensor:
+    """The log of the sum over the vocabulary of squared probabilities: (L,)."""
+    logits_LV = logits_LV.float()
+    return (2 * logits_LV).logsumexp(-1) - 2 * logits_LV.logsumexp(-1)
+
+
+# What some losses need of the whole distribution at a label, by name.
+STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean_logprob": mean_logprob,
+    "log_sum_squares": log_sum_squares,
+}
+
+
+def label_scores(logits_LV: Tensor, ids_L: Tensor, statistic: str | None) -> Tensor:
+    """``id_logprobs``, (L,); with one of ``STATISTICS`` a second column beside it, (L, 2)."""
+    logprobs_L = id_logprobs(logits_LV, ids_L)
+    if statistic is None:
+        return logprobs_L
+    return torch.stack([logprobs_L, STATISTICS[statistic](logits_LV)], dim=1)
+
+
 def vocabulary_size(head: nn.Module) -> int:
     """How many ids the head scores."""
     assert isinstance(head.weight, Tensor)
     return head.weight.shape[0]
 
 
-def head_logprobs(hidden_LD: Tensor, ids_L: Tensor, head: nn.Module, max_logits: int) -> Tensor:
-    """Log-probability of each id under ``head``, never keeping more than ``max_logits`` logits."""
+def head_logprobs(
+    hidden_LD: Tensor,
+    ids_L: Tensor,
+    head: nn.Module,
+    max_logits: int,
+    statistic: str | None = None,
+) -> Tensor:
+    """``label_scores`` of each id under ``head``, never keeping more than ``max_logits`` logits."""
 
     def piece(hidden: Tensor, ids: Tensor) -> Tensor:
-        return id_logprobs(head(hidden), ids)
+        return label_scores(head(hidden), ids, statistic)
 
     rows = max(1, max_logits // vocabulary_size(head))
     if len(ids_L) <= rows:
@@ -55,17 +88,21 @@ def head_logprobs(hidden_LD: Tensor, ids_L: Tensor, head: nn.Module, max_logits:
 # ---------------------------------------------------------------- ways to the logits of labels
 
 
-def hidden_then_head(model: nn.Module, batch: Batch, mask_RT: Tensor | None) -> Tensor:
+def hidden_then_head(
+    model: nn.Module, batch: Batch, mask_RT: Tensor | None, statistic: str | None = None
+) -> Tensor:
     """The body's hidden states, then the head at the labels. Right for models that do just that."""
     hidden = model.get_decoder()(  # type: ignore[operator]
         input_ids=batch.ids_RT, attention_mask=mask_RT, use_cache=False
     ).last_hidden_state
     hidden_LD = hidden.flatten(0, 1).index_select(0, batch.label_positions_L)
     head = model.get_output_embeddings()  # type: ignore[operator]
-    return head_logprobs(hidden_LD, batch.label_ids_L, head, MAX_LOGITS)
+    return head_logprobs(hidden_LD, batch.label_ids_L, head, MAX_LOGITS, statistic)
 
 
-def model_at_labels(model: nn.Module, batch: Batch, mask_RT: Tensor | None) -> Tensor:
+def model_at_labels(
+    model: nn.Module, batch: Batch, mask_RT: Tensor | None, statistic: str | None = None
+) -> Tensor:
     """The model's own logits, asked for at the labels only. Costs a host synchronisation."""
     is_wanted = torch.zeros_like(batch.ids_RT, dtype=torch.bool).flatten()
     is_wanted[batch.label_positions_L] = True
@@ -75,17 +112,19 @@ def model_at_labels(model: nn.Module, batch: Batch, mask_RT: Tensor | None) -> T
         use_cache=False,
         logits_to_keep=is_wanted.view_as(batch.ids_RT),
     ).logits
-    return id_logprobs(logits_LV, batch.label_ids_L)
+    return label_scores(logits_LV, batch.label_ids_L, statistic)
 
 
-def model_everywhere(model: nn.Module, batch: Batch, mask_RT: Tensor | None) -> Tensor:
+def model_everywhere(
+    model: nn.Module, batch: Batch, mask_RT: Tensor | None, statistic: str | None = None
+) -> Tensor:
     """The model's own logits at every position, then those of the labels. The most memory."""
     logits = model(input_ids=batch.ids_RT, attention_mask=mask_RT, use_cache=False).logits
     logits_LV = logits.flatten(0, 1).index_select(0, batch.label_positions_L)
-    return id_logprobs(logits_LV, batch.label_ids_L)
+    return label_scores(logits_LV, batch.label_ids_L, statistic)
 
 
-WAYS: dict[str, Callable[[nn.Module, Batch, Tensor | None], Tensor]] = {
+WAYS: dict[str, Callable[[nn.Module, Batch, Tensor | None, str | None], Tensor]] = {
     "head at the labels": hidden_then_head,
     "the model's own logits at the labels": model_at_labels,
     "the model's own logits at every position": model_everywhere,
@@ -95,7 +134,13 @@ WAYS: dict[str, Callable[[nn.Module, Batch, Tensor | None], Tensor]] = {
 # ---------------------------------------------------------------- the module the loop trains
 
 
-class LabelLogprobs(nn.Module):
+class Wrapped(nn.Module):
+    """What the loop trains: a Hugging Face model behind a forward pass that takes a ``Batch``."""
+
+    model: nn.Module
+
+
+class LabelLogprobs(Wrapped):
     """A causal language model whose forward pass is micro-batch -> log-probability of each label.
 
     A module, so that whatever wraps a model for many ranks wraps this and sees every forward pass.
@@ -118,11 +163,14 @@ class LabelLogprobs(nn.Module):
         self._precision = precision
         self.way, self.needs_mask = find_way(model, precision, tolerance)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """(L,) float32, in the order of ``batch.label_ids_L``."""
+    def forward(self, batch: Batch, statistic: str | None = None) -> Tensor:
+        """(L,) float32, in the order of ``batch.label_ids_L``.
+
+        With one of ``STATISTICS``: (L, 2), the statistic beside each log-probability.
+        """
         mask_RT = padding_mask(batch) if self.needs_mask else None
         with self._precision():
-            return WAYS[self.way](self.model, batch, mask_RT)
+            return WAYS[self.way](self.model, batch, mask_RT, statistic)
 
 
 def padding_mask(batch: Batch) -> Tensor:
@@ -160,7 +208,7 @@ def find_way(
             mask_RT = padding_mask(probe) if needs_mask else None
             for name, way in WAYS.items():
                 try:
-                    found = way(model, probe, mask_RT)
+                    found = way(model, probe, mask_RT, None)
                 except (TypeError, AttributeError, IndexError):
                     continue  # a model without that door; the next way asks less of it
                 if torch.allclose(found, expected, rtol=0, atol=tolerance):

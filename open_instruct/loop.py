@@ -40,10 +40,26 @@ from open_instruct.batches import (
     Steps,
     evaluation_batches,
 )
-from open_instruct.logprobs import LabelLogprobs
+from open_instruct.logprobs import LabelLogprobs, Wrapped
 
 # (model, micro-batch) -> sums over its terms: "loss", which is minimised, and any others to show.
 SummedLoss = Callable[[nn.Module, Batch], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class MeasuredLoss:
+    """A loss that needs a mean over the whole step before its first gradient (KTO's z_0).
+
+    ``measure`` sums something over a micro-batch of ``examples``, which has one example for each of
+    the stage's, by the same number. ``given`` is the loss once the mean is known.
+    """
+
+    examples: Examples
+    measure: Callable[[nn.Module, Batch], Tensor]
+    given: Callable[[Tensor], SummedLoss]
+
+
+Loss = SummedLoss | MeasuredLoss
 
 
 @dataclass(frozen=True)
@@ -98,11 +114,14 @@ class Workers:
 
         Errors: UserError if it is no causal language model.
         """
-        model.to(self.device)  # type: ignore[arg-type]
-        tolerance = 1.0 if self.bf16 else 1e-3  # nats, where logits spread over 20
+        is_quantised = getattr(model, "is_quantized", False)
+        if not is_quantised:  # such a model was loaded onto the device
+            model.to(self.device)  # type: ignore[arg-type]
+        # nats, where logits spread over 20
+        tolerance = 1.0 if self.bf16 or is_quantised else 1e-3
         return LabelLogprobs(model, self.precision, tolerance)
 
-    def share(self, model: LabelLogprobs) -> nn.Module:
+    def share(self, model: Wrapped) -> nn.Module:
         """The same model, its gradients averaged over the ranks."""
         prepared: nn.Module = self._accelerator.prepare_model(model)
         return prepared
@@ -195,27 +214,49 @@ class HeldOut:
 
     examples: Examples
     num_terms: int
-    summed_loss: SummedLoss
+    loss: Loss
+
+
+@torch.no_grad()
+def settle(
+    loss: Loss, model: nn.Module, batches: Sequence[Batch], num_terms: int, workers: Workers
+) -> SummedLoss:
+    """The loss with its mean measured over ``batches`` and over those of all other ranks.
+
+    Measured without dropout, so that it does not depend on how a step is cut.
+    """
+    if not isinstance(loss, MeasuredLoss):
+        return loss
+    was_training = model.training
+    model.eval()
+    total = torch.zeros((), device=workers.device)
+    for batch in batches:
+        measured = loss.examples.batch(batch.examples.tolist())
+        total += loss.measure(model, measured.to(workers.device))
+    model.train(was_training)
+    return loss.given(workers.sum_over_ranks(total) / num_terms)
 
 
 @torch.no_grad()
 def evaluate(
-    model: LabelLogprobs, held_out: HeldOut, workers: Workers, batch_size: int
+    model: Wrapped, held_out: HeldOut, workers: Workers, batch_size: int
 ) -> dict[str, float]:
     """Every sum of the stage per term over the whole set, by the names ``eval_loss``, ..."""
     totals = Totals()
     was_training = model.training
     model.eval()
-    for batch in evaluation_batches(
+    batches = evaluation_batches(
         held_out.examples,
         max_examples=batch_size,
         num_ranks=workers.num_ranks,
         rank=workers.rank,
-    ):
-        totals.add(held_out.summed_loss(model, batch.to(workers.device)))
+    )
+    summed_loss = settle(held_out.loss, model, batches, held_out.num_terms, workers)
+    for batch in batches:
+        totals.add(summed_loss(model, batch.to(workers.device)))
     if not totals.sums:  # more ranks than batches: this one adds nothing, but must take part
         nothing = held_out.examples.batch([]).to(workers.device)
-        totals.add(held_out.summed_loss(model, nothing))
+        totals.add(summed_loss(model, nothing))
     model.train(was_training)
     sums = totals.over_ranks(workers)
     return {f"eval_{name}": value / held_out.num_terms for name, value in sums.items()}
@@ -241,7 +282,7 @@ class Position:
 def save(
     folder: RunFolder,
     workers: Workers,
-    model: LabelLogprobs,
+    model: Wrapped,
     optimizer: torch.optim.Optimizer,
     at: Position,
     row_sums: dict[str, float],
@@ -249,14 +290,15 @@ def save(
 ) -> None:
     """Write a checkpoint on the first rank; every rank goes on when it is complete.
 
-    Tied weights are one parameter and are kept once. No random generator is kept: each step
-    seeds its own.
+    Of the weights only those that are trained: under an adapter the others stay as they came. Tied
+    weights are one parameter and are kept once. No random generator is kept: each step seeds its
+    own.
     """
     if workers.rank == 0:
         save_checkpoint(
             folder,
             at.step,
-            weights=dict(model.model.named_parameters()),
+            weights=trained_parameters(model),
             state={
                 "position": asdict(at),
                 "row_sums": row_sums,
@@ -267,8 +309,14 @@ def save(
     workers.wait()
 
 
+def trained_parameters(model: Wrapped) -> dict[str, nn.Parameter]:
+    """Name -> parameter, of those that the optimizer changes."""
+    named = model.model.named_parameters()
+    return {name: parameter for name, parameter in named if parameter.requires_grad}
+
+
 def resume(
-    folder: RunFolder, workers: Workers, model: LabelLogprobs, optimizer: torch.optim.Optimizer
+    folder: RunFolder, workers: Workers, model: Wrapped, optimizer: torch.optim.Optimizer
 ) -> tuple[Position, Totals]:
     """Put weights and optimizer to where the latest checkpoint left them, and say where that is."""
     checkpoint = latest_checkpoint(folder)
@@ -276,7 +324,7 @@ def resume(
     if checkpoint is None:
         return Position(), row
     weights, state = checkpoint.load()
-    parameters = dict(model.model.named_parameters())
+    parameters = trained_parameters(model)
     assert weights.keys() == parameters.keys(), f"{checkpoint.path} is of another model"
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -347,9 +395,9 @@ def add_gradients(
 def train(
     folder: RunFolder,
     workers: Workers,
-    model: LabelLogprobs,
+    model: Wrapped,
     steps: Steps,
-    summed_loss: SummedLoss,
+    loss: Loss,
     held_out: HeldOut | None,
     *,
     seed: int,
@@ -386,6 +434,7 @@ def train(
             seed_step(seed, at.step, workers.rank)
             num_terms, num_tokens = steps.num_terms(at.step), steps.num_tokens(at.step)
             batches = steps.micro_batches(at.step, workers.rank)
+            summed_loss = settle(loss, model, batches, num_terms, workers)
             add_gradients(workers, shared, batches, num_terms, summed_loss, row)
             gradient_norm = clip_gradients(model.parameters(), optim.max_grad_norm)
             optimizer.step()

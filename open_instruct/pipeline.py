@@ -85,6 +85,12 @@ def _dpo() -> Stage:
     return Stage(module.PreferenceRecipe, module.input_files, module.plan, module.run)
 
 
+def _reward() -> Stage:
+    from open_instruct import reward as module
+
+    return Stage(module.RewardRecipe, module.input_files, module.plan, module.run)
+
+
 def _eval() -> Stage:
     from eval import harness as module
 
@@ -98,6 +104,7 @@ STAGES: dict[str, Callable[[], Stage]] = {
     "pretrain": _pretrain,
     "sft": _sft,
     "dpo": _dpo,
+    "reward": _reward,
     "eval": _eval,
 }
 MODEL_STAGES = ("pretrain", "sft", "dpo")  # whose folder is a model that can be talked to

@@ -4,41 +4,65 @@ dialogues -> ids and which are learnt -> optimizer steps -> log-probabilities of
 their negative sum -> a model folder that knows its chat template and where to stop.
 """
 
+import contextlib
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from olmo_base.optim import OptimConfig
-from olmo_base.run.artefact import ExampleCounts, RunConfig, RunFolder, model_files
+from olmo_base.run.artefact import ExampleCounts, RunConfig, RunFolder
 from olmo_base.run.errors import UserError
 from olmo_base.run.launch import seed_everything
 from olmo_base.run.metrics import LogConfig
+from olmo_base.run.recipe import RecipeError, setting
 from olmo_base.run.resume import CheckpointConfig
+from open_instruct.adapters import AdapterConfig
 from open_instruct.batches import Batch, Examples
-from open_instruct.causal_lm import (
-    ModelConfig,
-    check_lengths,
-    count_parameters,
-    load_causal_lm,
-    load_config,
-    save_causal_lm,
-    training_memory,
-)
-from open_instruct.encode import ChatEncoder, encode_dialogues, find_template, load_chat_encoder
+from open_instruct.causal_lm import ModelConfig
+from open_instruct.encode import ChatEncoder, encode_dialogues, load_chat_encoder
 from open_instruct.examples import (
     DataConfig,
     Source,
     SourceUse,
     mixture_lines,
     read_dialogues,
-    source_files,
 )
-from open_instruct.loop import HeldOut, TrainConfig, Workers, steps_of, train
-from open_instruct.losses import sft_loss
+from open_instruct.loop import HeldOut, SummedLoss, TrainConfig, Workers
+from open_instruct.losses import dft_loss, sft_loss, smoothed_sft_loss
+from open_instruct.tuning import Model, input_files, plan_figures, steps_for, train_and_finish
 
-STEPS_LOOKED_AT = 200  # by plan(), for the largest micro-batch
+__all__ = ["SftRecipe", "input_files", "plan", "run"]
+
+
+# R rows, T positions, D hidden width
+
+
+@dataclass(frozen=True)
+class SftLossConfig:
+    """What is minimised. The held-out loss is always the plain likelihood per label token."""
+
+    loss_type: Literal["nll", "dft"] = "nll"  # dft: weighted by the label's own probability
+    label_smoothing_factor: float = setting(0.0, low=0, below=1)
+    reduce_loss: Literal["mean", "sum"] = setting(
+        "mean",
+        help="mean: over a step's label tokens; sum: over each dialogue's, then the mean of those, "
+        "so that a token weighs the same in every step",
+    )
+    neftune_noise_alpha: float | None = setting(
+        None, above=0, help="noise on the embeddings while training (arXiv:2310.05914)"
+    )
+
+    def __post_init__(self) -> None:
+        if self.loss_type == "dft" and self.label_smoothing_factor > 0:
+            raise RecipeError(
+                "label_smoothing_factor",
+                f"{self.label_smoothing_factor}, but loss_type: dft does not use it. Remove it.",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,20 +71,15 @@ class SftRecipe:
 
     stage: Literal["sft"] = "sft"
     model: ModelConfig
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     chat_template: str | None = None  # a name in chat_templates/, a path, or null: the model's own
     data: DataConfig
+    loss: SftLossConfig = field(default_factory=SftLossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     run: RunConfig
-
-
-def input_files(recipe: SftRecipe) -> list[Path]:
-    """The files whose content decides the result. Errors: UserError naming one that is missing."""
-    template = [] if recipe.chat_template is None else [find_template(recipe.chat_template)]
-    sources = [*recipe.data.dataset_mixer, *recipe.data.eval_dataset_mixer]
-    return [*model_files(recipe.model.model_name_or_path), *template, *source_files(sources)]
 
 
 # ---------------------------------------------------------------- data and loss
@@ -91,8 +110,73 @@ def dialogue_examples(
 
 
 def summed_loss(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """Sums over the label tokens of a micro-batch."""
+    """The plain likelihood, summed over the label tokens of a micro-batch."""
     return {"loss": sft_loss(model(batch))}
+
+
+def training_loss(config: SftLossConfig, embedding: nn.Module) -> SummedLoss:
+    """The sum that the recipe minimises; ``embedding`` is the model's, for the noise."""
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        if config.label_smoothing_factor > 0:
+            scores_L2 = model(batch, "mean_logprob")
+            return smoothed_sft_loss(
+                scores_L2[:, 0], scores_L2[:, 1], config.label_smoothing_factor
+            )
+        return dft_loss(model(batch)) if config.loss_type == "dft" else sft_loss(model(batch))
+
+    def summed(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        if config.neftune_noise_alpha is None:
+            return {"loss": loss(model, batch)}
+        with noisy(embedding, batch, config.neftune_noise_alpha):
+            return {"loss": loss(model, batch)}
+
+    return summed
+
+
+def terms_per_dialogue(config: SftLossConfig, examples: Examples) -> np.ndarray:
+    """What the loop divides the sum by."""
+    if config.reduce_loss == "sum":
+        return np.ones(len(examples))
+    return examples.num_labels_NW.sum(axis=1)
+
+
+# ---------------------------------------------------------------- noise on the embeddings
+
+
+@contextlib.contextmanager
+def noisy(embedding: nn.Module, batch: Batch, alpha: float) -> Iterator[None]:
+    """The embedding adds NEFTune's noise to ``batch`` for as long as the block lasts."""
+
+    def add_noise(_: nn.Module, __: object, output_RTD: Tensor) -> Tensor:
+        return output_RTD + neftune_noise(batch, output_RTD, alpha)
+
+    handle = embedding.register_forward_hook(add_noise)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def neftune_noise(batch: Batch, like_RTD: Tensor, alpha: float) -> Tensor:
+    """Uniform noise within alpha / sqrt(length * D) for every row (arXiv:2310.05914, alg. 1).
+
+    The length is the row's own, without padding, and each row draws from its example's seed of
+    the step: so the noise does not depend on how the step is cut.
+    """
+    noise_RTD = torch.zeros_like(like_RTD)
+    generator = torch.Generator(like_RTD.device)
+    rows = zip(batch.examples.tolist(), batch.lengths_R.tolist(), strict=False)  # waits for a GPU
+    for row, (example, length) in enumerate(rows):
+        bound = alpha / math.sqrt(length * like_RTD.shape[-1])
+        generator.manual_seed(row_seed(batch.seed, example))
+        noise_RTD[row, :length].uniform_(-bound, bound, generator=generator)
+    return noise_RTD
+
+
+def row_seed(step_seed: int, example: int) -> int:
+    """The seed of one example's noise in one step."""
+    return int(np.random.SeedSequence([step_seed, example]).generate_state(1)[0])
 
 
 # ---------------------------------------------------------------- plan and run
@@ -103,29 +187,8 @@ def plan(recipe: SftRecipe) -> dict[str, object]:
     encoder = load_chat_encoder(recipe.model.model_name_or_path, recipe.chat_template)
     counts = ExampleCounts()
     examples = dialogue_examples(recipe.data.dataset_mixer, encoder, recipe, counts, [])
-    model_config = load_config(recipe.model)
-    check_lengths(int(examples.lengths_NW.max()), model_config, recipe.model.model_name_or_path)
-    steps = steps_of(
-        examples, examples.num_labels_NW.sum(axis=1), recipe.train, seed=recipe.run.seed
-    )
-    num_positions, num_labels = steps.largest_micro_batch(STEPS_LOOKED_AT)
-    num_parameters = count_parameters(recipe.model)
-    return {
-        "examples": counts.as_dict(),
-        "tokens": examples.num_tokens,
-        "label_tokens": examples.num_labels,
-        "longest_example": int(examples.lengths_NW.max()),
-        "steps": steps.total,
-        "examples_per_step": steps.per_step,
-        "parameters": num_parameters,
-        "memory_bytes": training_memory(
-            model_config,
-            num_parameters,
-            num_positions=num_positions,
-            num_labels=num_labels,
-            gradient_checkpointing=recipe.model.gradient_checkpointing,
-        ),
-    }
+    terms = terms_per_dialogue(recipe.loss, examples)
+    return plan_figures(recipe, examples, terms, counts, recipe.adapter)
 
 
 def run(recipe: SftRecipe) -> RunFolder:
@@ -152,38 +215,22 @@ def run(recipe: SftRecipe) -> RunFolder:
     for line in mixture_lines(uses):
         folder.log(line)
 
-    language_model, stored_dtype = load_causal_lm(recipe.model)
-    longest = int(examples.lengths_NW.max())
-    check_lengths(longest, language_model.config, recipe.model.model_name_or_path)
-    model = workers.place(language_model)
-    steps = steps_of(
-        examples,
-        examples.num_labels_NW.sum(axis=1),
-        recipe.train,
-        seed=recipe.run.seed,
-        num_ranks=workers.num_ranks,
-        cost_of_cut=workers.cost_of_cut(),
-    )
+    model = Model(recipe, workers, folder, longest=int(examples.lengths_NW.max()))
+    steps = steps_for(recipe, workers, examples, terms_per_dialogue(recipe.loss, examples))
+    loss = training_loss(recipe.loss, model.language_model.get_input_embeddings())
     folder.log(
         f"{len(examples):,} dialogues, {examples.num_tokens:,} tokens, {examples.num_labels:,} of "
         f"them learnt; {steps.total:,} steps of {steps.per_step} dialogues; "
-        f"log-probabilities from {model.way}"
+        f"log-probabilities from {model.logprobs.way}"
     )
-    results = train(
-        folder,
+    train_and_finish(
+        recipe,
         workers,
-        model,
+        folder,
+        model.logprobs,
+        lambda: model.save(folder, encoder),
         steps,
-        summed_loss,
+        loss,
         held_out,
-        seed=recipe.run.seed,
-        config=recipe.train,
-        optim=recipe.optim,
-        checkpoints=recipe.checkpoints,
-        log=recipe.log,
     )
-    if workers.rank == 0:
-        save_causal_lm(folder, language_model, encoder, stored_dtype)
-        folder.finish(**results)
-    workers.wait()
     return folder

@@ -25,6 +25,7 @@ from olmo_base.run.launch import hardware, is_main_process, source_commit, versi
 from olmo_base.run.recipe import deciding_keys, recipe_to_yaml, setting
 
 MANIFEST = "manifest.json"
+ADAPTER_CONFIG = "adapter_config.json"
 LEFT_BY_A_RUN = {".lock", "train.log"}  # what may stand in a folder that holds no run yet
 
 
@@ -138,6 +139,7 @@ def sha256_file(path: str | Path) -> str:
 def resolve_model(name_or_path: str) -> Path:
     """The local folder of a model: a folder as it is, or a hub name's downloaded snapshot.
 
+    An adapter's folder is a model too; ``adapter_base`` names what it stands on.
     Errors: UserError when it is neither, or when the folder holds no config.json.
     """
     folder = Path(name_or_path)
@@ -145,13 +147,52 @@ def resolve_model(name_or_path: str) -> Path:
         folder = _hub_snapshot(name_or_path)
     if not folder.is_dir():
         raise UserError(f"{folder} is a file. Give the folder that holds the model.")
-    if not (folder / "config.json").is_file():
+    if not any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
         unfinished = _unfinished_note(folder)
         raise UserError(
             f"{folder} holds no config.json, so it is not a model folder.{unfinished} "
             "Give the output_dir of a finished run or a Hugging Face model folder."
         )
     return folder
+
+
+def adapter_base(folder: Path) -> str | None:
+    """The model that the adapter in ``folder`` stands on: a folder or hub name.
+
+    None if it holds none: it has no adapter_config.json, or it has a config.json, which makes it a
+    whole model. Errors: UserError if adapter_config.json does not say it.
+    """
+    path = folder / ADAPTER_CONFIG
+    if not path.is_file() or (folder / "config.json").is_file():
+        return None
+    try:
+        base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError):
+        base = None
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{path} does not name a base model (base_model_name_or_path).")
+    return base
+
+
+def resolve_base(folder: Path, base: str) -> Path:
+    """The folder of the model that the adapter in ``folder`` stands on.
+
+    Errors: UserError if it is not where the adapter says, or is an adapter itself.
+    """
+    try:
+        below = resolve_model(base)
+    except UserError as error:
+        raise UserError(
+            f"{folder} is an adapter on {base}, which cannot be found. Put that model back, or "
+            f"write where it is now into {folder / ADAPTER_CONFIG} (base_model_name_or_path). "
+            f"{error}"
+        ) from None
+    if adapter_base(below) is not None:
+        raise UserError(
+            f"{folder} is an adapter on {below}, which is an adapter itself. Merge that one first: "
+            f"open-instruct merge {below} OUT."
+        )
+    return below
 
 
 def _unfinished_note(folder: Path) -> str:
@@ -186,7 +227,7 @@ def _hub_snapshot(name: str) -> Path:
 def model_files(name_or_path: str | Path) -> list[Path]:
     """The files of a model folder that decide how it behaves: weights, config, tokenizer, template.
 
-    Errors: UserError when there is no such model.
+    Of an adapter those of its base too. Errors: UserError when there is no such model.
     """
     folder = resolve_model(str(name_or_path))
     beside = {MANIFEST, "report.json", "trainer_state.json"}
@@ -201,7 +242,28 @@ def model_files(name_or_path: str | Path) -> list[Path]:
             f"{folder} holds no weights (*.safetensors).{_unfinished_note(folder)} "
             "Give the output_dir of a finished run or a Hugging Face model folder."
         )
-    return sorted(wanted)
+    base = adapter_base(folder)
+    return sorted(wanted) + ([] if base is None else model_files(resolve_base(folder, base)))
+
+
+def refuse_changed_base(folder: Path, base: str) -> None:
+    """What a run trained beside the weights of its base means nothing beside others.
+
+    Errors: UserError if the manifest of the adapter in ``folder`` knows other weights.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return  # not made by a run of ours: nothing is known of its base
+    known = {item["sha256"] for item in manifest.get("inputs", {}).values()}
+    weights = [file for file in model_files(base) if file.suffix in (".safetensors", ".bin")]
+    changed = [
+        name for name, item in describe_inputs(weights).items() if item["sha256"] not in known
+    ]
+    if changed:
+        raise UserError(
+            f"The adapter in {folder} was trained on other weights than {changed[0]} holds now. "
+            "Put those back, or train the adapter again."
+        )
 
 
 # ---------------------------------------------------------------- the folder of one run

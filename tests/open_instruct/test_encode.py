@@ -18,12 +18,13 @@ from open_instruct.encode import (
     ChatEncoder,
     encode_dialogues,
     encode_pairs,
+    encode_rated,
     find_template,
     load_chat_encoder,
     save_chat_files,
     template_names,
 )
-from open_instruct.examples import DataConfig, Dialogue, Message, Pair, Source
+from open_instruct.examples import DataConfig, Dialogue, Message, Pair, Rated, Source
 
 OLMO_TOKENIZERS = Path(__file__).parents[3] / "shared" / "data" / "tokenizers"
 
@@ -628,6 +629,30 @@ def test_pairs_that_truncation_makes_useless_are_dropped_with_the_reason(tulu):
         counts = ExampleCounts()
         assert encode_pairs([given], tulu, settings, counts) == []
         assert counts.dropped == {reason: 1}
+
+
+@pytest.mark.parametrize("choice", ["truncate_left", "truncate_right", "drop"])
+def test_a_rated_answer_is_learnt_alone_and_cut_like_a_pair(tulu, choice):
+    given = [
+        Rated([user("two plus two?")], [assistant(text)], True, "r", 1) for text in ("4", "5" * 9)
+    ]
+    counts = ExampleCounts()
+    whole = encode_rated(given, tulu, config(), counts)
+    for item, expected in zip(whole, given, strict=True):
+        pair_of_it = tulu.encode_pair(expected.prompt, expected.answer, expected.answer)
+        assert item.sequence == pair_of_it.chosen
+        assert item.prompt_length == pair_of_it.shared_prompt_length
+        assert not any(item.sequence.is_learnt[: item.prompt_length])
+        assert any(item.sequence.is_learnt[item.prompt_length :])
+    length = len(whole[1].sequence.ids) - 2
+    settings = config(max_length=length, on_too_long=choice, max_too_long_fraction=1)
+    counts = ExampleCounts()
+    cut = encode_rated(given, tulu, settings, counts)
+    assert len(cut) == counts.used == (1 if choice == "drop" else 2)
+    assert max(len(item.sequence.ids) for item in cut) <= length
+    if choice == "truncate_left":
+        assert cut[1].prompt_length == whole[1].prompt_length - 2
+        assert sum(cut[1].sequence.is_learnt) == sum(whole[1].sequence.is_learnt)
 
 
 def test_a_too_long_pair_is_an_error_with_its_line(tulu):

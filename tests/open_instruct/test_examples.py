@@ -24,6 +24,7 @@ from open_instruct.examples import (
     mixture_lines,
     read_dialogues,
     read_pairs,
+    read_rated,
     source_files,
 )
 
@@ -304,8 +305,8 @@ BAD_ROWS: dict[str, tuple[Any, str, str]] = {  # row, its message, what it is co
     ),
     "label": (
         {**GOOD, "label": False},
-        "unpaired preferences are not supported yet",
-        "unpaired preferences not supported yet",
+        "loss_type: kto",
+        "rated answer",
     ),
     "empty content": (turns(user("q"), assistant(" \n")), "turn 2 .* is empty", "empty content"),
     "content that is a list": (
@@ -427,6 +428,52 @@ def test_a_bad_pair_is_one_message_with_file_and_line_or_is_dropped(name, tmp_pa
     assert str(error.value).startswith(f"{path}, line 1: ")
     counts = ExampleCounts()
     assert len(pairs(path, counts=counts, on_bad_row="drop")) == 1
+    assert sum(counts.dropped.values()) == 1
+
+
+TALK: list[Message] = [user("a"), assistant("b"), user("c"), assistant("d")]
+RATED: dict[str, Any] = {
+    "prompt and completion": (
+        {"prompt": "Is it?", "completion": "No.", "label": False},
+        ([{"role": "user", "content": "Is it?"}], [{"role": "assistant", "content": "No."}], False),
+    ),
+    "a dialogue": (
+        {"messages": TALK, "label": True},
+        (TALK[:-1], TALK[-1:], True),
+    ),
+    "turns": (
+        {"prompt": TALK[:-1], "completion": TALK[-1:], "label": True},
+        (TALK[:-1], TALK[-1:], True),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RATED)
+def test_rated_answers_are_read_in_every_format(name, tmp_path):
+    row, expected = RATED[name]
+    source = Source(write(tmp_path / "rated.jsonl", row))
+    (rated,) = read_rated([source], seed=0, on_bad_row="error", counts=ExampleCounts())
+    assert (rated.prompt, rated.answer, rated.is_desirable) == expected
+    assert rated.line == 1
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ({"prompt": "a", "completion": "b", "label": 1}, "'label' is a number"),
+        ({"prompt": "a", "completion": "b"}, "missing key 'label'"),
+        ({"prompt": TALK[1:2], "completion": "b", "label": True}, "starts with the assistant"),
+        ({"prompt": "a", "completion": " ", "label": True}, "'completion' is empty"),
+    ],
+)
+def test_a_bad_rated_row_is_one_message_or_is_dropped(row, words, tmp_path):
+    good = {"prompt": "a", "completion": "b", "label": True}
+    source = Source(write(tmp_path / "rated.jsonl", good, row))
+    if "label" in row:
+        with pytest.raises(DataError, match=f"line 2: .*{words}"):
+            read_rated([source], seed=0, on_bad_row="error", counts=ExampleCounts())
+    counts = ExampleCounts()
+    assert len(read_rated([source], seed=0, on_bad_row="drop", counts=counts)) == 1
     assert sum(counts.dropped.values()) == 1
 
 

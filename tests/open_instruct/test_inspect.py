@@ -12,7 +12,7 @@ from olmo_base.run.errors import DataError, UserError
 from open_instruct.causal_lm import ModelConfig
 from open_instruct.examples import DataConfig, Source
 from open_instruct.inspect import inspect_recipe
-from open_instruct.preference import PreferenceRecipe
+from open_instruct.preference import LossConfig, PreferenceRecipe
 from open_instruct.sft import SftRecipe
 
 
@@ -118,3 +118,17 @@ def test_pairs_are_shown_as_a_prompt_and_two_answers(tmp_path, model_folder):
     assert lines[prompt : prompt + 3] == ["<|user|>", "q<|endoftext|>", "<|assistant|>"]
     assert "⟦yes<|endoftext|>⟧" in lines
     assert "⟦no<|endoftext|>⟧" in lines
+
+
+def test_rated_answers_are_shown_with_their_rating(tmp_path, model_folder):
+    rated = [{"prompt": "q", "completion": f"a{n}", "label": n == 1} for n in range(2)]
+    recipe = PreferenceRecipe(
+        model=ModelConfig(model_name_or_path=str(model_folder)),
+        chat_template="tulu",
+        data=DataConfig(dataset_mixer=(Source(write(tmp_path / "rated.jsonl", rated)),)),
+        loss=LossConfig(loss_type="kto"),
+        run=RunConfig(output_dir="unused"),
+    )
+    text = shown(recipe)
+    assert "a good answer: " in text and "a bad answer: " in text
+    assert "⟦a1<|endoftext|>⟧" in text and "2 examples used" in text

@@ -1,3 +1,4 @@
+import math
 from typing import Any, NamedTuple
 
 import pytest
@@ -25,7 +26,7 @@ from transformers import (
 
 from olmo_base.run.errors import UserError
 from open_instruct.batches import Examples
-from open_instruct.logprobs import LabelLogprobs, head_logprobs, id_logprobs
+from open_instruct.logprobs import LabelLogprobs, head_logprobs, id_logprobs, label_scores
 
 
 class Encoded(NamedTuple):
@@ -194,3 +195,40 @@ def test_a_model_that_looks_ahead_is_refused():
     )
     with pytest.raises(UserError, match="causal language models"):
         LabelLogprobs(model)
+
+
+def test_statistics_of_the_vocabulary_by_hand():
+    # probabilities 1/2, 1/4, 1/4, whatever is added to all logits
+    logits_LV = torch.tensor([[0.5, 0.25, 0.25]]).log() + 3
+    found = label_scores(logits_LV, torch.tensor([1]), "mean_logprob")
+    mean = (math.log(0.5) + 2 * math.log(0.25)) / 3
+    torch.testing.assert_close(found, torch.tensor([[math.log(0.25), mean]]))
+    found = label_scores(logits_LV, torch.tensor([0]), "log_sum_squares")
+    torch.testing.assert_close(found, torch.tensor([[math.log(0.5), math.log(0.375)]]))
+
+
+@pytest.mark.parametrize("statistic", ["mean_logprob", "log_sum_squares"])
+@pytest.mark.parametrize(("make_model", "way"), [MODELS[0], MODELS[5]])
+def test_statistics_stand_beside_the_logprobs_whatever_the_way(make_model, way, statistic):
+    torch.manual_seed(0)
+    model = make_model().eval()
+    logprobs, batch = LabelLogprobs(model), a_batch()
+    assert logprobs.way == way
+    found = logprobs(batch, statistic)
+    logits_LV = model(batch.ids_RT).logits.flatten(0, 1)[batch.label_positions_L]
+    expected = label_scores(logits_LV, batch.label_ids_L, statistic)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_head_in_pieces_gives_the_same_statistics_and_gradients():
+    torch.manual_seed(0)
+    head = torch.nn.Linear(8, 11)
+    hidden_LD, ids_L = torch.randn(7, 8), torch.arange(7)
+    found = []
+    for max_logits in (1000, 22):
+        head.zero_grad()
+        scores_L2 = head_logprobs(hidden_LD, ids_L, head, max_logits, "mean_logprob")
+        scores_L2.square().sum().backward()
+        assert head.weight.grad is not None
+        found.append((scores_L2.detach(), head.weight.grad.clone()))
+    torch.testing.assert_close(found[0], found[1])

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from olmo_base.optim import OptimConfig
 from olmo_base.run.artefact import RunConfig, RunFolder
@@ -22,24 +23,31 @@ from open_instruct.encode import Encoded
 from open_instruct.logprobs import LabelLogprobs
 from open_instruct.loop import (
     HeldOut,
-    SummedLoss,
+    Loss,
     Totals,
     TrainConfig,
     Workers,
     add_gradients,
     evaluate,
+    settle,
     steps_of,
     train,
 )
-from open_instruct.preference import loss_against
+from open_instruct.preference import (
+    LossConfig,
+    RatedExamples,
+    answer_logprobs,
+    loss_against,
+    rated_loss_against,
+)
 from open_instruct.sft import summed_loss
 from tests.open_instruct.tiny import (
     rows_of,
     save_tiny_model,
     tiny_olmo2,
-    weights_of,
     write_dialogues,
     write_pairs,
+    write_rated,
     write_recipe,
 )
 
@@ -74,10 +82,11 @@ def gradients_of_step(model, examples, terms, loss, *, per_device, accumulation,
     )
     assert steps.per_step == NUM
     model.zero_grad()
-    for rank in range(ranks):
-        add_gradients(
-            Workers(False), model, steps.micro_batches(0, rank), steps.num_terms(0), loss, Totals()
-        )
+    of_rank = [steps.micro_batches(0, rank) for rank in range(ranks)]
+    of_all = [batch for batches in of_rank for batch in batches]
+    settled = settle(loss, model, of_all, steps.num_terms(0), Workers(False))
+    for batches in of_rank:
+        add_gradients(Workers(False), model, batches, steps.num_terms(0), settled, Totals())
     return gradients_of(model)
 
 
@@ -88,20 +97,34 @@ def gradients_of(model):
 SIX_CUTS = [(12, 1, 1), (6, 2, 1), (3, 4, 1), (1, 12, 1), (2, 3, 2), (4, 1, 3)]
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
+@pytest.mark.parametrize("stage", ["sft", "dpo", "orpo", "kto"])
 def test_the_same_step_cut_six_ways_gives_the_same_gradients(stage):
     model = LabelLogprobs(tiny_olmo2())
-    loss: SummedLoss
+    loss: Loss
     if stage == "sft":
         examples, loss = random_examples(), summed_loss
         terms = examples.num_labels_NW.sum(axis=1)
+    elif stage == "orpo":
+        examples = random_examples(width=2)
+        loss, terms = loss_against(None, LossConfig(loss_type="orpo")), np.ones(NUM)
+    elif stage == "kto":
+        examples, mismatched = random_examples(), random_examples(seed=7)
+        rated = RatedExamples(examples, mismatched, torch.arange(NUM) % 3 > 0)
+        with torch.no_grad():
+            own, other = (
+                answer_logprobs(model, part.batch(range(NUM)), 1)[:, 0] - 0.4
+                for part in (examples, mismatched)
+            )
+        loss = rated_loss_against(own, other, rated, LossConfig(loss_type="kto", beta=0.9))
+        terms = np.ones(NUM)
     else:
         examples = random_examples(width=2)
         reference_P2 = torch.randn(NUM, 2, generator=torch.Generator().manual_seed(0)) - 60
-        loss, terms = loss_against(reference_P2, 0.5, 0.0), np.ones(NUM)
+        loss, terms = loss_against(reference_P2, LossConfig(beta=0.5)), np.ones(NUM)
 
     whole = examples.batch(range(NUM))
-    (loss(model, whole)["loss"] / terms.sum()).backward()
+    settled = settle(loss, model, [whole], NUM, Workers(False))
+    (settled(model, whole)["loss"] / terms.sum()).backward()
     expected = gradients_of(model)
     assert max(float(gradient.abs().max()) for gradient in expected.values()) > 1e-2
 
@@ -335,12 +358,25 @@ def test_gradient_checkpointing_changes_memory_and_not_gradients():
 
 # ---------------------------------------------------------------- two processes
 
-BOTH_STAGES = """
+ALL_STAGES = """
 from olmo_base.run.recipe import load_recipe
 from open_instruct import preference, sft
 sft.run(load_recipe(sft.SftRecipe, "sft.yaml"))
 preference.run(load_recipe(preference.PreferenceRecipe, "dpo.yaml"))
+preference.run(load_recipe(preference.PreferenceRecipe, "kto.yaml"))
+sft.run(load_recipe(sft.SftRecipe, "lora.yaml"))
 """
+
+DATA = {
+    "sft": "dialogues.jsonl",
+    "dpo": "pairs.jsonl",
+    "kto": "rated.jsonl",
+    "lora": "dialogues.jsonl",
+}
+OTHER_KEYS: dict[str, dict[str, Any]] = {
+    "kto": dict(stage="dpo", loss_type="kto"),
+    "lora": dict(stage="sft", use_peft=True, lora_r=4, lora_dropout=0.0),
+}
 
 
 def test_two_processes_end_with_the_weights_of_one(tmp_path, monkeypatch):
@@ -348,6 +384,7 @@ def test_two_processes_end_with_the_weights_of_one(tmp_path, monkeypatch):
     save_tiny_model(tmp_path / "base")
     write_dialogues(tmp_path / "dialogues.jsonl")
     write_pairs(tmp_path / "pairs.jsonl", number=15)  # the last step is smaller
+    write_rated(tmp_path / "rated.jsonl", number=15)
     folders = {}
     for number, per_device in ((1, 8), (2, 4)):
         common = dict(
@@ -362,15 +399,20 @@ def test_two_processes_end_with_the_weights_of_one(tmp_path, monkeypatch):
             logging_steps=1,
             save_steps=2,
         )
-        for stage, data in (("sft", "dialogues.jsonl"), ("dpo", "pairs.jsonl")):
+        for stage, data in DATA.items():
             folders[stage, number] = tmp_path / f"{stage}_{number}"
-            keys = dict(stage=stage, dataset_mixer=[{"path": data}], output_dir=f"{stage}_{number}")
-            keys |= {"eval_dataset_mixer": keys["dataset_mixer"]}
+            keys = OTHER_KEYS.get(stage, {"stage": stage}) | dict(
+                dataset_mixer=[{"path": data}],
+                eval_dataset_mixer=[{"path": data}],
+                output_dir=f"{stage}_{number}",
+            )
             write_recipe(tmp_path / f"{stage}.yaml", **keys, **common)
         if number == 1:
             sft.run(load_recipe(sft.SftRecipe, "sft.yaml"))
             preference.run(load_recipe(preference.PreferenceRecipe, "dpo.yaml"))
-    (tmp_path / "both.py").write_text(BOTH_STAGES)
+            preference.run(load_recipe(preference.PreferenceRecipe, "kto.yaml"))
+            sft.run(load_recipe(sft.SftRecipe, "lora.yaml"))
+    (tmp_path / "both.py").write_text(ALL_STAGES)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -378,8 +420,9 @@ def test_two_processes_end_with_the_weights_of_one(tmp_path, monkeypatch):
     )
     assert done.returncode == 0, done.stderr
 
-    for stage in ("sft", "dpo"):
-        one, two = (weights_of(folders[stage, number]) for number in (1, 2))
+    for stage in DATA:
+        kind = "adapter_model" if stage == "lora" else "model"
+        one, two = (load_file(folders[stage, number] / f"{kind}.safetensors") for number in (1, 2))
         for name in one:
             torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=0, msg=name)
         rows = [rows_of(folders[stage, number] / "metrics.jsonl") for number in (1, 2)]

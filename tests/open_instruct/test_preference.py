@@ -9,13 +9,17 @@ from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 from olmo_base.run.errors import UserError
 from olmo_base.run.recipe import load_recipe
 from open_instruct import preference
+from open_instruct.batches import Examples
+from open_instruct.control_tokens import Encoded
+from open_instruct.encode import EncodedRated, find_template
 from open_instruct.logprobs import LabelLogprobs
-from open_instruct.losses import dpo_loss
+from open_instruct.loop import Totals, Workers, add_gradients, settle
+from open_instruct.losses import dpo_loss, odds_ratio_loss
 from tests.open_instruct.tiny import (
     assert_same_weights,
     kill_after_step,
@@ -24,6 +28,7 @@ from tests.open_instruct.tiny import (
     tiny_olmo2,
     weights_of,
     write_pairs,
+    write_rated,
     write_recipe,
 )
 
@@ -109,6 +114,7 @@ def trl_trainer(tmp_path_factory):
             beta=0.3,
             loss_type=["sigmoid"],
             precompute_ref_log_probs=True,
+            use_weighting=True,  # for WPO; each test says whether the loss takes the weights
             per_device_train_batch_size=4,
             report_to=[],
             use_cpu=True,
@@ -121,7 +127,32 @@ def trl_trainer(tmp_path_factory):
     )
 
 
-def test_loss_and_gradients_equal_trl_on_random_log_probabilities(trl_trainer, folder):
+SHARED_WITH_TRL = [  # our loss_type and keys, TRL's
+    (dict(loss_type="sigmoid", beta=0.3), ["sigmoid"]),
+    (dict(loss_type="dpo_norm", beta=5.0), ["sigmoid_norm"]),
+    (dict(loss_type="ipo", beta=0.2), ["ipo"]),
+    (dict(loss_type="hinge", beta=0.05), ["hinge"]),
+    (dict(loss_type="robust", beta=0.3, label_smoothing=0.2), ["robust"]),
+    (dict(loss_type="apo_zero", beta=0.1), ["apo_zero"]),
+    (dict(loss_type="apo_down", beta=0.1), ["apo_down"]),
+    (dict(loss_type="wpo", beta=0.3), ["sigmoid"]),
+    (
+        dict(loss_type=("hinge", "apo_zero"), beta=0.1, loss_weights=(0.7, 2.0)),
+        ["hinge", "apo_zero"],
+    ),
+]
+
+
+@pytest.mark.parametrize("keys, their_names", SHARED_WITH_TRL)
+def test_loss_and_gradients_equal_trl_on_random_log_probabilities(
+    trl_trainer, folder, keys, their_names
+):
+    loss = preference.LossConfig(**keys)
+    trl_trainer.loss_types, trl_trainer.beta = their_names, loss.beta_in_use
+    trl_trainer.loss_weights = list(loss.loss_weights or [1.0])
+    trl_trainer.label_smoothing = loss.label_smoothing
+    trl_trainer.use_weighting = "wpo" in loss.names
+
     recipe = recipe_of(folder)
     encoder = preference.load_chat_encoder("model", "tulu")
     examples = preference.pair_examples(
@@ -153,19 +184,208 @@ def test_loss_and_gradients_equal_trl_on_random_log_probabilities(trl_trainer, f
     model = tiny_olmo2()
     reference_P2 = torch.zeros(len(examples), 2)
     reference_P2[numbers] = reference_42
-    sums = preference.loss_against(reference_P2, 0.3, 0.0)(LabelLogprobs(model), batch)
+    sums = preference.loss_against(reference_P2, loss)(LabelLogprobs(model), batch)
     (sums["loss"] / 4).backward()
 
-    assert their_loss.item() > 0.1
+    assert abs(their_loss.item()) > 0.01
     torch.testing.assert_close(sums["loss"] / 4, their_loss, atol=1e-6, rtol=1e-5)
     for (name, ours), (_, weight) in zip(
         model.named_parameters(), theirs.named_parameters(), strict=True
     ):
         torch.testing.assert_close(ours.grad, weight.grad, atol=1e-6, rtol=1e-4, msg=name)
-    latest = {name: values[-1] for name, values in trl_trainer._metrics["train"].items()}
-    assert sums["accuracy"].item() / 4 == latest["rewards/accuracies"]
-    assert sums["reward_margin"].item() / 4 == pytest.approx(latest["rewards/margins"], abs=1e-4)
-    assert sums["reward_chosen"].item() / 4 == pytest.approx(latest["rewards/chosen"], abs=1e-4)
+    if loss.names == ("sigmoid",):
+        latest = {name: values[-1] for name, values in trl_trainer._metrics["train"].items()}
+        assert sums["accuracy"].item() / 4 == latest["rewards/accuracies"]
+        assert sums["reward_margin"].item() / 4 == pytest.approx(
+            latest["rewards/margins"], abs=1e-4
+        )
+        assert sums["reward_chosen"].item() / 4 == pytest.approx(latest["rewards/chosen"], abs=1e-4)
+
+
+@pytest.mark.parametrize("is_whole_step", [True, False])
+def test_kto_equals_trl_where_a_step_is_one_micro_batch(folder, is_whole_step):
+    rows = [
+        {"prompt": f"say {place}?", "completion": "ab" * (place + 1), "label": place % 3 != 0}
+        for place in range(4)
+    ]
+    trainer = KTOTrainer(
+        model=AutoModelForCausalLM.from_pretrained("model"),
+        ref_model=tiny_olmo2(seed=9),  # another model, so that z_0 is not 0
+        args=KTOConfig(
+            output_dir="kto",
+            beta=0.2,
+            desirable_weight=1.5,
+            undesirable_weight=0.7,
+            per_device_train_batch_size=4,
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained("model"),
+    )
+    (inputs,) = trainer.get_train_dataloader()
+    theirs = trainer.model
+    assert theirs is not None
+    theirs.train()
+    their_loss = trainer.compute_loss(theirs, dict(inputs))
+    their_loss.backward()
+
+    def examples_of(prefix):
+        lengths = inputs[f"{prefix}attention_mask"].sum(1).tolist()
+        sides = (inputs[f"{prefix}input_ids"], inputs[f"{prefix}completion_mask"])
+        return Examples(
+            [
+                (Encoded(ids[:length].tolist(), mask[:length].bool().tolist()),)
+                for ids, mask, length in zip(*sides, lengths, strict=True)
+            ]
+        )
+
+    is_desirable_P = torch.as_tensor(inputs["label"], dtype=torch.bool)
+    rated = preference.RatedExamples(examples_of(""), examples_of("KL_"), is_desirable_P)
+    reference = LabelLogprobs(tiny_olmo2(seed=9))
+    with torch.no_grad():
+        own, other = (
+            preference.answer_logprobs(reference, part.batch(range(4)), 1)[:, 0]
+            for part in (rated.answers, rated.mismatched)
+        )
+    config = preference.LossConfig(
+        loss_type="kto", beta=0.2, desirable_weight=1.5, undesirable_weight=0.7
+    )
+    loss = preference.rated_loss_against(own, other, rated, config)
+    model = LabelLogprobs(tiny_olmo2())
+    cuts = [[0, 1, 2, 3]] if is_whole_step else [[0], [1, 2], [3]]  # z_0 is the step's, not theirs
+    batches = [rated.answers.batch(numbers) for numbers in cuts]
+    totals = Totals()
+    workers = Workers(False)
+    add_gradients(workers, model, batches, 4, settle(loss, model, batches, 4, workers), totals)
+
+    assert totals.sums["kl"].item() / 4 == pytest.approx(
+        trainer._metrics["train"]["kl"][-1], rel=1e-4
+    )
+    assert totals.sums["kl"] > 0.1
+    assert totals.sums["loss"].item() / 4 == pytest.approx(their_loss.item(), abs=1e-6)
+    for (name, ours), (_, weight) in zip(
+        model.model.named_parameters(), theirs.named_parameters(), strict=True
+    ):
+        torch.testing.assert_close(ours.grad, weight.grad, atol=1e-6, rtol=1e-4, msg=name)
+
+
+# ---------------------------------------------------------------- the family, from end to end
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        dict(loss_type="dpo_norm", beta=5.0, rpo_alpha=0.1),
+        dict(loss_type="ipo"),
+        dict(loss_type="hinge"),
+        dict(loss_type="robust", label_smoothing=0.1),
+        dict(loss_type="apo_zero"),
+        dict(loss_type="apo_down"),
+        dict(loss_type="wpo"),
+        dict(loss_type="simpo", simpo_gamma=0.3),
+        dict(loss_type="orpo"),
+        dict(loss_type="cpo", cpo_alpha=0.5),
+        dict(loss_type=["sigmoid", "hinge"], loss_weights=[1.0, 0.2]),
+    ],
+)
+def test_every_loss_teaches_a_tiny_model_what_is_preferred(folder, keys):
+    run = preference.run(recipe_of(folder, **(dict(beta=None, num_train_epochs=8) | keys)))
+    rows = rows_of(run.path / "metrics.jsonl")
+    assert rows[-1]["eval_accuracy"] > 0.8
+    assert rows[-1]["eval_reward_margin"] > rows[0]["eval_reward_margin"]
+    assert rows[-1]["eval_loss"] < rows[0]["eval_loss"]
+    has_reference = keys["loss_type"] not in ("simpo", "orpo", "cpo")
+    assert (run.path / preference.REFERENCE_FILE).exists() == has_reference
+
+
+def test_the_added_likelihood_is_the_mean_over_the_chosen_answers_tokens():
+    policy_B2 = torch.tensor([[-8.0, -9.0], [-3.0, -1.0]])
+    num_tokens_B2 = torch.tensor([[4.0, 2.0], [2.0, 5.0]])
+    pairs = preference.PairScores(policy_B2, num_tokens_B2, torch.zeros(2, 2))
+
+    def total(**keys):
+        return preference.preference_sums(pairs, preference.LossConfig(**keys))["loss"].item()
+
+    likelihood = 8 / 4 + 3 / 2
+    plain = total(beta=0.5)
+    assert total(beta=0.5, rpo_alpha=0.3) == pytest.approx(plain + 0.3 * likelihood)
+    cpo = dpo_loss(policy_B2, torch.zeros(2, 2), 0.5).item()
+    assert total(loss_type="cpo", beta=0.5) == pytest.approx(cpo + likelihood)
+    assert total(loss_type="cpo", beta=0.5, cpo_alpha=0.0) == pytest.approx(cpo)
+    odds = odds_ratio_loss(policy_B2 / num_tokens_B2, 0.5).item()
+    assert total(loss_type="orpo", beta=0.5) == pytest.approx(odds + likelihood)
+
+
+@pytest.mark.parametrize(
+    "keys, words",
+    [
+        (dict(loss_type="sigmoi"), "loss_type.*Did you mean sigmoid"),
+        (dict(loss_type="sigmoid_norm"), "loss_type.*Did you mean dpo_norm"),
+        (dict(loss_type=[]), "at least one"),
+        (dict(loss_type=["ipo", "ipo"]), "none of them twice"),
+        (dict(loss_type=["kto", "ipo"]), "cannot be added"),
+        (dict(loss_type="ipo", loss_weights=[1.0, 2.0]), "loss_weights.*2 weights for 1"),
+        (dict(loss_type="ipo", loss_weights=[0.0]), "loss_weights.*above 0"),
+        (dict(loss_type="ipo", label_smoothing=0.1), "label_smoothing.*ipo does not use it"),
+        (dict(loss_type="sigmoid", simpo_gamma=0.0), "simpo_gamma.*sigmoid does not use it"),
+        (dict(loss_type="orpo", rpo_alpha=1.0), "rpo_alpha.*orpo does not use it"),
+        (dict(loss_type="sigmoid", cpo_alpha=1.0), "cpo_alpha.*cpo would"),
+        (dict(loss_type="sigmoid", desirable_weight=1.0), "desirable_weight.*kto would"),
+        (dict(loss_type="kto", label_smoothing=0.1), "label_smoothing.*kto does not use it"),
+        (dict(loss_type="robust"), "label_smoothing.*robust needs"),
+        (dict(loss_type=["sigmoid", "dpo_norm"], beta=None), "beta.*0.1 for sigmoid, 5 for"),
+    ],
+)
+def test_a_key_that_the_loss_does_not_use_is_refused(folder, keys, words):
+    with pytest.raises(UserError, match=words):
+        recipe_of(folder, **keys)
+
+
+# ---------------------------------------------------------------- rated answers
+
+
+def test_kto_teaches_a_tiny_model_good_from_bad(folder):
+    write_rated(folder / "train.jsonl")
+    write_rated(folder / "held_out.jsonl", number=7)
+    run = preference.run(recipe_of(folder, loss_type="kto", num_train_epochs=12))
+    rows = rows_of(run.path / "metrics.jsonl")
+    assert rows[0]["eval_loss"] == pytest.approx(0.5, abs=1e-5)  # nothing gained: 1 - 1/2
+    assert rows[0]["eval_kl"] == pytest.approx(0.0, abs=1e-5)
+    assert rows[-1]["eval_loss"] < 0.3 and rows[-1]["eval_accuracy"] == 1.0
+    with safe_open(run.path / preference.REFERENCE_FILE, framework="pt") as file:
+        names = set(file.keys())
+    assert names == {"train", "train, mismatched", "held out", "held out, mismatched"}
+    assert "12 answers are good, 12 bad" in (run.path / "train.log").read_text()
+
+
+def test_every_prompt_meets_the_answer_to_another_one():
+    for number in (2, 3, 17):
+        partners = preference.mismatched_partners(number, seed=1)
+        assert sorted(partners) == list(range(number))
+        assert all(place != partner for place, partner in enumerate(partners))
+    assert preference.mismatched_partners(17, 1) != preference.mismatched_partners(17, 2)
+
+
+def test_a_mismatched_answer_is_scored_behind_the_prompt_it_does_not_belong_to():
+    one = EncodedRated(Encoded([1, 2, 3, 4], [False, False, True, True]), 2, True)
+    two = EncodedRated(Encoded([5, 6, 7, 8, 9], [False] * 3 + [True] * 2), 3, False)
+    assert preference.with_answer_of(one, two, 9) == Encoded([1, 2, 8, 9], [False] * 2 + [True] * 2)
+    assert preference.with_answer_of(two, one, 4) == Encoded([5, 6, 7, 3], [False] * 3 + [True])
+
+
+def test_pairs_are_refused_where_ratings_are_needed(folder):
+    with pytest.raises(UserError, match="missing key 'completion', 'label'"):
+        preference.run(recipe_of(folder, loss_type="kto"))
+
+
+def test_one_rated_answer_is_not_enough(folder):
+    write_rated(folder / "train.jsonl", number=1)
+    with pytest.raises(UserError, match="at least 2"):
+        preference.run(recipe_of(folder, loss_type="kto"))
 
 
 # ---------------------------------------------------------------- stopping and going on
@@ -232,7 +452,7 @@ def change_held_out_data(folder):
 
 
 def change_template(folder):
-    template = preference.find_template("tulu").read_text()
+    template = find_template("tulu").read_text()
     (folder / "own.jinja").write_text(
         template.replace("'<|user|>", "'U<|user|>").replace(
             "'<|' + message['role']", "'U<|' + message['role']"
@@ -351,7 +571,8 @@ def test_a_model_without_template_says_what_to_do(folder):
 def test_sums_over_pairs_by_hand():
     # margins with beta 1/2: ln 3, 0 and -1
     policy_B2 = torch.tensor([[2 * math.log(3), 0.0], [1.0, 1.0], [0.0, 2.0]])
-    sums = preference.preference_sums(policy_B2, torch.zeros(3, 2), 0.5, 0.0)
+    pairs = preference.PairScores(policy_B2, torch.ones(3, 2), torch.zeros(3, 2))
+    sums = preference.preference_sums(pairs, preference.LossConfig(beta=0.5))
     assert sums["accuracy"].item() == 1.5
     assert sums["reward_margin"].item() == pytest.approx(math.log(3) - 1)
     assert sums["reward_chosen"].item() == pytest.approx(math.log(3) + 0.5)

@@ -2,20 +2,29 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations.neftune import neftune_post_forward_hook
+from transformers.trainer_pt_utils import LabelSmoother
 
 from olmo_base.optim import OptimConfig, build_optimizer, learning_rate_at, set_learning_rate
 from olmo_base.run.errors import DataError, UserError
 from olmo_base.run.recipe import load_recipe
 from open_instruct import sft
+from open_instruct.batches import Examples
+from open_instruct.control_tokens import Encoded
+from open_instruct.logprobs import LabelLogprobs
+from open_instruct.loop import Totals, TrainConfig, Workers, add_gradients, steps_of
 from tests.open_instruct.tiny import (
     assert_same_weights,
     kill_after_step,
     rows_of,
     save_tiny_model,
+    tiny_olmo2,
     weights_of,
     write_dialogues,
     write_jsonl,
@@ -137,7 +146,7 @@ def test_training_equals_transformers_loss_and_a_loop_written_out(folder):
     examples = sft.dialogue_examples(
         recipe.data.dataset_mixer, sft.load_chat_encoder(run.path, None), recipe, run.counts, []
     )
-    steps = sft.steps_of(examples, examples.num_labels_NW[:, 0], recipe.train, seed=recipe.run.seed)
+    steps = steps_of(examples, examples.num_labels_NW[:, 0], recipe.train, seed=recipe.run.seed)
     for step in range(3):
         set_learning_rate(optimizer, learning_rate_at(step, 3, recipe.optim))
         batch = tokenizer.apply_chat_template(
@@ -168,6 +177,135 @@ def test_a_killed_run_ends_with_the_same_bits_as_one_never_killed(folder):
     rows = [rows_of(folder / name / "metrics.jsonl") for name in ("run", "whole")]
     assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
     assert [row.get("loss") for row in rows[0]] == [row.get("loss") for row in rows[1]]
+
+
+# ---------------------------------------------------------------- other losses, and noise
+
+
+def gradients(model, examples, config, *, per_device, accumulation, ranks=1):
+    """The first step's gradients, cut in this way."""
+    train = TrainConfig(
+        per_device_train_batch_size=per_device, gradient_accumulation_steps=accumulation
+    )
+    steps = steps_of(
+        examples, sft.terms_per_dialogue(config, examples), train, seed=3, num_ranks=ranks
+    )
+    assert steps.per_step == 12
+    loss = sft.training_loss(config, model.model.get_input_embeddings())
+    model.zero_grad()
+    for rank in range(ranks):
+        batches = steps.micro_batches(0, rank)
+        add_gradients(Workers(False), model, batches, steps.num_terms(0), loss, Totals())
+    return {name: weight.grad.clone() for name, weight in model.named_parameters()}
+
+
+def tiny_examples(number=12):
+    random = np.random.default_rng(0)
+    lengths = random.integers(4, 30, size=number)
+    return Examples(
+        [
+            (Encoded(random.integers(0, 256, length).tolist(), [False] + [True] * (length - 1)),)
+            for length in map(int, lengths)
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        dict(loss_type="dft"),
+        dict(label_smoothing_factor=0.2),
+        dict(reduce_loss="sum"),
+        dict(neftune_noise_alpha=5.0),
+        dict(neftune_noise_alpha=5.0, label_smoothing_factor=0.1, reduce_loss="sum"),
+    ],
+)
+def test_every_option_is_exact_however_a_step_is_cut(keys):
+    model = LabelLogprobs(tiny_olmo2()).train()
+    examples, config = tiny_examples(), sft.SftLossConfig(**keys)
+    expected = gradients(model, examples, config, per_device=12, accumulation=1)
+    plain = gradients(model, examples, sft.SftLossConfig(), per_device=12, accumulation=1)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.allclose(expected[f"model.{name}"], plain[f"model.{name}"], atol=1e-5)
+    for per_device, accumulation, ranks in ((3, 4, 1), (1, 12, 1), (2, 3, 2), (4, 1, 3)):
+        found = gradients(
+            model, examples, config, per_device=per_device, accumulation=accumulation, ranks=ranks
+        )
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, atol=2e-5, rtol=1e-5, msg=name)
+
+
+def test_a_sum_over_tokens_is_the_mean_times_the_tokens_of_a_dialogue():
+    model, examples = LabelLogprobs(tiny_olmo2()), tiny_examples()
+    mean = gradients(model, examples, sft.SftLossConfig(), per_device=4, accumulation=3)
+    whole = gradients(
+        model, examples, sft.SftLossConfig(reduce_loss="sum"), per_device=4, accumulation=3
+    )
+    for name, gradient in mean.items():
+        torch.testing.assert_close(whole[name], gradient * (examples.num_labels / 12), msg=name)
+
+
+def test_label_smoothing_and_dft_equal_transformers_on_a_model():
+    model, examples = tiny_olmo2(), tiny_examples()
+    batch = examples.batch(range(12))
+    logits = model(batch.ids_RT).logits
+    labels = batch.ids_RT.clone()
+    labels[torch.arange(labels.shape[1]) >= batch.lengths_R[:, None]] = -100
+    smoother = LabelSmoother(epsilon=0.2)
+    expected = smoother({"logits": logits}, labels, shift_labels=True)
+    config = sft.SftLossConfig(label_smoothing_factor=0.2)
+    found = sft.training_loss(config, model.get_input_embeddings())(LabelLogprobs(model), batch)
+    torch.testing.assert_close(found["loss"] / examples.num_labels, expected)
+
+    # as TRL weighs them: -log p times p, over the labels
+    logprobs = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none"
+    ).neg()
+    is_label = (labels[:, 1:] != -100).flatten()
+    expected = -(logprobs.exp() * logprobs)[is_label].sum()
+    config = sft.SftLossConfig(loss_type="dft")
+    found = sft.training_loss(config, model.get_input_embeddings())(LabelLogprobs(model), batch)
+    torch.testing.assert_close(found["loss"], expected)
+
+
+def test_neftune_noise_equals_transformers_on_a_row_without_padding():
+    examples = tiny_examples()
+    batch = examples.batch([4], seed=11)
+    output = torch.randn(1, int(batch.lengths_R[0]), 16)
+    module = torch.nn.Module()
+    module.neftune_noise_alpha = 5.0  # type: ignore[assignment]
+    torch.manual_seed(sft.row_seed(11, 4))
+    theirs = neftune_post_forward_hook(module, None, output)
+    torch.testing.assert_close(output + sft.neftune_noise(batch, output, 5.0), theirs)
+
+
+def test_neftune_noise_is_scaled_by_the_rows_own_length_and_padding_has_none():
+    examples = tiny_examples()
+    batch = examples.batch(range(12), seed=1)
+    noise_RTD = sft.neftune_noise(batch, torch.zeros(*batch.ids_RT.shape, 64), 3.0)
+    for noise_TD, length in zip(noise_RTD, batch.lengths_R.tolist(), strict=True):
+        bound = 3.0 / (length * 64) ** 0.5
+        assert 0.9 * bound < noise_TD[:length].abs().max() <= bound
+        assert not noise_TD[length:].any()
+    other = sft.neftune_noise(examples.batch(range(12), seed=2), noise_RTD, 3.0)
+    assert not torch.equal(other, noise_RTD)  # another step
+
+
+def test_noise_does_not_reach_the_evaluation_and_resumes_to_the_bit(folder):
+    keys = dict(neftune_noise_alpha=10.0, num_train_epochs=30)
+    whole = sft.run(recipe_of(folder, output_dir="whole", **keys))
+    plain = sft.run(recipe_of(folder, output_dir="plain", num_train_epochs=1))
+    starts = [rows_of(run.path / "metrics.jsonl")[0]["eval_loss"] for run in (whole, plain)]
+    assert starts[0] == starts[1]
+    recipe = recipe_of(folder, **keys)
+    kill_after_step(folder / "run.yaml", folder / "run", step=13)
+    sft.run(recipe)
+    assert_same_weights(weights_of(folder / "run"), weights_of(folder / "whole"))
+
+
+def test_label_smoothing_with_dft_is_refused(folder):
+    with pytest.raises(UserError, match=r"label_smoothing_factor.*dft does not use it"):
+        recipe_of(folder, loss_type="dft", label_smoothing_factor=0.1)
 
 
 # ---------------------------------------------------------------- before training

@@ -93,6 +93,21 @@ def write_pairs(path: Path, number: int = 24) -> Path:
     )
 
 
+def write_rated(path: Path, number: int = 24) -> Path:
+    """Letters are good answers, digits bad ones."""
+    return write_jsonl(
+        path,
+        [
+            {
+                "prompt": f"{'say ' * (place % 4)}{place % 7}?",
+                "completion": ("ab" if place % 2 else "12") * (place % 5 + 1),
+                "label": bool(place % 2),
+            }
+            for place in range(number)
+        ],
+    )
+
+
 def write_recipe(path: Path, **keys: Any) -> Path:
     path.write_text(yaml.safe_dump(keys), encoding="utf-8")
     return path

@@ -1,0 +1,179 @@
+"""What the tuning stages share: the files they read, what a plan says, the model's load and end."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from olmo_base.optim import OptimConfig
+from olmo_base.run.artefact import ExampleCounts, RunConfig, RunFolder, model_files
+from olmo_base.run.metrics import LogConfig
+from olmo_base.run.resume import CheckpointConfig
+from open_instruct.adapters import AdapterConfig, is_adapted
+from open_instruct.batches import Examples, Steps
+from open_instruct.causal_lm import (
+    ModelConfig,
+    check_lengths,
+    count_parameters,
+    load_causal_lm,
+    load_config,
+    save_causal_lm,
+    training_memory,
+)
+from open_instruct.encode import ChatEncoder, find_template
+from open_instruct.examples import DataConfig, source_files
+from open_instruct.logprobs import LabelLogprobs, Wrapped
+from open_instruct.loop import HeldOut, Loss, TrainConfig, Workers, steps_of, train
+
+STEPS_LOOKED_AT = 200  # by a plan, for the largest micro-batch
+
+
+class TuningRecipe(Protocol):
+    """The keys that every tuning stage has."""
+
+    @property
+    def model(self) -> ModelConfig: ...
+    @property
+    def chat_template(self) -> str | None: ...
+    @property
+    def data(self) -> DataConfig: ...
+    @property
+    def train(self) -> TrainConfig: ...
+    @property
+    def optim(self) -> OptimConfig: ...
+    @property
+    def checkpoints(self) -> CheckpointConfig: ...
+    @property
+    def log(self) -> LogConfig: ...
+    @property
+    def run(self) -> RunConfig: ...
+
+
+def input_files(recipe: TuningRecipe) -> list[Path]:
+    """The files whose content decides the result. Errors: UserError naming one that is missing."""
+    template = [] if recipe.chat_template is None else [find_template(recipe.chat_template)]
+    sources = [*recipe.data.dataset_mixer, *recipe.data.eval_dataset_mixer]
+    return [*model_files(recipe.model.model_name_or_path), *template, *source_files(sources)]
+
+
+def plan_figures(
+    recipe: TuningRecipe,
+    examples: Examples,
+    terms_per_example: np.ndarray,
+    counts: ExampleCounts,
+    adapter: AdapterConfig | None = None,
+) -> dict[str, object]:
+    """What a run over these examples would do, for --dry-run. Errors: UserError, as in the run."""
+    model_config = load_config(recipe.model)
+    check_lengths(int(examples.lengths_NW.max()), model_config, recipe.model.model_name_or_path)
+    steps = steps_of(examples, terms_per_example, recipe.train, seed=recipe.run.seed)
+    num_positions, num_labels = steps.largest_micro_batch(STEPS_LOOKED_AT)
+    sizes = count_parameters(recipe.model, adapter)
+    is_part = sizes.trained < sizes.all
+    trained = {"trained_parameters": sizes.trained} if is_part else {}
+    return {
+        "examples": counts.as_dict(),
+        "tokens": examples.num_tokens,
+        "label_tokens": examples.num_labels,
+        "longest_example": int(examples.lengths_NW.max()),
+        "steps": steps.total,
+        "examples_per_step": steps.per_step,
+        "parameters": sizes.all,
+        **trained,
+        "memory_bytes": training_memory(
+            model_config,
+            sizes,
+            num_positions=num_positions,
+            num_labels=num_labels,
+            gradient_checkpointing=recipe.model.gradient_checkpointing,
+        ),
+    }
+
+
+class AdaptableRecipe(TuningRecipe, Protocol):
+    """The keys of a stage that trains a causal language model, whole or by an adapter."""
+
+    @property
+    def adapter(self) -> AdapterConfig: ...
+
+
+class Model:
+    """The model of a run: what the loop trains, and how it is kept afterwards."""
+
+    def __init__(self, recipe: AdaptableRecipe, workers: Workers, folder: RunFolder, longest: int):
+        """Errors: UserError if the model cannot be trained, or is too short for the examples."""
+        self.language_model: Any
+        self.language_model, self._stored_dtype = load_causal_lm(
+            recipe.model,
+            recipe.adapter,
+            device=workers.device,
+            compute_dtype=torch.bfloat16 if workers.bf16 else torch.float32,
+            seed=recipe.run.seed,
+        )
+        name = recipe.model.model_name_or_path
+        check_lengths(longest, self.language_model.config, name)
+        if is_adapted(self.language_model):
+            folder.log(_about_adapter(self.language_model))
+        self.logprobs: LabelLogprobs = workers.place(self.language_model)
+
+    def save(self, folder: RunFolder, encoder: ChatEncoder) -> None:
+        """Write the run's model folder. Changes the model's precision."""
+        save_causal_lm(folder, self.language_model, encoder, self._stored_dtype)
+
+
+def _about_adapter(adapted: Any) -> str:
+    settings = adapted.peft_config["default"]
+    trained = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
+    targets = {name.rpartition(".")[2] for name in settings.target_modules}
+    kind = "DoRA" if settings.use_dora else "rsLoRA" if settings.use_rslora else "LoRA"
+    return (
+        f"{kind} of rank {settings.r}, alpha {settings.lora_alpha}, dropout "
+        f"{settings.lora_dropout} on {', '.join(sorted(targets))} of "
+        f"{settings.base_model_name_or_path}; {trained:,} parameters are trained"
+    )
+
+
+def steps_for(
+    recipe: TuningRecipe, workers: Workers, examples: Examples, terms_per_example: np.ndarray
+) -> Steps:
+    """The optimizer steps of a run over these examples."""
+    return steps_of(
+        examples,
+        terms_per_example,
+        recipe.train,
+        seed=recipe.run.seed,
+        num_ranks=workers.num_ranks,
+        cost_of_cut=workers.cost_of_cut(),
+    )
+
+
+def train_and_finish(
+    recipe: TuningRecipe,
+    workers: Workers,
+    folder: RunFolder,
+    model: Wrapped,
+    save: Callable[[], None],
+    steps: Steps,
+    loss: Loss,
+    held_out: HeldOut | None,
+) -> None:
+    """Go through all steps, ``save`` the model folder and mark the run as finished."""
+    results = train(
+        folder,
+        workers,
+        model,
+        steps,
+        loss,
+        held_out,
+        seed=recipe.run.seed,
+        config=recipe.train,
+        optim=recipe.optim,
+        checkpoints=recipe.checkpoints,
+        log=recipe.log,
+    )
+    if workers.rank == 0:
+        save()
+        folder.finish(**results)
+    workers.wait()
