@@ -19,7 +19,7 @@ from torch import Tensor
 
 from olmo_base.model.hf_weights import is_native, load_native
 from olmo_base.model.transformer import Transformer
-from olmo_base.run.artefact import resolve_model
+from olmo_base.run.artefact import adapter_base, refuse_changed_base, resolve_model
 from olmo_base.run.errors import UserError
 from olmo_base.run.launch import pick_device
 
@@ -438,6 +438,8 @@ def load_generator(
 ) -> Generator:
     """A generator for a model folder or hub name: native for OLMo-1 to 3, transformers' otherwise.
 
+    An adapter is put on its base and merged into it, in memory.
+
     ``device`` None takes a GPU if there is one; ``dtype`` None keeps what the weights are saved in;
     ``trust_remote_code`` runs Python code that the folder brings.
     Errors: UserError if it is no model, no causal language model, or lacks weights.
@@ -449,7 +451,11 @@ def load_generator(
     eos = generation.get("eos_token_id", config.get("eos_token_id"))
     eos_token_ids = {eos} if isinstance(eos, int) else set(eos or ())
     model: Any
-    if is_native(folder):
+    base = adapter_base(folder)
+    if base is not None:
+        model = _load_adapter(folder, base, target, dtype, trust_remote_code)
+        max_length = _max_length(model.config.get_text_config(decoder=True))
+    elif is_native(folder):
         model = load_native(folder, device=target, dtype=dtype)
         max_length = model.config.max_position_embeddings
     else:
@@ -484,6 +490,27 @@ def _load_with_transformers(
             f"{missing[0]}; they would be random. Copy or download the folder again."
         )
     return model.to(device).eval()
+
+
+def _load_adapter(
+    folder: Path, base: str, device: torch.device, dtype: torch.dtype | None, trust: bool
+) -> Any:
+    refuse_changed_base(folder, base)
+    model = _load_with_transformers(resolve_model(base), device, dtype, trust)
+    try:
+        # transformers' own way starts DoRA's magnitudes anew (5.23)
+        from peft import PeftModel
+    except ImportError:
+        raise UserError(
+            f"{folder} is an adapter. Adapters need the package peft: "
+            "pip install 'open-instruct[adapters]'."
+        ) from None
+    try:
+        adapted = PeftModel.from_pretrained(model, folder)
+    except (ValueError, RuntimeError, OSError, KeyError) as error:
+        first_line = (str(error).strip().splitlines() or [repr(error)])[0]
+        raise UserError(f"The adapter in {folder} cannot be put on {base}: {first_line}") from None
+    return adapted.merge_and_unload(safe_merge=True).eval()
 
 
 def _max_length(config: Any) -> int:

@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from eval.asking import load_subject
+from olmo_base.model.generate import load_generator
 from olmo_base.optim import build_optimizer, learning_rate_at, set_learning_rate
 from olmo_base.run.artefact import model_files
 from olmo_base.run.errors import UserError
@@ -279,6 +281,19 @@ def test_a_base_that_is_gone_is_named_with_what_to_do(folder):
     path = folder / "lora" / "adapter_config.json"
     path.write_text(path.read_text().replace(str(folder / "base"), str(folder / "moved")))
     load_causal_lm(ModelConfig("lora"))
+
+
+@pytest.mark.parametrize("keys", [{}, {"use_dora": True}])
+def test_chat_and_evaluation_open_an_adapter_as_a_model(folder, keys):
+    sft.run(sft_recipe(folder, max_steps=6, **keys))
+    generator = load_generator("lora", device="cpu")
+    torch.testing.assert_close(
+        logits_of(generator.model), logits_of(opened_by_peft("lora")), atol=1e-5, rtol=0
+    )
+    assert generator.eos_token_ids == {256} and generator.max_length == 128
+    assert main(["chat", "lora", "-p", "3?", "--temperature", "0", "--max-new-tokens", "3"]) == 0
+    subject = load_subject("lora", batch_tokens=256, batch_size=4)
+    assert subject.encoder is not None and subject.window == 128
 
 
 # ---------------------------------------------------------------- preference tuning
