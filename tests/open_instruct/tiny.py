@@ -1,6 +1,7 @@
 """Tiny random models with a byte tokenizer, and data for them, made on the spot."""
 
 import json
+import random
 import subprocess
 import sys
 import time
@@ -144,6 +145,11 @@ def kill_after_step(recipe: Path, folder: Path, step: int) -> None:
         process.kill()
         process.communicate()
     assert not (folder / "model.safetensors").exists(), "killed too late"
+
+
+def random_step(name: str) -> int:
+    """A step to kill a run at: any, and the same one each time for a name."""
+    return random.Random(name).randrange(10, 50)
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
