@@ -1,5 +1,7 @@
 """A task's data file -> its questions. A row that cannot be used is an error with file and line."""
 
+import dataclasses
+import itertools
 import json
 import random
 from collections.abc import Iterator
@@ -11,6 +13,8 @@ from eval.tasks import Task
 from olmo_base.corpus.documents import DocumentSource, DocumentStream
 from olmo_base.run.errors import DataError, UserError
 from open_instruct.examples import BadRow, Message, read_rows
+from open_instruct.verifiers import VERIFIERS
+from open_instruct.verifiers.verdict import BadProblem, Problem
 
 ROLES = ("system", "user", "assistant")
 # OLMES request files hold each question a second time, without its text ("Answer:" alone), to
@@ -29,6 +33,7 @@ class Question:
     messages: tuple[Message, ...]  # the last one is the user's
     targets: tuple[str, ...]  # accepted answers
     category: str | None = None
+    truth: Any = None  # what a verifier compares the answer with
 
 
 @dataclass(frozen=True)
@@ -57,16 +62,25 @@ Item = Question | Choice | Document
 
 def data_file(task: Task, data_dir: str | None) -> Path:
     """Where a task's questions are. Errors: UserError that says what is there instead."""
-    path = Path(task.file)
+    return _file(task, task.file, data_dir)
+
+
+def examples_file(task: Task, data_dir: str | None) -> Path | None:
+    """Where the examples before its questions are, if it has any. Errors: UserError."""
+    return None if task.examples_file is None else _file(task, task.examples_file, data_dir)
+
+
+def _file(task: Task, name: str, data_dir: str | None) -> Path:
+    path = Path(name)
     if not path.is_absolute():
         if data_dir is None:
             raise UserError(
-                f"The task {task.name} reads {task.file} from a folder of data. "
+                f"The task {task.name} reads {name} from a folder of data. "
                 "Say which folder with data_dir (--data-dir)."
             )
         if not Path(data_dir).is_dir():
             raise UserError(
-                f"data_dir {data_dir} is not a folder; the task {task.name} reads {task.file} "
+                f"data_dir {data_dir} is not a folder; the task {task.name} reads {name} "
                 "from it. Say where the data is with data_dir (--data-dir)."
             )
         path = Path(data_dir) / path
@@ -80,12 +94,23 @@ def data_file(task: Task, data_dir: str | None) -> Path:
     return path
 
 
-def read_items(task: Task, path: Path, *, limit: int | None = None, seed: int = 42) -> list[Item]:
+def read_items(
+    task: Task,
+    path: Path,
+    examples: Path | None = None,
+    *,
+    limit: int | None = None,
+    seed: int = 42,
+) -> list[Item]:
     """The questions of a task in the file's order; ``limit`` draws that many of them at random.
 
-    Errors: DataError naming file and line.
+    ``examples``: the file of solved problems for tasks that show some. Errors: DataError naming
+    file and line.
     """
-    items = READERS[task.kind](path)
+    if task.kind == "verified":
+        items = _read_problems(task, path, [] if examples is None else _read_turns(task, examples))
+    else:
+        items = READERS[task.kind](path)
     if limit is not None and limit < len(items):
         drawn = sorted(random.Random(seed).sample(range(len(items)), limit))
         items = [items[index] for index in drawn]
@@ -178,6 +203,57 @@ def _question(row: _Row, number: int) -> Question:
     if not all(target.strip() for target in targets):
         row.fail("an accepted answer is empty.", "Every model that says nothing would be right.")
     return Question(str(number), tuple(messages), targets, row.category)
+
+
+def _problems(task: Task, path: Path) -> Iterator[Problem]:
+    """The rows of a verifier's data set."""
+    assert task.verifier is not None
+    for line, content in _rows(path):
+        try:
+            problem = VERIFIERS[task.verifier].read_problem(content)
+            json.dumps(dataclasses.asdict(problem), ensure_ascii=False).encode()
+        except BadProblem as error:
+            next_step = f"The verifier {task.verifier} reads this file."
+            raise DataError(path, line, str(error), next_step) from None
+        except UnicodeEncodeError:
+            raise DataError(path, line, "it holds half a surrogate pair.", "Mend it.") from None
+        yield problem
+
+
+def _read_problems(task: Task, path: Path, earlier: list[Message]) -> list[Item]:
+    items: list[Item] = []
+    for number, problem in enumerate(_problems(task, path)):
+        asked: Message = {"role": "user", "content": problem.prompt}
+        items.append(
+            Question(
+                str(number),
+                (*earlier, asked),
+                (problem.shown_truth,),
+                problem.category,
+                problem.truth,
+            )
+        )
+    if not items:
+        raise DataError(path, None, "the file holds no problem.")
+    return items
+
+
+def _read_turns(task: Task, path: Path) -> list[Message]:
+    """The first problems of a file with their solutions, as turns of a dialogue."""
+    turns: list[Message] = []
+    for problem in itertools.islice(_problems(task, path), task.num_examples):
+        if problem.solution is None:
+            number = len(turns) // 2 + 1
+            raise DataError(path, None, f"example {number} has no worked solution.")
+        turns.append({"role": "user", "content": problem.prompt})
+        turns.append({"role": "assistant", "content": problem.solution})
+    if len(turns) < 2 * task.num_examples:
+        raise DataError(
+            path,
+            None,
+            f"it holds {len(turns) // 2} problems; the task {task.name} shows {task.num_examples}.",
+        )
+    return turns
 
 
 def _read_choices(path: Path) -> list[Item]:

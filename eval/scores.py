@@ -26,6 +26,10 @@ DIVISORS: dict[str, Callable[[Row], float]] = {
 }
 
 
+# Counted over all instructions of all questions, instead of over questions.
+PER_PART = {"instruction_loose", "instruction_strict"}
+
+
 def picked_option(row: Row, metric: str) -> int | None:
     """The option that a model takes under one normalisation; None if it could not read them."""
     options = row["options"]
@@ -42,6 +46,8 @@ def is_right(row: Row, metric: str) -> bool:
     """Whether the answer of one sample counts as correct under a metric that is an accuracy."""
     if metric == "exact_match":
         return bool(row["correct"])
+    if "scores" in row:
+        return bool(row["scores"][metric] == 1.0)
     return picked_option(row, metric) == row["gold"]
 
 
@@ -57,6 +63,8 @@ def _surprise(row: Row, metric: str) -> tuple[float, float]:
 
 def measured(kind: str, rows: Sequence[Row]) -> list[str]:
     """The metrics of a kind that these samples hold: unconditional ones not in every file."""
+    if kind == "verified":
+        return list(rows[0]["scores"])
     names = list(METRICS[kind])
     if "acc_uncond" in names:
         read = [
@@ -71,6 +79,16 @@ def measured(kind: str, rows: Sequence[Row]) -> list[str]:
 
 def estimate(rows: Sequence[Row], metric: str) -> Estimate:
     """One metric over the samples of a task."""
+    if _is_graded(rows, metric):
+        graded = [_grade(row, metric) for row in rows]
+        found = ratio([grade * parts for grade, parts in graded], [parts for _, parts in graded])
+        return Estimate(
+            found.value,
+            found.stderr,
+            None if found.low is None else max(0.0, found.low),
+            None if found.high is None else min(1.0, found.high),
+            found.n,
+        )
     if metric not in LOWER_IS_BETTER:
         return proportion([is_right(row, metric) for row in rows])
     pairs = [_surprise(row, metric) for row in rows if _is_readable(row)]
@@ -85,6 +103,18 @@ def estimate(rows: Sequence[Row], metric: str) -> Estimate:
         None if nats.high is None else math.exp(nats.high),
         nats.n,
     )
+
+
+def _grade(row: Row, metric: str) -> tuple[float, float]:
+    """A verified answer's score, and what it weighs: its instructions, where those are counted."""
+    return row["scores"][metric], row["num_parts"] if metric in PER_PART else 1.0
+
+
+def _is_graded(rows: Sequence[Row], metric: str) -> bool:
+    """Whether answers are neither right nor wrong but have a score in between."""
+    if not rows or "scores" not in rows[0]:
+        return False
+    return metric in PER_PART or any(row["scores"][metric] not in (0.0, 1.0) for row in rows)
 
 
 def _is_readable(row: Row) -> bool:
@@ -104,6 +134,14 @@ def compare(first: Sequence[Row], second: Sequence[Row], metric: str) -> Differe
         pairs = [pair for pair in pairs if all(map(_is_readable, pair))]
     if not pairs:
         return None
+    if any(_is_graded(side, metric) for side in zip(*pairs, strict=True)):
+        graded = [(_grade(pair[0], metric), _grade(pair[1], metric)) for pair in pairs]
+        return paired_ratios(
+            [grade * parts for (grade, parts), _ in graded],
+            [grade * parts for _, (grade, parts) in graded],
+            [parts for (_, parts), _ in graded],
+            lower_is_better=False,
+        )
     if metric not in LOWER_IS_BETTER:
         return paired_proportions(
             [is_right(row, metric) for row, _ in pairs], [is_right(row, metric) for _, row in pairs]

@@ -164,7 +164,7 @@ def _resampled_means(
     places = range(len(values)) if clusters is None else clusters
     sums, sizes = (np.array(column) for column in _by_cluster(values, places))
     chance = np.random.default_rng(seed)
-    means = []
+    means: list[float] = []
     while len(means) < num_resamples:
         rows = min(num_resamples - len(means), 1 + 4_000_000 // len(sums))  # 32 MB at once
         drawn = chance.integers(len(sums), size=(rows, len(sums)))

@@ -40,6 +40,16 @@ PANELS: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (
 )
 METRIC_WORDS = {
     "exact_match": "right answers",
+    "last_number": "right answers",
+    "marked_number": "right answers, announced as the answer",
+    "flexible_match": "right answers",
+    "strict_match": "right answers, boxed or announced as the answer",
+    "prompt_loose": "prompts with all instructions followed, loosely",
+    "prompt_strict": "prompts with all instructions followed",
+    "instruction_loose": "instructions followed, loosely",
+    "instruction_strict": "instructions followed",
+    "pass_at_1": "programs that pass their tests",
+    "pass_at_10": "problems solved by one of 10 programs",
     "acc": "likeliest option right",
     "acc_per_token": "likeliest option right, per token",
     "acc_per_char": "likeliest option right, per character",
@@ -296,7 +306,7 @@ def measure_rows(report: Report, task: str) -> list[list[str]]:
     """Name, number and one cell a model: for every metric, and for every kind of question."""
     results = [model.tasks.get(task) for model in report.models]
     rows = []
-    for metric in METRICS[report.tasks[task].kind]:
+    for metric in report.tasks[task].metrics:
         found = [result.metrics.get(metric) if result else None for result in results]
         if any(found):
             rows.append(_measure_row(METRIC_WORDS[metric], found, metric not in LOWER_IS_BETTER))
@@ -460,6 +470,8 @@ def _sample_card(
                 note = "the question does not fit the model's context"
             elif row.get("is_cut"):
                 note = "stopped at the longest answer allowed"
+            elif "found" in row:
+                note = clipped(row["found"]).text
         answers.append(Answer(model, color, text, verdict, note))
     target = first["target"]
     if isinstance(target, list):
@@ -638,7 +650,7 @@ def _settings(task: Any) -> dict[str, Any]:
     return {
         key: value
         for key, value in dataclasses.asdict(task).items()
-        if key not in ("name", "about") and value is not None
+        if key not in ("name", "about") and value not in (None, ())
     }
 
 
