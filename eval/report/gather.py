@@ -183,7 +183,7 @@ def gather(runs: Iterable[Path]) -> Report:
         if stage is not None:
             evaluations.append(stage)
         suites += [content["suite"]] if content.get("suite") else []
-        found = {item["name"]: Task(**item) for item in content["tasks"]}
+        found = {item["name"]: Task.from_json(item) for item in content["tasks"]}
         for name, task in found.items():
             if name in tasks and tasks[name] != task:
                 raise UserError(

@@ -94,6 +94,11 @@ class Task:
         if self.num_samples > 1 and self.temperature == 0.0:
             raise RecipeError("temperature", "0 makes all samples of a question the same.")
 
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "Task":
+        """A task as an evaluation's folder keeps it."""
+        return cls(**(content | {"stop": tuple(content.get("stop", ()))}))
+
     @property
     def metrics(self) -> tuple[str, ...]:
         """What is measured, the one shown in tables first unless ``metric`` says another."""
