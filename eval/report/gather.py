@@ -13,7 +13,7 @@ from typing import Any
 
 from eval.report.training import ModelFacts, Stage, life_of, model_facts, read_stage
 from eval.scores import chance_level, compare, estimate, measured
-from eval.statistics import Difference, Estimate, macro_average, macro_difference
+from eval.statistics import Difference, Estimate, holm, macro_average, macro_difference
 from eval.tasks import LOWER_IS_BETTER, Task
 from olmo_base.run.errors import DataError, UserError
 
@@ -57,6 +57,7 @@ class Comparison:
     is_group: bool
     metric: str
     difference: Difference
+    p_corrected: float | None = None  # for all comparisons of tasks (or of groups) in the report
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,9 @@ class Report:
                     "group" if item.is_group else "task": item.subject,
                     "metric": item.metric,
                     **dataclasses.asdict(item.difference),
+                    "p_corrected": item.p_corrected,
                     "is_separated": item.difference.is_separated,
+                    "detectable": item.difference.detectable,
                 }
                 for item in self.comparisons
             ],
@@ -297,7 +300,15 @@ def _comparisons(
     for index in range(1, len(models)):
         for other in sorted({0, index - 1}):
             found += _compare_models(models[index], models[other], tasks, groups)
-    return found
+    corrected: list[Comparison] = []
+    for is_group in (True, False):  # a group repeats what its tasks say, so each is a family
+        family = [item for item in found if item.is_group == is_group]
+        p_values = holm(item.difference.p_value for item in family)
+        corrected += [
+            dataclasses.replace(item, p_corrected=p_value)
+            for item, p_value in zip(family, p_values, strict=True)
+        ]
+    return corrected
 
 
 def _compare_models(

@@ -20,10 +20,10 @@ from rich.table import Table
 from rich.text import Text
 
 from eval.report.charts import BarChart, LineChart, bar_chart, line_chart
-from eval.report.gather import ModelResult, Report, evaluation_time, subject_key
+from eval.report.gather import Comparison, ModelResult, Report, evaluation_time, subject_key
 from eval.report.training import Stage
 from eval.scores import estimate, is_right, picked_option
-from eval.statistics import Difference, Estimate
+from eval.statistics import Estimate
 from eval.tasks import LOWER_IS_BETTER, METRICS
 
 HERE = Path(__file__).parent
@@ -177,7 +177,8 @@ class ScoreRow:
     chart: BarChart
 
 
-def _change(difference: Difference, against: str, is_share: bool, lower_is_better: bool) -> Change:
+def _change(comparison: Comparison, is_share: bool, lower_is_better: bool) -> Change:
+    difference, against = comparison.difference, comparison.against
     is_better = (difference.value < 0) == lower_is_better
     return Change(
         text=difference_text(difference.value, is_share),
@@ -189,7 +190,12 @@ def _change(difference: Difference, against: str, is_share: bool, lower_is_bette
             else f"{difference_text(difference.low, is_share)} to "
             f"{difference_text(difference.high, is_share)}"
         ),
-        p_value="" if difference.p_value is None else f"p = {difference.p_value:.2g}",
+        p_value=(
+            ""
+            if difference.p_value is None or comparison.p_corrected is None
+            else f"p = {difference.p_value:.2g}, "
+            f"{comparison.p_corrected:.2g} when corrected for all comparisons"
+        ),
     )
 
 
@@ -212,7 +218,7 @@ def _score_row(report: Report, subject: str, is_group: bool) -> ScoreRow:
             against = report.models[index - 1].name
             found = report.difference(model.name, against, subject, is_group)
             if found is not None:
-                change = _change(found.difference, against, is_share, lower_is_better)
+                change = _change(found, is_share, lower_is_better)
         cells.append(
             Cell(
                 value=value_text(scored.value, is_share),
@@ -699,18 +705,31 @@ def markdown(report: Report) -> str:
         ]
     if report.comparisons:
         lines += ["", "## Differences on the same questions", ""]
-        lines.append("| | model | against | difference | 95 % interval | won | lost | tied |")
-        lines.append("|---|---|---|---:|---:|---:|---:|---:|")
+        lines.append(
+            "| | model | against | difference | 95 % interval | p | corrected p | detectable "
+            "| won | lost | tied |"
+        )
+        lines.append("|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|")
         for item in report.comparisons:
             first = report.groups[item.subject][0] if item.is_group else item.subject
             lower = report.lower_is_better(first)
-            change = _change(item.difference, item.against, not lower, lower)
+            change = _change(item, not lower, lower)
+            tested = [item.difference.p_value, item.p_corrected]
+            least = item.difference.detectable
             mark = "**" if change.direction != "unclear" else ""
             lines.append(
                 f"| {_plain(item.subject)} | {_plain(item.model)} | "
                 f"{_plain(item.against)} | {mark}{change.text}{mark} | {change.interval} | "
+                + "".join(f"{'' if p is None else f'{p:.2g}'} | " for p in tested)
+                + f"{'' if least is None else value_text(least, not lower)} | "
                 f"{item.difference.wins} | {item.difference.losses} | {item.difference.ties} |"
             )
+        lines += [
+            "",
+            "Bold: the interval excludes zero. Corrected: by Holm's method, for the number of "
+            "comparisons. Detectable: the least true difference that this many questions would "
+            "show in 80 % of cases.",
+        ]
     for name in report.tasks:
         cards = sample_cards(report, name)
         if not cards:

@@ -26,6 +26,7 @@ from olmo_base.tokenizer import (
     tokenizer_config,
     train_tokenizer,
 )
+from open_instruct.__main__ import main
 from open_instruct.encode import ChatEncoder, load_chat_tokenizer
 from open_instruct.verifiers.sandbox import check_confinement
 
@@ -49,7 +50,7 @@ CONTEXT = 160
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
-    """A folder with base (knows PLAIN) and chat (knows DIALOGUES)."""
+    """A folder with base (knows PLAIN), chat (knows DIALOGUES) and blank (knows nothing)."""
     root = tmp_path_factory.mktemp("models")
     tokenizer = train_tokenizer(
         [*PLAIN, *(text for pair in DIALOGUES for text in pair)] * 3,
@@ -76,7 +77,7 @@ def models(tmp_path_factory) -> Path:
         tokenizer.encode(prompt).ids + tokenizer.encode(f"{body}\ndef more():\n    pass\n").ids
         for prompt, body in FUNCTIONS.items()
     ]
-    texts = {"base": plain, "chat": rows}
+    texts: dict[str, list[list[int]]] = {"base": plain, "chat": rows, "blank": []}
     for name, ids in texts.items():
         export_hf(trained(ids), root / name, tokenizer_files=root / "tokenizer")
     (root / "chat" / "chat_template.jinja").write_text(template)
@@ -99,6 +100,8 @@ def trained(rows: list[list[int]]) -> Transformer:
             pad_token_id=1,
         )
     )
+    if not rows:
+        return model
     width = max(map(len, rows))
     ids_BT = torch.tensor([row + [1] * (width - len(row)) for row in rows])
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -250,6 +253,22 @@ def test_ifeval_without_langdetect_is_refused_before_anything_is_asked(
     with pytest.raises(UserError, match="langdetect"):
         evaluated(models, data, tmp_path / "out", "instructions")
     assert not (tmp_path / "out" / "samples").exists()
+
+
+def test_the_command_fails_with_code_one_when_a_model_has_become_worse(models, data, tmp_path):
+    def given(model: str, output: str) -> list[str]:
+        options = {"--tasks": "boats", "--data-dir": data, "--include-path": data}
+        words = [str(word) for pair in options.items() for word in pair]
+        return ["eval", str(models / model), "--output-dir", str(tmp_path / output), *words]
+
+    rows = [
+        {"question": question, "answer": f"#### {number}"} for question, number in QUESTIONS.items()
+    ]
+    write(data / "boats.jsonl", rows * 4)
+    assert main(given("base", "before")) == 0
+    gate = ["--baseline", str(tmp_path / "before" / "report.json"), "--fail-if-worse", "0.02"]
+    assert main([*given("base", "same"), *gate]) == 0
+    assert main([*given("blank", "after"), *gate]) == 1
 
 
 # ---------------------------------------------------------------- how answers are written
