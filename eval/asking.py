@@ -128,6 +128,11 @@ def ask(
     return _choose(subject, task, choices, on_progress)
 
 
+def _cluster(item: Question | Choice) -> dict[str, str]:
+    """The key of a sample that names what its question shares with others, if anything."""
+    return {} if item.cluster is None else {"cluster": item.cluster}
+
+
 # ---------------------------------------------------------------- answers in words
 
 
@@ -173,6 +178,7 @@ def _answer(
         row: dict[str, Any] = {
             "doc_id": item.doc_id,
             "category": item.category,
+            **_cluster(item),
             "question": item.messages[-1]["content"],
             "prompt": _text(subject.tokenizer, prompts[number]),
             "target": list(item.targets),
@@ -437,6 +443,7 @@ def _choose(
         row: dict[str, Any] = {
             "doc_id": item.doc_id,
             "category": item.category,
+            **_cluster(item),
             "question": item.question,
             "prompt": item.contexts[item.gold],
             "target": item.options[item.gold],

@@ -33,6 +33,7 @@ class Question:
     messages: tuple[Message, ...]  # the last one is the user's
     targets: tuple[str, ...]  # accepted answers
     category: str | None = None
+    cluster: str | None = None  # what it shares with other questions: their passage, say
     truth: Any = None  # what a verifier compares the answer with
 
 
@@ -47,6 +48,7 @@ class Choice:
     gold: int
     unconditional_contexts: tuple[str, ...] | None = None
     category: str | None = None
+    cluster: str | None = None
 
 
 @dataclass(frozen=True)
@@ -160,11 +162,11 @@ class _Row:
             self.fail(f"{key!r} holds {_named(values)}.", f"Needed: {needed}.")
         return tuple(values)
 
-    @property
-    def category(self) -> str | None:
-        value = self.row.get("category")
+    def text_or_none(self, key: str) -> str | None:
+        """The text of a key that may be left out."""
+        value = self.row.get(key)
         if value is not None and not isinstance(value, str):
-            self.fail(f"'category' holds {_named(value)}.", "Needed: text.")
+            self.fail(f"{key!r} holds {_named(value)}.", "Needed: text.")
         return value
 
 
@@ -177,7 +179,10 @@ def _named(value: Any) -> str:
 
 
 def _read_questions(path: Path) -> list[Item]:
-    """Rows {"prompt": text} or {"messages": [...]}, with "answer": text or a list of texts."""
+    """Rows {"prompt": text} or {"messages": [...]}, with "answer": text or a list of texts.
+
+    "category" sorts questions in the report; those of one "cluster" (a passage) count as related.
+    """
     return [_question(_Row(path, line, row), number) for number, (line, row) in _numbered(path)]
 
 
@@ -202,7 +207,13 @@ def _question(row: _Row, number: int) -> Question:
     targets = (answer,) if isinstance(answer, str) else row.texts("answer", "texts")
     if not all(target.strip() for target in targets):
         row.fail("an accepted answer is empty.", "Every model that says nothing would be right.")
-    return Question(str(number), tuple(messages), targets, row.category)
+    return Question(
+        str(number),
+        tuple(messages),
+        targets,
+        row.text_or_none("category"),
+        row.text_or_none("cluster"),
+    )
 
 
 def _problems(task: Task, path: Path) -> Iterator[Problem]:
@@ -230,7 +241,7 @@ def _read_problems(task: Task, path: Path, earlier: list[Message]) -> list[Item]
                 (*earlier, asked),
                 (problem.shown_truth,),
                 problem.category,
-                problem.truth,
+                truth=problem.truth,
             )
         )
     if not items:
@@ -280,7 +291,8 @@ def _read_choices(path: Path) -> list[Item]:
                 contexts=(context,) * len(options),
                 options=tuple(f" {option}" for option in options),
                 gold=gold,
-                category=row.category,
+                category=row.text_or_none("category"),
+                cluster=row.text_or_none("cluster"),
             )
         )
     return items

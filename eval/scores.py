@@ -7,7 +7,10 @@ from typing import Any
 from eval.statistics import (
     Difference,
     Estimate,
+    chance_p_value,
+    clustered_mean,
     mean,
+    paired_clusters,
     paired_proportions,
     paired_ratios,
     proportion,
@@ -82,13 +85,9 @@ def estimate(rows: Sequence[Row], metric: str) -> Estimate:
     if _is_graded(rows, metric):
         graded = [_grade(row, metric) for row in rows]
         found = ratio([grade * parts for grade, parts in graded], [parts for _, parts in graded])
-        return Estimate(
-            found.value,
-            found.stderr,
-            None if found.low is None else max(0.0, found.low),
-            None if found.high is None else min(1.0, found.high),
-            found.n,
-        )
+        return _within_one(found)
+    if metric not in LOWER_IS_BETTER and (clusters := _clusters(rows)) is not None:
+        return _within_one(clustered_mean([is_right(row, metric) for row in rows], clusters))
     if metric not in LOWER_IS_BETTER:
         return proportion([is_right(row, metric) for row in rows])
     pairs = [_surprise(row, metric) for row in rows if _is_readable(row)]
@@ -103,6 +102,30 @@ def estimate(rows: Sequence[Row], metric: str) -> Estimate:
         None if nats.high is None else math.exp(nats.high),
         nats.n,
     )
+
+
+def _within_one(item: Estimate) -> Estimate:
+    """A share's interval, cut where no share can be."""
+    return Estimate(
+        item.value,
+        item.stderr,
+        None if item.low is None else max(0.0, item.low),
+        None if item.high is None else min(1.0, item.high),
+        item.n,
+    )
+
+
+def _clusters(rows: Sequence[Row]) -> list[str] | None:
+    """The cluster of each question, a question without one being its own; None if there are none.
+
+    Only right and wrong answers are clustered; bits per byte have blocks as they are.
+    """
+    if not any("cluster" in row for row in rows):
+        return None
+    return [
+        f"cluster {row['cluster']}" if "cluster" in row else f"question {row['doc_id']}"
+        for row in rows
+    ]
 
 
 def _grade(row: Row, metric: str) -> tuple[float, float]:
@@ -143,9 +166,13 @@ def compare(first: Sequence[Row], second: Sequence[Row], metric: str) -> Differe
             lower_is_better=False,
         )
     if metric not in LOWER_IS_BETTER:
-        return paired_proportions(
-            [is_right(row, metric) for row, _ in pairs], [is_right(row, metric) for _, row in pairs]
+        first_right, second_right = (
+            [is_right(pair[side], metric) for pair in pairs] for side in (0, 1)
         )
+        clusters = _clusters([row for row, _ in pairs])
+        if clusters is not None:
+            return paired_clusters(first_right, second_right, clusters)
+        return paired_proportions(first_right, second_right)
     before, after = ([_surprise(pair[side], metric) for pair in pairs] for side in (0, 1))
     return paired_ratios(
         [item[0] for item in before],
@@ -160,3 +187,11 @@ def chance_level(rows: Sequence[Row]) -> float | None:
     if not rows or "options" not in rows[0]:
         return None
     return sum(1 / len(row["options"]) for row in rows) / len(rows)
+
+
+def guessing_p_value(rows: Sequence[Row], metric: str) -> float | None:
+    """How likely guessing is to score as much; None where there is nothing to guess from."""
+    if not rows or "options" not in rows[0] or metric in LOWER_IS_BETTER:
+        return None
+    num_right = sum(is_right(row, metric) for row in rows)
+    return chance_p_value(num_right, [1 / len(row["options"]) for row in rows])

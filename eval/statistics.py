@@ -323,6 +323,24 @@ def holm(p_values: Iterable[float | None]) -> list[float | None]:
     return corrected
 
 
+def paired_clusters(
+    first: Sequence[float], second: Sequence[float], clusters: Sequence[Hashable]
+) -> Difference:
+    """Second's mean minus first's where questions come in clusters; see ``clustered_mean``."""
+    gains = [after - before for before, after in zip(first, second, strict=True)]
+    estimate = clustered_mean(gains, clusters)
+    wins, losses = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
+    return Difference(
+        value=estimate.value,
+        low=estimate.low,
+        high=estimate.high,
+        p_value=_normal_p_value(estimate.value, estimate.stderr),
+        wins=wins,
+        losses=losses,
+        ties=len(gains) - wins - losses,
+    )
+
+
 def macro_difference(differences: Sequence[Difference]) -> Difference:
     """The mean of several tasks' differences, each task counting the same; bounds as in MOVER."""
     k = len(differences)

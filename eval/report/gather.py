@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.report.training import ModelFacts, Stage, life_of, model_facts, read_stage
-from eval.scores import chance_level, compare, estimate, measured
+from eval.scores import chance_level, compare, estimate, guessing_p_value, measured
 from eval.statistics import Difference, Estimate, holm, macro_average, macro_difference
 from eval.tasks import LOWER_IS_BETTER, Task
 from olmo_base.run.errors import DataError, UserError
@@ -28,6 +28,7 @@ class TaskResult:
     record: dict[str, Any]  # samples/<model>/<task>.json: how the samples were made
     rows: Sequence[dict[str, Any]]
     metrics: dict[str, Estimate]
+    guessing: float | None = None  # p-value of the main metric against guessing
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,11 @@ class Report:
                     },
                     "groups": {
                         name: dataclasses.asdict(value) for name, value in model.groups.items()
+                    },
+                    "guessing_p_value": {
+                        name: result.guessing
+                        for name, result in model.tasks.items()
+                        if result.guessing is not None
                     },
                     "not_fitting": {
                         name: result.record["not_fitting"]
@@ -242,6 +248,7 @@ def _read_model(
             record=_read_json(samples.with_suffix(".json")),
             rows=rows,
             metrics={metric: estimate(rows, metric) for metric in measured(task.kind, rows)},
+            guessing=guessing_p_value(rows, task.main_metric),
         )
     averages = {
         group: macro_average(

@@ -23,7 +23,7 @@ from eval.report.charts import BarChart, LineChart, bar_chart, line_chart
 from eval.report.gather import Comparison, ModelResult, Report, evaluation_time, subject_key
 from eval.report.training import Stage
 from eval.scores import estimate, is_right, picked_option
-from eval.statistics import Estimate
+from eval.statistics import CONFIDENCE, Estimate
 from eval.tasks import LOWER_IS_BETTER, METRICS
 
 HERE = Path(__file__).parent
@@ -560,6 +560,11 @@ def _problems(report: Report) -> list[str]:
                 lines.append(
                     f"{model.name}: {number:,} of {len(result.rows):,} contexts of {name} lost "
                     "their beginning, because they are too long for the model."
+                )
+            if result.guessing is not None and result.guessing > 1 - CONFIDENCE:
+                lines.append(
+                    f"{model.name}: its score on {name} may be guessing "
+                    f"(p = {result.guessing:.2g})."
                 )
         if not Path(model.path).is_dir():
             lines.append(

@@ -18,6 +18,7 @@ from eval.statistics import (
     mean,
     minimal_detectable_effect,
     paired_bootstrap,
+    paired_clusters,
     paired_proportions,
     paired_ratios,
     proportion,
@@ -266,3 +267,18 @@ def test_a_near_tie_is_known_to_be_small_and_not_merely_unproven():
     assert not unknown.is_near_tie(0.01)
     assert not unknown.is_separated
     assert not Difference(0.0, None, None, None, 0, 0, 1).is_near_tie(0.01)
+
+
+def test_a_gain_on_one_passage_is_no_gain_on_many_questions():
+    # ten passages of ten questions; the second model knows one passage more
+    passages = [number // 10 for number in range(100)]
+    first = [0.0] * 100
+    second = [1.0] * 10 + [0.0] * 90
+    alone = paired_proportions([False] * 100, [value == 1.0 for value in second])
+    assert alone.is_separated and alone.p_value == 2 / 2**10
+    clustered = paired_clusters(first, second, passages)
+    assert (clustered.value, clustered.wins, clustered.ties) == (0.1, 10, 90)
+    assert not clustered.is_separated
+    gains = [1.0] + [0.0] * 9
+    expected = mean(gains)
+    assert (clustered.low, clustered.high) == pytest.approx((expected.low, expected.high))
