@@ -3,8 +3,10 @@
 Every kind of question has a function here. Only they know what a model is given, token by token.
 """
 
+import os
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -263,6 +265,7 @@ def _solve(
         for n in fitting:  # one by one: what is drawn depends on the place in a batch
             answers[n] = writer.write([prompts[n]] * task.num_samples, seed + n * MAX_ROUNDS)
             on_progress(len(answers))
+    judged = _judged(judge, questions, answers, lambda: on_progress(len(questions)))
     rows = []
     for number, item in enumerate(questions):
         row: dict[str, Any] = {
@@ -272,8 +275,7 @@ def _solve(
             "prompt": _text(subject.tokenizer, prompts[number]),
             "target": list(item.targets),
         }
-        written = answers.get(number, [])
-        verdicts = [judge(one.text, item.truth) for one in written or [Written("", 0, False)]]
+        written, verdicts = answers.get(number, []), judged[number]
         scores = {
             metric: _mean_score(metric, verdicts) if written else 0.0 for metric in task.metrics
         }
@@ -289,8 +291,35 @@ def _solve(
         if len(written) > 1:
             row["answers"] = [one.text for one in written]
         rows.append(row if written else row | {"not_fitting": True})
-        on_progress(len(questions))
     return rows
+
+
+def _judged(
+    judge: Callable[[str, Any], Verdict],
+    questions: Sequence[Question],
+    answers: dict[int, list["Written"]],
+    check_for_stop: Callable[[], None],
+) -> list[list[Verdict]]:
+    """Verdicts on the answers to each question; on nothing where there is none.
+
+    Several at once, as programs under test take seconds of their own.
+    """
+    pairs = [
+        (number, one.text, item.truth)
+        for number, item in enumerate(questions)
+        for one in answers.get(number) or [Written("", 0, False)]
+    ]
+    verdicts: list[list[Verdict]] = [[] for _ in questions]
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        try:
+            waiting = [(number, pool.submit(judge, text, truth)) for number, text, truth in pairs]
+            for number, future in waiting:
+                verdicts[number].append(future.result())
+                check_for_stop()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return verdicts
 
 
 def _chat_turns(task: Task, question: Question) -> list[Message]:

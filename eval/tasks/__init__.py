@@ -91,6 +91,10 @@ class Task:
             )
         if (self.examples_file is None) != (self.num_examples == 0):
             raise RecipeError("num_examples", "goes together with examples_file.")
+        if self.examples_file == self.file:
+            raise RecipeError(
+                "examples_file", "is the file of the questions, whose answers would be shown."
+            )
         if self.num_samples > 1 and self.temperature == 0.0:
             raise RecipeError("temperature", "0 makes all samples of a question the same.")
 

@@ -9,6 +9,7 @@ import importlib.util
 import inspect
 import json
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from open_instruct.verifiers.verdict import BadProblem, Problem, Verdict, field
 # Prompts of which all instructions are followed; the share of single instructions followed.
 METRICS = ("prompt_loose", "prompt_strict", "instruction_loose", "instruction_strict")
 RELATIONS = ("at least", "less than")
+_LANGDETECT = threading.Lock()
 CONSTRAINED_RESPONSES = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
 
 
@@ -35,11 +37,12 @@ def language_of(text: str) -> str | None:
     check_ready()
     from langdetect import DetectorFactory, LangDetectException, detect
 
-    DetectorFactory.seed = 0  # else the same text is told differently from call to call
-    try:
-        return str(detect(text))
-    except LangDetectException:
-        return None
+    with _LANGDETECT:  # its first call loads what a second one at the same time would miss
+        DetectorFactory.seed = 0  # else the same text is told differently from call to call
+        try:
+            return str(detect(text))
+        except LangDetectException:
+            return None
 
 
 def _holds(count: int, relation: str, number: int) -> bool:

@@ -77,6 +77,11 @@ def test_an_unknown_name_is_refused_with_the_nearest_one(suite, tasks, message):
             "num_examples: goes together with examples_file",
         ),
         (
+            "tasks: {a: {kind: verified, file: f, verifier: math, examples_file: f,"
+            " num_examples: 4}}",
+            "examples_file: is the file of the questions",
+        ),
+        (
             "tasks: {a: {kind: verified, file: f, verifier: gsm8k, answer_rule: as_written}}",
             "answer_rule: the verifier decides",
         ),

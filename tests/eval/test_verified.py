@@ -1,6 +1,7 @@
 """Tasks whose answers are verified, from local files to the report, with models that know them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -280,7 +281,8 @@ def task_of(data: Path, name: str, **changes) -> Task:
 
 
 def test_examples_come_first_as_text_or_as_turns(models, data):
-    task = task_of(data, "boats", examples_file="boats.jsonl", num_examples=2)
+    shutil.copy(data / "boats.jsonl", data / "shown.jsonl")
+    task = task_of(data, "boats", examples_file="shown.jsonl", num_examples=2)
     (item, *_) = read_items(task, data / "boats.jsonl", examples_file(task, str(data)))
     (row,) = ask(subject(models, "base"), task, [item], max_new_tokens=1)
     assert row["prompt"] == (
@@ -391,7 +393,7 @@ def test_a_row_that_the_verifier_cannot_read_is_named(data, name, row, problem):
 
 
 def test_too_few_examples_are_an_error_and_not_fewer_examples(data):
-    task = task_of(data, "boats", examples_file="boats.jsonl", num_examples=9)
+    task = task_of(data, "boats", examples_file="shown.jsonl", num_examples=9)
     with pytest.raises(DataError, match="it holds 4 problems; the task boats shows 9"):
         read_items(task, data / "boats.jsonl", data / "boats.jsonl")
     with pytest.raises(UserError, match=r"no\.jsonl does not exist"):
