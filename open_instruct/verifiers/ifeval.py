@@ -56,7 +56,7 @@ _ABBREVIATIONS = frozenset(
     "hon gov sen rep e.g i.e a.m p.m u.s u.k ph.d b.c a.d jan feb mar apr jun jul aug sep sept "
     "oct nov dec".split()
 )
-_SENTENCE_END = re.compile(r"(?P<word>\S*?)(?P<end>[.!?]+)[\"'”’)\]}*_]*(?=\s+(?P<next>\S))")
+_SENTENCE_END = re.compile(r"(?<!\S)(?P<word>\S*?)(?P<end>[.!?]+)[\"'”’)\]}*_]*(?=\s+(?P<next>\S))")
 
 
 def count_sentences(text: str) -> int:

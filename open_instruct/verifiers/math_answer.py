@@ -20,6 +20,7 @@ from open_instruct.verifiers.verdict import BadProblem, Problem, Verdict, field
 METRICS = ("flexible_match", "strict_match")
 MAX_CHARACTERS = 1000  # of an answer whose value is computed; longer ones are compared as text
 MAX_BITS = 20_000  # of a whole number
+MAX_TEXT = 20_000  # characters of a text in which an answer is looked for
 MAX_TOKENS = 200
 MAX_DEPTH = 60
 TOLERANCE = 1e-9
@@ -29,29 +30,33 @@ Value = Fraction | complex
 # ---------------------------------------------------------------- finding the answer
 
 
-def braced(text: str, start: int) -> str | None:
-    """What stands in the braces that open at ``start``; None if they never close."""
-    depth = 0
-    for place in range(start, len(text)):
-        if text[place] == "{" and not text[:place].endswith("\\"):
-            depth += 1
-        elif text[place] == "}" and not text[:place].endswith("\\"):
-            depth -= 1
-            if depth == 0:
-                return text[start + 1 : place]
-    return None
+def closing_braces(text: str) -> dict[int, int]:
+    """Where each brace that opens, closes; \\{ and \\} are characters and not braces."""
+    open_places: list[int] = []
+    found: dict[int, int] = {}
+    for match in re.finditer(r"\\[{}\\]|[{}]", text):
+        if match[0] == "{":
+            open_places.append(match.start())
+        elif match[0] == "}" and open_places:
+            found[open_places.pop()] = match.start()
+    return found
 
 
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*(?P<brace>\{)?")
 _ANNOUNCED = re.compile(r"\banswer\s*(?:is\b|:)\s*:?", re.IGNORECASE)
-_IN_DOLLARS = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_IN_DOLLARS = re.compile(  # $5$, $$5$$, \(5\) and \[5\]
+    r"\$\$?([^$]+)\$\$?|\\\(((?:[^\\]|\\(?!\())+?)\\\)|\\\[((?:[^\\]|\\(?!\[))+?)\\\]"
+)
 
 
 def boxed_answer(text: str) -> str | None:
     """The content of the last \\boxed{...} (or \\fbox, or "\\boxed 5") that closes."""
+    closing = closing_braces(text)
     for match in reversed(list(_BOXED.finditer(text))):
+        content: str | None
         if match["brace"]:
-            content = braced(text, match.end() - 1)
+            end = closing.get(match.end() - 1)
+            content = None if end is None else text[match.end() : end]
         else:
             content = re.split(r"[$\n]|\.\s", text[match.end() :], maxsplit=1)[0]
         if content is not None and content.strip():
@@ -91,7 +96,8 @@ def any_answer(text: str) -> str | None:
 
 _REPLACED = (
     (r"(?<!\\)\\(?:left|right|[bB]igg?|displaystyle|limits|q?quad)(?![A-Za-z])", " "),
-    (r"(?<!\\)\\[,!;: ]", " "),
+    (r"(?<!\\)\\!", ""),  # 10,\!000
+    (r"(?<!\\)\\[,;: ]", " "),
     (r"(?<=\d)\s*\{,\}\s*(?=\d{3})", ""),  # 10{,}000
     (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
     (r"\\mbox|\\textbf|\\textit|\\textrm|\\mathrm|\\mathbf|\\mathit|\\operatorname", r"\\text"),
@@ -128,6 +134,7 @@ def normalised(answer: str) -> str:
     text = text.strip().rstrip(".,;:").strip()
     while (shorter := _UNIT.sub("", text).strip()) not in (text, ""):
         text = shorter
+    text = re.sub(r"^[A-Za-z]\s*\\in(?![a-z])\s*", "", text)  # x \in [1,2]
     text = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text)
     text = re.sub(r"\b(?:and|or)\b", ",", text)
     text = re.sub(r"\s+", " ", text).strip().rstrip(".,;:").strip()
@@ -641,6 +648,8 @@ def _enclosed(text: str) -> tuple[str, str, str] | None:
 
 def is_equivalent(answer: str, truth: str) -> bool:
     """Whether two answers in LaTeX mean the same."""
+    if len(answer) > MAX_CHARACTERS:
+        return _squeezed(answer) == _squeezed(truth)
     return _is_same(normalised(answer), normalised(truth), 0)
 
 
@@ -720,7 +729,7 @@ def _are_same_matrices(answer: str, truth: str, depth: int) -> bool:
     )
 
 
-_RELATION = re.compile(r"<=|>=|!=|[<>=]|\\in(?![a-z])")
+_RELATION = re.compile(r"<=|>=|!=|[<>=]")
 _MIRRORED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
 
 
@@ -733,11 +742,11 @@ def _is_same_relation(answer: str, truth: str) -> bool:
         if len(ours) <= 1 and len(theirs) <= 1 and (not ours or not theirs):
             # x = 5 against 5: only the value was asked for
             (relation,), index = (ours, 0) if ours else (theirs, 1)
-            if relation not in ("=", "\\in") or not _is_variable(sides[index][0]):
+            if relation != "=" or not _is_variable(sides[index][0]):
                 return False
             values = [sides[0][-1].strip(), sides[1][-1].strip()]
             return _is_same(values[0], values[1], 5)
-        if len(ours) != len(theirs) or "\\in" in ours + theirs:
+        if len(ours) != len(theirs):
             return False
         if ours == theirs and all(map(_same_or_unreadable, *sides)):
             return True
@@ -807,8 +816,9 @@ def read_problem(row: Mapping[str, Any]) -> Problem:
 
 
 def judge(answer: str, truth: str) -> Verdict:
-    """Whether the answer found in a text is the true one."""
-    marked, found = marked_answer(answer), any_answer(answer)
+    """Whether the answer found in a text, at its end if it is very long, is the true one."""
+    end = answer[-MAX_TEXT:]
+    marked, found = marked_answer(end), any_answer(end)
     return Verdict.of(
         "no answer" if found is None else found[:200],
         flexible_match=found is not None and is_equivalent(found, truth),

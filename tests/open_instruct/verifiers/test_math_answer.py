@@ -30,6 +30,7 @@ from open_instruct.verifiers.verdict import BadProblem
         (r"\boxed{\left\{1, 2\right\}}", r"\left\{1, 2\right\}"),
         (r"\boxed{7} and \boxed{unclosed", "7"),
         (r"\boxed{}", None),
+        (r"\boxed{a \} b}", r"a \} b"),
         ("nothing", None),
     ],
 )
@@ -56,6 +57,8 @@ def test_without_a_mark_the_last_formula_or_number_is_taken():
     assert any_answer("It is $2$ and so $x = 3$, done.") == "x = 3"
     assert any_answer("first 4 then 1,250") == "1,250"
     assert any_answer("none") is None
+    assert any_answer(r"so \(x = 3\) and \[y\]") == "y"
+    assert any_answer(r"so \[\frac{1}{2}\]!") == r"\frac{1}{2}"
 
 
 SAME = [
@@ -117,6 +120,17 @@ SAME = [
     ("x_1 + x_2", "x_2+x_1"),
     ("|x-1|", r"\lvert 1-x\rvert"),
     ("f(x) = x+1", "x + 1"),
+    (r"\frac 59", "5/9"),
+    (r"1,\!000,\!000", "1000000"),
+    (r"x \in (-\infty, 3]", r"(-\infty,3]"),
+    (r"\text{(B)}", "B"),
+    (r"1.5 \times 10^{3}", "1500"),
+    (r"-\frac12x+3", r"3-\frac{x}{2}"),
+    (r"y=\pm\frac{1}{2}x", r"y = \pm \frac{x}{2}"),
+    ("a=2, b=3", "2,3"),
+    (r"e^{i\pi}", "-1"),
+    (r"\tan^2 x", r"(\tan x)^2"),
+    (r"8\pi \text{ cubic inches}", r"8\pi"),
 ]
 
 
@@ -258,16 +272,21 @@ def test_what_hendrycks_own_rule_calls_equal_is_equal_here():
         r"\pm" * 300,
         r"\begin{matrix}" * 100,
         "|" * 999,
+        "{" * 50_000,
+        r"\boxed{" * 20_000,
+        r"\(" * 50_000,
+        " " * 50_000 + "x",
+        "1," * 50_000,
         "\\" * 999,
     ],
 )
 def test_hostile_answers_are_wrong_at_once(text):
-    start = time.perf_counter()
+    start = time.process_time()
     for truth in ("5", "x+1", "(1,2)"):
         assert not is_equivalent(text, truth)
         assert not is_equivalent(text, text + "+1")
     judge(rf"\boxed{{{text}}} " + text, "5")
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 # ---------------------------------------------------------------- rows and verdicts
