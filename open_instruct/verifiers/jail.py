@@ -184,9 +184,14 @@ def start_runner(settings):
     return 1 if code == NOT_CONFINED else code  # 125 is for this file to say
 
 
+def end_with_parent():
+    """Be killed when the parent ends, however it does."""
+    call("prctl", PR_SET_PDEATHSIG, *map(ctypes.c_ulong, (signal.SIGKILL, 0, 0, 0)))
+
+
 def guard(settings):
     """Process 1 of the new system: starts the runner and ends with it."""
-    call("prctl", PR_SET_PDEATHSIG, *map(ctypes.c_ulong, (signal.SIGKILL, 0, 0, 0)))
+    end_with_parent()
     build_root(settings["root"], settings["readable"], settings["limits"]["file_bytes"])
     return start_runner(settings)
 
@@ -199,6 +204,7 @@ def main():
         if settings["root"] is None:
             return start_runner(settings)
         enter_namespaces()
+        end_with_parent()  # only now: the kernel forgets it when the user namespace changes
         first = os.fork()
         if first == 0:
             code = NOT_CONFINED

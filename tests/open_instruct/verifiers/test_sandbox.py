@@ -1,7 +1,10 @@
 """The sandbox against programs that try to get out of it, or to be believed without working."""
 
 import os
+import select
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -201,6 +204,33 @@ def test_nothing_is_left_behind(way):
     run_tests("open('/tmp/left', 'w').write('x')", "", way=way)
     run_tests("while True: pass", "", limits=QUICK, way=way)
     assert set(os.listdir(tempfile.gettempdir())) <= before
+
+
+def child_of(pid: int) -> int:
+    """The first child of a process, as soon as it has one."""
+    file = Path(f"/proc/{pid}/task/{pid}/children")
+    while not (found := file.read_text().split()):
+        os.sched_yield()
+    return int(found[0])
+
+
+def test_a_killed_evaluation_takes_its_sandbox_with_it(way):
+    if not Path(f"/proc/self/task/{os.getpid()}/children").exists():
+        pytest.skip("this kernel does not tell a process's children")
+    code = "from open_instruct.verifiers.sandbox import Limits, run_tests\n"
+    code += "program = 'import time; time.sleep(30)'\n"
+    code += f"run_tests(program, '', limits=Limits(timeout_s=30), way={way!r})"
+    evaluation = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        outer = child_of(evaluation.pid)
+        inside = [os.pidfd_open(pid) for pid in (outer, child_of(outer))]
+    finally:
+        evaluation.kill()
+        evaluation.wait()
+    for descriptor in inside:
+        ended, _, _ = select.select([descriptor], [], [], 10)
+        os.close(descriptor)
+        assert ended
 
 
 # ---------------------------------------------------------------- being believed without working
