@@ -7,9 +7,11 @@ from typing import Any
 from eval.statistics import (
     Difference,
     Estimate,
+    bootstrap_interval,
     chance_p_value,
     clustered_mean,
     mean,
+    paired_bootstrap,
     paired_clusters,
     paired_proportions,
     paired_ratios,
@@ -82,10 +84,14 @@ def measured(kind: str, rows: Sequence[Row]) -> list[str]:
 
 def estimate(rows: Sequence[Row], metric: str) -> Estimate:
     """One metric over the samples of a task."""
+    if metric in PER_PART and len({row["scores"][metric] for row in rows}) > 1:
+        numbers = [row["num_parts"] for row in rows]
+        followed = [row["scores"][metric] * row["num_parts"] for row in rows]
+        return _within_one(ratio(followed, numbers))
     if _is_graded(rows, metric):
-        graded = [_grade(row, metric) for row in rows]
-        found = ratio([grade * parts for grade, parts in graded], [parts for _, parts in graded])
-        return _within_one(found)
+        grades = [row["scores"][metric] for row in rows]
+        found = mean(grades)
+        return Estimate(found.value, found.stderr, *bootstrap_interval(grades), found.n)
     if metric not in LOWER_IS_BETTER and (clusters := _clusters(rows)) is not None:
         return _within_one(clustered_mean([is_right(row, metric) for row in rows], clusters))
     if metric not in LOWER_IS_BETTER:
@@ -128,16 +134,9 @@ def _clusters(rows: Sequence[Row]) -> list[str] | None:
     ]
 
 
-def _grade(row: Row, metric: str) -> tuple[float, float]:
-    """A verified answer's score, and what it weighs: its instructions, where those are counted."""
-    return row["scores"][metric], row["num_parts"] if metric in PER_PART else 1.0
-
-
 def _is_graded(rows: Sequence[Row], metric: str) -> bool:
-    """Whether answers are neither right nor wrong but have a score in between."""
-    if not rows or "scores" not in rows[0]:
-        return False
-    return metric in PER_PART or any(row["scores"][metric] not in (0.0, 1.0) for row in rows)
+    """Whether some answers are neither right nor wrong but have a score in between."""
+    return "scores" in rows[0] and any(row["scores"][metric] not in (0.0, 1.0) for row in rows)
 
 
 def _is_readable(row: Row) -> bool:
@@ -157,14 +156,16 @@ def compare(first: Sequence[Row], second: Sequence[Row], metric: str) -> Differe
         pairs = [pair for pair in pairs if all(map(_is_readable, pair))]
     if not pairs:
         return None
-    if any(_is_graded(side, metric) for side in zip(*pairs, strict=True)):
-        graded = [(_grade(pair[0], metric), _grade(pair[1], metric)) for pair in pairs]
-        return paired_ratios(
-            [grade * parts for (grade, parts), _ in graded],
-            [grade * parts for _, (grade, parts) in graded],
-            [parts for (_, parts), _ in graded],
-            lower_is_better=False,
+    if metric in PER_PART:
+        numbers = [row["num_parts"] for row, _ in pairs]
+        before, after = (
+            [pair[side]["scores"][metric] * pair[side]["num_parts"] for pair in pairs]
+            for side in (0, 1)
         )
+        return paired_ratios(before, after, numbers, lower_is_better=False)
+    if any(_is_graded(side, metric) for side in zip(*pairs, strict=True)):
+        before, after = ([pair[side]["scores"][metric] for pair in pairs] for side in (0, 1))
+        return paired_bootstrap(before, after)
     if metric not in LOWER_IS_BETTER:
         first_right, second_right = (
             [is_right(pair[side], metric) for pair in pairs] for side in (0, 1)

@@ -19,6 +19,7 @@ from olmo_base.run.errors import DataError, UserError
 
 EVALUATION = "evaluation.json"
 SAMPLES = "samples"
+NEAR_TIE = 0.01  # a point of accuracy, or 0.01 bits: closer than this is as good as equal
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,7 @@ class Report:
                     **dataclasses.asdict(item.difference),
                     "p_corrected": item.p_corrected,
                     "is_separated": item.difference.is_separated,
+                    "is_near_tie": item.difference.is_near_tie(NEAR_TIE),
                     "detectable": item.difference.detectable,
                 }
                 for item in self.comparisons

@@ -20,7 +20,14 @@ from rich.table import Table
 from rich.text import Text
 
 from eval.report.charts import BarChart, LineChart, bar_chart, line_chart
-from eval.report.gather import Comparison, ModelResult, Report, evaluation_time, subject_key
+from eval.report.gather import (
+    NEAR_TIE,
+    Comparison,
+    ModelResult,
+    Report,
+    evaluation_time,
+    subject_key,
+)
 from eval.report.training import Stage
 from eval.scores import estimate, is_right, picked_option
 from eval.statistics import CONFIDENCE, Estimate
@@ -148,6 +155,7 @@ class Change:
 
     text: str
     direction: str  # better, worse, unclear
+    is_near_tie: bool
     against: str
     interval: str
     p_value: str
@@ -183,6 +191,7 @@ def _change(comparison: Comparison, is_share: bool, lower_is_better: bool) -> Ch
     return Change(
         text=difference_text(difference.value, is_share),
         direction=("better" if is_better else "worse") if difference.is_separated else "unclear",
+        is_near_tie=difference.is_near_tie(NEAR_TIE),
         against=against,
         interval=(
             ""
@@ -293,17 +302,21 @@ def headlines(report: Report, rows: Sequence[ScoreRow]) -> list[str]:
         sentence = f"{row.name[:1].upper()}{row.name[1:]}: {', '.join(parts)}"
         sentence += "." if is_share else f" ({row.unit})."
         notes = []
+        names = tuple(visible(name) for name, _ in scored)  # written as they are
         for name, cell in scored:
             if cell.change is None:
                 continue
             pair = f"{visible(name)} and {visible(cell.change.against)}"
-            if cell.change.direction == "unclear":
+            if cell.change.is_near_tie:
+                notes.append(f"{pair} are as good as equal")
+            elif cell.change.direction == "unclear":
                 notes.append(f"the difference between {pair} may be chance")
-        if len(notes) > 1 and len(notes) == len(scored) - 1:
+        is_all_unclear = all(note.endswith("may be chance") for note in notes)
+        if len(notes) > 1 and len(notes) == len(scored) - 1 and is_all_unclear:
             sentence += " All differences from one to the next may be chance."
         elif notes:
             text = "; ".join(notes)
-            sentence += f" {text[:1].upper()}{text[1:]}."
+            sentence += f" {text if text.startswith(names) else text[:1].upper() + text[1:]}."
         sentences.append(sentence)
     return sentences
 

@@ -100,6 +100,19 @@ def test_p_values_are_corrected_for_the_number_of_comparisons(make_evaluation):
     assert head.count("|") == 12
 
 
+def test_models_that_answer_nearly_alike_are_as_good_as_equal(make_evaluation):
+    folder = make_evaluation(n=1500, names=("sft", "dpo"))
+    rows = (folder / "samples" / "sft" / "format.jsonl").read_text()
+    (folder / "samples" / "dpo" / "format.jsonl").write_text(rows)
+    page = Page(write_report([folder]).read_text())
+    assert "dpo and sft are as good as equal." in page.text
+    near = {
+        item.get("task"): item["is_near_tie"]
+        for item in json.loads((folder / "report.json").read_text())["comparisons"]
+    }
+    assert near["format"] and not near["choice"]
+
+
 def test_a_score_that_guessing_reaches_is_said_to_be_one(make_evaluation):
     folder = make_evaluation()
     page = Page(write_report([folder]).read_text())

@@ -12,6 +12,7 @@ from eval.asking import Subject, ask, load_subject
 from eval.harness import EvalRecipe, evaluate, run
 from eval.questions import examples_file, read_items
 from eval.scores import compare, estimate, is_right, measured
+from eval.statistics import mean, wilson_interval
 from eval.tasks import Task, load_catalogue, select
 from olmo_base.corpus.documents import DocumentSource
 from olmo_base.model.hf_weights import export_hf
@@ -358,6 +359,24 @@ def row_of(doc_id: int, followed: int, asked: int) -> dict:
     share = followed / asked
     scores = {"prompt_loose": float(share == 1.0), "instruction_loose": share}
     return {"doc_id": str(doc_id), "scores": scores, "num_parts": asked}
+
+
+def test_scores_between_right_and_wrong_have_intervals_by_resampling():
+    rows = [
+        {"doc_id": str(n), "scores": {"pass_at_1": n % 5 / 4}, "num_parts": 1} for n in range(50)
+    ]
+    found = estimate(rows, "pass_at_1")
+    normal = mean([n % 5 / 4 for n in range(50)])
+    assert (found.value, found.stderr) == (normal.value, normal.stderr)
+    assert found.low == pytest.approx(normal.low, abs=0.01)
+    assert found.high == pytest.approx(normal.high, abs=0.01)
+    same = compare(rows, rows, "pass_at_1")
+    assert same is not None and (same.value, same.p_value, same.ties) == (0.0, 1.0, 50)
+
+
+def test_no_instruction_followed_at_all_still_has_an_interval():
+    rows = [row_of(n, 0, 2) for n in range(10)]
+    assert estimate(rows, "instruction_loose").high == wilson_interval(0, 10)[1]
 
 
 def test_instruction_level_scores_weigh_each_prompt_by_its_instructions():
