@@ -16,6 +16,8 @@ import types
 
 ANSWER_FILE = "<answer>"
 MAX_DETAIL = 500
+OF_PYTHON = (types.WrapperDescriptorType, types.MethodDescriptorType)  # written in C
+FUNCTION = types.FunctionType
 CONTAINERS = (list, tuple, set, frozenset)
 
 
@@ -27,10 +29,11 @@ def judges_itself(value, depth=0):
     """Whether a value, or one inside it, is of a class whose ``==`` the answer wrote."""
     for owner in type.mro(type(value)):
         compare = type.__getattribute__(owner, "__dict__").get("__eq__")
-        code = getattr(compare, "__code__", None)
-        if code is not None and code.co_filename == ANSWER_FILE:
+        if compare is None or isinstance(compare, OF_PYTHON):
+            continue
+        if not isinstance(compare, FUNCTION):
             return True
-        if code is None and isinstance(compare, types.FunctionType | types.MethodType):
+        if compare.__code__.co_filename == ANSWER_FILE:
             return True
     if depth == 4:
         return False
@@ -130,7 +133,7 @@ def describe(error):
 
 
 def main():
-    """Standard input: {token, answer, tests, names}. Standard output: {token, problem}."""
+    """Standard input: {token, answer, tests, names}. Standard output: token, verdict, problem."""
     with open(0, encoding="utf-8", closefd=False) as file:
         given = json.load(file)
     report = os.dup(1)
@@ -138,9 +141,11 @@ def main():
     for number in (0, 1, 2):
         os.dup2(nowhere, number)
     os.close(nowhere)
-    write, leave, to_json = os.write, os._exit, json.dumps  # as they are before the answer runs
+    write, leave = os.write, os._exit  # as they are before the answer runs
     problem = judge(given["answer"], given["tests"], given["names"])
-    write(report, (to_json({"token": given["token"], "problem": problem}) + "\n").encode())
+    # Only methods of str from here on: json, for one, the answer can have changed inside.
+    said = " passed " if problem is None else " failed " + problem
+    write(report, (given["token"] + said).encode("ascii", "backslashreplace"))
     leave(0)
 
 

@@ -6,7 +6,6 @@ seccomp filter do it together, and where one of them cannot be had nothing is ru
 """
 
 import functools
-import hmac
 import json
 import math
 import os
@@ -121,21 +120,13 @@ def _run(way: str, answer: str, tests: str, names: list[str], limits: Limits) ->
     words = report[:200].decode(errors="replace").strip()
     if code == NOT_CONFINED or not has_begun:
         raise NotConfined(words.removeprefix("jail: ") or f"no sandbox in {limits.timeout_s:g} s")
-    for line in report.splitlines():
-        try:
-            said = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(said, dict) and _is_same(str(said.get("token")), token):
-            problem = said.get("problem")
-            return Outcome(problem is None, "" if problem is None else str(problem))
+    start = report.find(token.encode())
+    if start >= 0:
+        said, _, problem = report[start + len(token) + 1 :].decode(errors="replace").partition(" ")
+        return Outcome(said == "passed", problem)
     if code is None or code == OUT_OF_TIME:
         return Outcome(False, f"not done after {limits.timeout_s:g} s")
     return Outcome(False, "it ended before the tests did" + (f": {words}" if words else ""))
-
-
-def _is_same(said: str, token: str) -> bool:
-    return hmac.compare_digest(said.encode(errors="replace"), token.encode())
 
 
 def _watch(process: subprocess.Popen[bytes], deadline: float) -> tuple[bytes, int | None]:

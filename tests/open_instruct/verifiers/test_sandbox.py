@@ -80,6 +80,8 @@ def work() -> List[int]:
     return [Pair(1, 2).b, asyncio.run(later()), math.gcd(4, 6), len(hashlib.sha256(b"").digest())]
 """
     assert run_tests(program, "assert work() == [2, 7, 2, 32]", way=way) == Outcome(True)
+    equal = "assert Pair(1, 2) == Pair(1, 2) and collections.Counter('aa') == {'a': 2}"
+    assert run_tests(program, equal, way=way) == Outcome(True)
 
 
 def test_a_name_that_is_asked_for_may_be_that_of_a_builtin(way):
@@ -252,11 +254,13 @@ WRONG = "def add(a, b):\n    return 0\n"
         "import builtins; builtins.exec = lambda *a: None",
         "import builtins; builtins.abs = lambda x: 0",
         "import json; json.dumps = lambda x: '{}'",
+        "import json; real = json.JSONEncoder.encode\n"
+        "json.JSONEncoder.encode = lambda self, said: real(self, said | {'problem': None})",
         "import ast; ast.parse = lambda x: 0",
         "import ast; empty = ast.parse(''); ast.parse = lambda x: empty",
         "import __main__; vars(__main__).update(equal=lambda a, b: True)",
         "import math; math.isclose = lambda a, b: True",
-        'import os; os.write(3, b\'{"token": "", "problem": null}\\n\'); os._exit(0)',
+        "import os; os.write(3, b'0' * 64 + b' passed '); os._exit(0)",
         "import os; os.write(3, b'jail: no namespaces'); os._exit(125)",
         "import os; os.write(3, b'bwrap: no'); os._exit(1)",
         "import sys; sys.settrace(lambda *a: sys.exit(0))",
@@ -275,11 +279,13 @@ def test_a_wrong_answer_stays_wrong(way, attack):
 
 @pytest.mark.parametrize(
     "returned",
-    ["Yes()", "[Yes()]", "{1: (Yes(),)}", "Sub(0)"],
+    ["Yes()", "[Yes()]", "{1: (Yes(),)}", "Sub(0)", "Odd()"],
 )
 def test_an_object_that_equals_everything_is_not_an_answer(way, returned):
     answer = "class Yes:\n    def __eq__(self, other): return True\n"
     answer += "    def __hash__(self): return 0\n"
+    answer += "import functools\n"
+    answer += "class Odd: __eq__ = functools.partial(lambda *given: True)\n"
     answer += "class Sub(int):\n    def __eq__(self, other): return True\n"
     answer += f"def add(a, b): return {returned}"
     for expected in ("5", "[5]", "{1: (5,)}"):
