@@ -3,8 +3,10 @@
 Every kind of question has a function here. Only they know what a model is given, token by token.
 """
 
+import os
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +16,16 @@ from transformers import PreTrainedTokenizerFast
 from eval.answers import is_correct
 from eval.questions import BLOCK_CHARACTERS, Choice, Document, Item, Question
 from eval.scores import is_right
-from eval.tasks import LOWER_IS_BETTER, METRICS, Task
+from eval.tasks import LOWER_IS_BETTER, METRICS, PASS_AT, Task
 from olmo_base.model.generate import Generator, load_generator
 from olmo_base.run.artefact import resolve_model
 from olmo_base.run.errors import UserError
 from olmo_base.scorer import Request, Score, context_length, continuation_logprobs, rolling_logprobs
 from open_instruct.encode import ChatEncoder, load_chat_encoder, load_chat_tokenizer
+from open_instruct.examples import Message
+from open_instruct.verifiers import VERIFIERS
+from open_instruct.verifiers.code import pass_at_k
+from open_instruct.verifiers.verdict import Verdict
 
 OnProgress = Callable[[float], None]  # told how many questions of the task are done
 WINDOW_WITHOUT_LIMIT = 2048  # for architectures that could read on for ever; as in lm-eval
@@ -29,6 +35,8 @@ AS_TEXT: dict[str, Any] = {
     "split_special_tokens": True,
     "verbose": False,
 }
+FIRST_ROUND = 64  # tokens, before an answer is looked at for texts that end it
+MAX_ROUNDS = 64  # more than any length needs, as rounds double
 EXCERPT = 200  # characters of a block of text kept in its sample
 
 
@@ -101,22 +109,30 @@ def ask(
     items: Sequence[Item],
     *,
     max_new_tokens: int | None = None,
+    seed: int = 0,
     on_progress: OnProgress = lambda done: None,
 ) -> list[dict[str, Any]]:
     """The sample rows of a task, in the order of its questions.
 
-    ``max_new_tokens`` replaces the task's own limit. Rows of questions that do not fit the model's
-    context carry ``not_fitting``.
+    ``max_new_tokens`` replaces the task's own limit; ``seed`` decides answers that are drawn by
+    chance. Rows of questions that do not fit the model's context carry ``not_fitting``.
     """
-    if task.kind == "exact_match":
+    if task.kind in ("exact_match", "verified"):
         questions = [item for item in items if isinstance(item, Question)]
         limit = max_new_tokens or task.max_new_tokens
+        if task.kind == "verified":
+            return _solve(subject, task, questions, limit, seed, on_progress)
         return _answer(subject, task, questions, limit, on_progress)
     if task.kind == "perplexity":
         documents = [item for item in items if isinstance(item, Document)]
         return _predict(subject, documents, on_progress)
     choices = [item for item in items if isinstance(item, Choice)]
     return _choose(subject, task, choices, on_progress)
+
+
+def _cluster(item: Question | Choice) -> dict[str, str]:
+    """The key of a sample that names what its question shares with others, if anything."""
+    return {} if item.cluster is None else {"cluster": item.cluster}
 
 
 # ---------------------------------------------------------------- answers in words
@@ -164,6 +180,7 @@ def _answer(
         row: dict[str, Any] = {
             "doc_id": item.doc_id,
             "category": item.category,
+            **_cluster(item),
             "question": item.messages[-1]["content"],
             "prompt": _text(subject.tokenizer, prompts[number]),
             "target": list(item.targets),
@@ -209,6 +226,189 @@ def _newline_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:
     singles = [[token_id] for token_id in range(len(tokenizer))]
     texts = tokenizer.backend_tokenizer.decode_batch(singles, skip_special_tokens=False)
     return {n for n, text in enumerate(texts) if text.lstrip(" \t").startswith("\n")}
+
+
+# ---------------------------------------------------------------- answers that are verified
+
+
+def _solve(
+    subject: Subject,
+    task: Task,
+    questions: Sequence[Question],
+    max_new_tokens: int,
+    seed: int,
+    on_progress: OnProgress,
+) -> list[dict[str, Any]]:
+    assert task.verifier is not None
+    judge = VERIFIERS[task.verifier].judge
+    encoder = subject.encoder
+    if encoder is not None:
+        dialogues = [_chat_turns(task, item) for item in questions]
+        prompts = [encoder.encode_prompt(messages) for messages in dialogues]
+        stop_ids = set(encoder.end_of_turn_ids)
+    else:
+        plain = [plain_prompt(task, item) for item in questions]
+        prompts = [subject.prefix_ids + ids for ids in subject.encode(plain)]
+        stop_ids = set()
+    stop_texts = task.stop if encoder is None else ()  # a chat model ends its turn itself
+    writer = _Writer(subject, max_new_tokens, task.temperature, stop_ids, stop_texts)
+    fitting = [n for n, ids in enumerate(prompts) if len(ids) < subject.generator.max_length]
+    answers: dict[int, list[Written]] = {}
+    if task.temperature == 0.0:
+        fitting.sort(key=lambda n: (-len(prompts[n]), n))
+        for start in range(0, len(fitting), subject.batch_size):
+            batch = fitting[start : start + subject.batch_size]
+            found = writer.write([prompts[n] for n in batch], seed)
+            answers |= {n: [written] for n, written in zip(batch, found, strict=True)}
+            on_progress(len(answers))
+    else:
+        for n in fitting:  # one by one: what is drawn depends on the place in a batch
+            answers[n] = writer.write([prompts[n]] * task.num_samples, seed + n * MAX_ROUNDS)
+            on_progress(len(answers))
+    judged = _judged(judge, questions, answers, lambda: on_progress(len(questions)))
+    rows = []
+    for number, item in enumerate(questions):
+        row: dict[str, Any] = {
+            "doc_id": item.doc_id,
+            "category": item.category,
+            "question": item.messages[-1]["content"],
+            "prompt": _text(subject.tokenizer, prompts[number]),
+            "target": list(item.targets),
+        }
+        written, verdicts = answers.get(number, []), judged[number]
+        scores = {
+            metric: _mean_score(metric, verdicts) if written else 0.0 for metric in task.metrics
+        }
+        row |= {
+            "answer": written[0].text if written else None,
+            "found": verdicts[0].found,
+            "scores": scores,
+            "num_parts": verdicts[0].num_parts,
+            "correct": scores[task.main_metric] == 1.0,
+            "num_answer_tokens": sum(one.num_tokens for one in written),
+            "is_cut": any(one.is_cut for one in written),
+        }
+        if len(written) > 1:
+            row["answers"] = [one.text for one in written]
+        rows.append(row if written else row | {"not_fitting": True})
+    return rows
+
+
+def _judged(
+    judge: Callable[[str, Any], Verdict],
+    questions: Sequence[Question],
+    answers: dict[int, list["Written"]],
+    check_for_stop: Callable[[], None],
+) -> list[list[Verdict]]:
+    """Verdicts on the answers to each question; on nothing where there is none.
+
+    Several at once, as programs under test take seconds of their own.
+    """
+    pairs = [
+        (number, one.text, item.truth)
+        for number, item in enumerate(questions)
+        for one in answers.get(number) or [Written("", 0, False)]
+    ]
+    verdicts: list[list[Verdict]] = [[] for _ in questions]
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        try:
+            waiting = [(number, pool.submit(judge, text, truth)) for number, text, truth in pairs]
+            for number, future in waiting:
+                verdicts[number].append(future.result())
+                check_for_stop()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return verdicts
+
+
+def _chat_turns(task: Task, question: Question) -> list[Message]:
+    """The question and the examples before it, each of the user's turns put as the task says."""
+    form = task.chat_prompt or "{prompt}"
+    return [
+        {"role": turn["role"], "content": form.replace("{prompt}", turn["content"])}
+        if turn["role"] == "user"
+        else turn
+        for turn in question.messages
+    ]
+
+
+def _mean_score(metric: str, verdicts: Sequence[Verdict]) -> float:
+    """Over the answers to one question; pass@k over all choices of k of them."""
+    if metric.startswith(PASS_AT):
+        num_passed = sum(verdict.scores["pass_at_1"] == 1.0 for verdict in verdicts)
+        return pass_at_k(len(verdicts), num_passed, int(metric[len(PASS_AT) :]))
+    return sum(verdict.scores[metric] for verdict in verdicts) / len(verdicts)
+
+
+@dataclass(frozen=True)
+class Written:
+    """One answer."""
+
+    text: str
+    num_tokens: int
+    is_cut: bool  # it would have gone on
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """Writes answers that end at a token, at a text, or at the limit."""
+
+    subject: Subject
+    max_new_tokens: int
+    temperature: float
+    stop_ids: set[int]
+    stop_texts: tuple[str, ...]
+
+    def write(self, prompts: Sequence[list[int]], seed: int) -> list[Written]:
+        """The answers to prompts that are read together.
+
+        A text to stop at may span tokens, so answers are written in rounds, each as long as all
+        before it; only those that have not come to such a text go on.
+        """
+        generator = self.subject.generator
+        answers: list[list[int]] = [[] for _ in prompts]
+        going = list(range(len(prompts)))
+        size = FIRST_ROUND if self.stop_texts else self.max_new_tokens
+        for round_number in range(MAX_ROUNDS):
+            # All that go on have written the same number of tokens.
+            asked = min(size, self.max_new_tokens - len(answers[going[0]]))
+            found = generator.generate(
+                [prompts[n] + answers[n] for n in going],
+                max_new_tokens=asked,
+                temperature=self.temperature,
+                seed=seed + round_number,
+                stop_token_ids=self.stop_ids,
+            )
+            for n, ids in zip(going, found, strict=True):
+                answers[n] += ids
+            going = [
+                n
+                for n, ids in zip(going, found, strict=True)
+                if len(ids) == asked and not self._is_full(prompts[n], answers[n])
+                if self._end(self._text(answers[n])) is None
+            ]
+            if not going:
+                break
+            size = len(answers[going[0]])
+        return [self._written(*pair) for pair in zip(prompts, answers, strict=True)]
+
+    def _written(self, prompt: list[int], ids: list[int]) -> Written:
+        text = self._text(ids)
+        end = self._end(text)
+        return Written(text[:end], len(ids), end is None and self._is_full(prompt, ids))
+
+    def _is_full(self, prompt: list[int], ids: list[int]) -> bool:
+        room = self.subject.generator.max_length - len(prompt)
+        return len(ids) >= min(self.max_new_tokens, room)
+
+    def _text(self, ids: list[int]) -> str:
+        return _text(self.subject.tokenizer, ids, skip_special_tokens=True)
+
+    def _end(self, text: str) -> int | None:
+        """Where the first text to stop at begins."""
+        places = [place for stop in self.stop_texts if (place := text.find(stop)) >= 0]
+        return min(places, default=None)
 
 
 # ---------------------------------------------------------------- the likeliest option
@@ -272,6 +472,7 @@ def _choose(
         row: dict[str, Any] = {
             "doc_id": item.doc_id,
             "category": item.category,
+            **_cluster(item),
             "question": item.question,
             "prompt": item.contexts[item.gold],
             "target": item.options[item.gold],

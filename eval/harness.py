@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 
 from eval.asking import OnProgress, Subject, ask, load_encoders, load_subject
-from eval.questions import Document, Item, data_file, read_items
+from eval.questions import Document, Item, data_file, examples_file, read_items
 from eval.report import write_report
 from eval.report.gather import EVALUATION, SAMPLES
 from eval.report.training import model_facts
@@ -36,6 +36,7 @@ from olmo_base.run.launch import StopFlag, seed_everything, stop_signals
 from olmo_base.run.metrics import Progress
 from olmo_base.run.recipe import RecipeError, setting
 from olmo_base.scorer import MAX_LOGITS
+from open_instruct.verifiers import VERIFIERS
 
 SAMPLES_VERSION = 1  # raise it when the same question would be asked or judged differently
 
@@ -88,7 +89,7 @@ def _selection(recipe: EvalRecipe) -> Selection:
 def input_files(recipe: EvalRecipe) -> list[Path]:
     """The models' files, the tasks' data and their definitions. Errors: UserError if one lacks."""
     selection = _selection(recipe)
-    files = [_data_file(recipe, selection, task) for task in selection.tasks]
+    files = [path for task in selection.tasks for path in _data_files(recipe, selection, task)]
     for model in recipe.models:
         files += model_files(model)
     return list(dict.fromkeys([*files, *selection.sources]))
@@ -112,7 +113,7 @@ def _read_questions(recipe: EvalRecipe, selection: Selection) -> dict[str, list[
     return {
         task.name: read_items(
             task,
-            _data_file(recipe, selection, task),
+            *_data_files(recipe, selection, task),
             limit=recipe.limit,
             seed=recipe.run.seed,
         )
@@ -120,8 +121,11 @@ def _read_questions(recipe: EvalRecipe, selection: Selection) -> dict[str, list[
     }
 
 
-def _data_file(recipe: EvalRecipe, selection: Selection, task: Task) -> Path:
-    return data_file(task, recipe.data_dir or selection.data_dir)
+def _data_files(recipe: EvalRecipe, selection: Selection, task: Task) -> list[Path]:
+    """A task's questions, and the examples that it shows, if any."""
+    data_dir = recipe.data_dir or selection.data_dir
+    examples = examples_file(task, data_dir)
+    return [data_file(task, data_dir), *([] if examples is None else [examples])]
 
 
 # ---------------------------------------------------------------- doing it
@@ -151,6 +155,9 @@ def _evaluate(recipe: EvalRecipe, folder: RunFolder) -> None:
     for model in recipe.models:
         load_encoders(model)  # a folder without a tokenizer is found before hours of work
     selection = _selection(recipe)
+    for task in selection.tasks:
+        if task.verifier is not None:
+            VERIFIERS[task.verifier].check_ready()
     jobs = _jobs(recipe, folder, selection)
     models = [{"name": name, "path": model} for name, model in _named(recipe.models)]
     content = json.dumps(selection.as_dict() | {"models": models}, indent=2)
@@ -232,7 +239,9 @@ def _jobs(recipe: EvalRecipe, folder: RunFolder, selection: Selection) -> list[J
             content = {
                 "version": SAMPLES_VERSION,
                 "model": weights,
-                "data": inputs[str(_data_file(recipe, selection, task))]["sha256"],
+                "data": [
+                    inputs[str(path)]["sha256"] for path in _data_files(recipe, selection, task)
+                ],
                 "task": dataclasses.asdict(task) | {"file": None, "about": None},
                 "limit": recipe.limit,
                 "seed": recipe.run.seed,
@@ -280,6 +289,7 @@ def _ask(
         job.task,
         job.items,
         max_new_tokens=recipe.max_new_tokens,
+        seed=recipe.run.seed,
         on_progress=on_progress,
     )
     record = {
@@ -287,7 +297,8 @@ def _ask(
         "task": job.task.name,
         "model": job.model,
         "seconds": round(time.monotonic() - started, 3),
-        "uses_chat_template": subject.encoder is not None and job.task.kind == "exact_match",
+        "uses_chat_template": subject.encoder is not None
+        and job.task.kind in ("exact_match", "verified"),
         "not_fitting": sum(bool(row.get("not_fitting")) for row in rows),
         "context_cut": sum(bool(row.get("context_cut")) for row in rows),
     }

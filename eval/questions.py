@@ -1,5 +1,7 @@
 """A task's data file -> its questions. A row that cannot be used is an error with file and line."""
 
+import dataclasses
+import itertools
 import json
 import random
 from collections.abc import Iterator
@@ -11,6 +13,8 @@ from eval.tasks import Task
 from olmo_base.corpus.documents import DocumentSource, DocumentStream
 from olmo_base.run.errors import DataError, UserError
 from open_instruct.examples import BadRow, Message, read_rows
+from open_instruct.verifiers import VERIFIERS
+from open_instruct.verifiers.verdict import BadProblem, Problem
 
 ROLES = ("system", "user", "assistant")
 # OLMES request files hold each question a second time, without its text ("Answer:" alone), to
@@ -29,6 +33,8 @@ class Question:
     messages: tuple[Message, ...]  # the last one is the user's
     targets: tuple[str, ...]  # accepted answers
     category: str | None = None
+    cluster: str | None = None  # what it shares with other questions: their passage, say
+    truth: Any = None  # what a verifier compares the answer with
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,7 @@ class Choice:
     gold: int
     unconditional_contexts: tuple[str, ...] | None = None
     category: str | None = None
+    cluster: str | None = None
 
 
 @dataclass(frozen=True)
@@ -57,16 +64,25 @@ Item = Question | Choice | Document
 
 def data_file(task: Task, data_dir: str | None) -> Path:
     """Where a task's questions are. Errors: UserError that says what is there instead."""
-    path = Path(task.file)
+    return _file(task, task.file, data_dir)
+
+
+def examples_file(task: Task, data_dir: str | None) -> Path | None:
+    """Where the examples before its questions are, if it has any. Errors: UserError."""
+    return None if task.examples_file is None else _file(task, task.examples_file, data_dir)
+
+
+def _file(task: Task, name: str, data_dir: str | None) -> Path:
+    path = Path(name)
     if not path.is_absolute():
         if data_dir is None:
             raise UserError(
-                f"The task {task.name} reads {task.file} from a folder of data. "
+                f"The task {task.name} reads {name} from a folder of data. "
                 "Say which folder with data_dir (--data-dir)."
             )
         if not Path(data_dir).is_dir():
             raise UserError(
-                f"data_dir {data_dir} is not a folder; the task {task.name} reads {task.file} "
+                f"data_dir {data_dir} is not a folder; the task {task.name} reads {name} "
                 "from it. Say where the data is with data_dir (--data-dir)."
             )
         path = Path(data_dir) / path
@@ -80,12 +96,23 @@ def data_file(task: Task, data_dir: str | None) -> Path:
     return path
 
 
-def read_items(task: Task, path: Path, *, limit: int | None = None, seed: int = 42) -> list[Item]:
+def read_items(
+    task: Task,
+    path: Path,
+    examples: Path | None = None,
+    *,
+    limit: int | None = None,
+    seed: int = 42,
+) -> list[Item]:
     """The questions of a task in the file's order; ``limit`` draws that many of them at random.
 
-    Errors: DataError naming file and line.
+    ``examples``: the file of solved problems for tasks that show some. Errors: DataError naming
+    file and line.
     """
-    items = READERS[task.kind](path)
+    if task.kind == "verified":
+        items = _read_problems(task, path, [] if examples is None else _read_turns(task, examples))
+    else:
+        items = READERS[task.kind](path)
     if limit is not None and limit < len(items):
         drawn = sorted(random.Random(seed).sample(range(len(items)), limit))
         items = [items[index] for index in drawn]
@@ -135,11 +162,11 @@ class _Row:
             self.fail(f"{key!r} holds {_named(values)}.", f"Needed: {needed}.")
         return tuple(values)
 
-    @property
-    def category(self) -> str | None:
-        value = self.row.get("category")
+    def text_or_none(self, key: str) -> str | None:
+        """The text of a key that may be left out."""
+        value = self.row.get(key)
         if value is not None and not isinstance(value, str):
-            self.fail(f"'category' holds {_named(value)}.", "Needed: text.")
+            self.fail(f"{key!r} holds {_named(value)}.", "Needed: text.")
         return value
 
 
@@ -152,7 +179,10 @@ def _named(value: Any) -> str:
 
 
 def _read_questions(path: Path) -> list[Item]:
-    """Rows {"prompt": text} or {"messages": [...]}, with "answer": text or a list of texts."""
+    """Rows {"prompt": text} or {"messages": [...]}, with "answer": text or a list of texts.
+
+    "category" sorts questions in the report; those of one "cluster" (a passage) count as related.
+    """
     return [_question(_Row(path, line, row), number) for number, (line, row) in _numbered(path)]
 
 
@@ -177,7 +207,64 @@ def _question(row: _Row, number: int) -> Question:
     targets = (answer,) if isinstance(answer, str) else row.texts("answer", "texts")
     if not all(target.strip() for target in targets):
         row.fail("an accepted answer is empty.", "Every model that says nothing would be right.")
-    return Question(str(number), tuple(messages), targets, row.category)
+    return Question(
+        str(number),
+        tuple(messages),
+        targets,
+        row.text_or_none("category"),
+        row.text_or_none("cluster"),
+    )
+
+
+def _problems(task: Task, path: Path) -> Iterator[Problem]:
+    """The rows of a verifier's data set."""
+    assert task.verifier is not None
+    for line, content in _rows(path):
+        try:
+            problem = VERIFIERS[task.verifier].read_problem(content)
+            json.dumps(dataclasses.asdict(problem), ensure_ascii=False).encode()
+        except BadProblem as error:
+            next_step = f"The verifier {task.verifier} reads this file."
+            raise DataError(path, line, str(error), next_step) from None
+        except UnicodeEncodeError:
+            raise DataError(path, line, "it holds half a surrogate pair.", "Mend it.") from None
+        yield problem
+
+
+def _read_problems(task: Task, path: Path, earlier: list[Message]) -> list[Item]:
+    items: list[Item] = []
+    for number, problem in enumerate(_problems(task, path)):
+        asked: Message = {"role": "user", "content": problem.prompt}
+        items.append(
+            Question(
+                str(number),
+                (*earlier, asked),
+                (problem.shown_truth,),
+                problem.category,
+                truth=problem.truth,
+            )
+        )
+    if not items:
+        raise DataError(path, None, "the file holds no problem.")
+    return items
+
+
+def _read_turns(task: Task, path: Path) -> list[Message]:
+    """The first problems of a file with their solutions, as turns of a dialogue."""
+    turns: list[Message] = []
+    for problem in itertools.islice(_problems(task, path), task.num_examples):
+        if problem.solution is None:
+            number = len(turns) // 2 + 1
+            raise DataError(path, None, f"example {number} has no worked solution.")
+        turns.append({"role": "user", "content": problem.prompt})
+        turns.append({"role": "assistant", "content": problem.solution})
+    if len(turns) < 2 * task.num_examples:
+        raise DataError(
+            path,
+            None,
+            f"it holds {len(turns) // 2} problems; the task {task.name} shows {task.num_examples}.",
+        )
+    return turns
 
 
 def _read_choices(path: Path) -> list[Item]:
@@ -204,7 +291,8 @@ def _read_choices(path: Path) -> list[Item]:
                 contexts=(context,) * len(options),
                 options=tuple(f" {option}" for option in options),
                 gold=gold,
-                category=row.category,
+                category=row.text_or_none("category"),
+                cluster=row.text_or_none("cluster"),
             )
         )
     return items

@@ -7,7 +7,12 @@ from typing import Any
 from eval.statistics import (
     Difference,
     Estimate,
+    bootstrap_interval,
+    chance_p_value,
+    clustered_mean,
     mean,
+    paired_bootstrap,
+    paired_clusters,
     paired_proportions,
     paired_ratios,
     proportion,
@@ -26,6 +31,10 @@ DIVISORS: dict[str, Callable[[Row], float]] = {
 }
 
 
+# Counted over all instructions of all questions, instead of over questions.
+PER_PART = {"instruction_loose", "instruction_strict"}
+
+
 def picked_option(row: Row, metric: str) -> int | None:
     """The option that a model takes under one normalisation; None if it could not read them."""
     options = row["options"]
@@ -42,6 +51,8 @@ def is_right(row: Row, metric: str) -> bool:
     """Whether the answer of one sample counts as correct under a metric that is an accuracy."""
     if metric == "exact_match":
         return bool(row["correct"])
+    if "scores" in row:
+        return bool(row["scores"][metric] == 1.0)
     return picked_option(row, metric) == row["gold"]
 
 
@@ -57,6 +68,8 @@ def _surprise(row: Row, metric: str) -> tuple[float, float]:
 
 def measured(kind: str, rows: Sequence[Row]) -> list[str]:
     """The metrics of a kind that these samples hold: unconditional ones not in every file."""
+    if kind == "verified":
+        return list(rows[0]["scores"])
     names = list(METRICS[kind])
     if "acc_uncond" in names:
         read = [
@@ -71,6 +84,16 @@ def measured(kind: str, rows: Sequence[Row]) -> list[str]:
 
 def estimate(rows: Sequence[Row], metric: str) -> Estimate:
     """One metric over the samples of a task."""
+    if metric in PER_PART and len({row["scores"][metric] for row in rows}) > 1:
+        numbers = [row["num_parts"] for row in rows]
+        followed = [row["scores"][metric] * row["num_parts"] for row in rows]
+        return _within_one(ratio(followed, numbers))
+    if _is_graded(rows, metric):
+        grades = [row["scores"][metric] for row in rows]
+        found = mean(grades)
+        return Estimate(found.value, found.stderr, *bootstrap_interval(grades), found.n)
+    if metric not in LOWER_IS_BETTER and (clusters := _clusters(rows)) is not None:
+        return _within_one(clustered_mean([is_right(row, metric) for row in rows], clusters))
     if metric not in LOWER_IS_BETTER:
         return proportion([is_right(row, metric) for row in rows])
     pairs = [_surprise(row, metric) for row in rows if _is_readable(row)]
@@ -85,6 +108,35 @@ def estimate(rows: Sequence[Row], metric: str) -> Estimate:
         None if nats.high is None else math.exp(nats.high),
         nats.n,
     )
+
+
+def _within_one(item: Estimate) -> Estimate:
+    """A share's interval, cut where no share can be."""
+    return Estimate(
+        item.value,
+        item.stderr,
+        None if item.low is None else max(0.0, item.low),
+        None if item.high is None else min(1.0, item.high),
+        item.n,
+    )
+
+
+def _clusters(rows: Sequence[Row]) -> list[str] | None:
+    """The cluster of each question, a question without one being its own; None if there are none.
+
+    Only right and wrong answers are clustered; bits per byte have blocks as they are.
+    """
+    if not any("cluster" in row for row in rows):
+        return None
+    return [
+        f"cluster {row['cluster']}" if "cluster" in row else f"question {row['doc_id']}"
+        for row in rows
+    ]
+
+
+def _is_graded(rows: Sequence[Row], metric: str) -> bool:
+    """Whether some answers are neither right nor wrong but have a score in between."""
+    return "scores" in rows[0] and any(row["scores"][metric] not in (0.0, 1.0) for row in rows)
 
 
 def _is_readable(row: Row) -> bool:
@@ -104,10 +156,24 @@ def compare(first: Sequence[Row], second: Sequence[Row], metric: str) -> Differe
         pairs = [pair for pair in pairs if all(map(_is_readable, pair))]
     if not pairs:
         return None
-    if metric not in LOWER_IS_BETTER:
-        return paired_proportions(
-            [is_right(row, metric) for row, _ in pairs], [is_right(row, metric) for _, row in pairs]
+    if metric in PER_PART:
+        numbers = [row["num_parts"] for row, _ in pairs]
+        before, after = (
+            [pair[side]["scores"][metric] * pair[side]["num_parts"] for pair in pairs]
+            for side in (0, 1)
         )
+        return paired_ratios(before, after, numbers, lower_is_better=False)
+    if any(_is_graded(side, metric) for side in zip(*pairs, strict=True)):
+        before, after = ([pair[side]["scores"][metric] for pair in pairs] for side in (0, 1))
+        return paired_bootstrap(before, after)
+    if metric not in LOWER_IS_BETTER:
+        first_right, second_right = (
+            [is_right(pair[side], metric) for pair in pairs] for side in (0, 1)
+        )
+        clusters = _clusters([row for row, _ in pairs])
+        if clusters is not None:
+            return paired_clusters(first_right, second_right, clusters)
+        return paired_proportions(first_right, second_right)
     before, after = ([_surprise(pair[side], metric) for pair in pairs] for side in (0, 1))
     return paired_ratios(
         [item[0] for item in before],
@@ -122,3 +188,11 @@ def chance_level(rows: Sequence[Row]) -> float | None:
     if not rows or "options" not in rows[0]:
         return None
     return sum(1 / len(row["options"]) for row in rows) / len(rows)
+
+
+def guessing_p_value(rows: Sequence[Row], metric: str) -> float | None:
+    """How likely guessing is to score as much; None where there is nothing to guess from."""
+    if not rows or "options" not in rows[0] or metric in LOWER_IS_BETTER:
+        return None
+    num_right = sum(is_right(row, metric) for row in rows)
+    return chance_p_value(num_right, [1 / len(row["options"]) for row in rows])

@@ -4,11 +4,15 @@ Every interval holds 95 % unless told otherwise. Nothing here knows models, file
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
+import numpy as np
+
 CONFIDENCE = 0.95
+POWER = 0.8
+NUM_RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,22 @@ class Difference:
     def is_separated(self) -> bool:
         """Whether the interval excludes zero."""
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+    def is_near_tie(self, margin: float) -> bool:
+        """Whether the whole interval lies within the margin: not unknown, but as good as equal."""
+        return (
+            self.low is not None
+            and self.high is not None
+            and -margin <= self.low
+            and self.high <= margin
+        )
+
+    @property
+    def detectable(self) -> float | None:
+        """The least true difference that this many questions would show in 80 % of comparisons."""
+        if self.low is None or self.high is None:
+            return None
+        return minimal_detectable_effect((self.high - self.low) / (2 * z_value()))
 
 
 def z_value(confidence: float = CONFIDENCE) -> float:
@@ -98,6 +118,71 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimat
     stderr = math.sqrt(sum(item * item for item in residuals) * n / (n - 1)) / total
     half = z_value() * stderr
     return Estimate(value, stderr, value - half, value + half, n)
+
+
+def clustered_mean(values: Sequence[float], clusters: Sequence[Hashable]) -> Estimate:
+    """The mean of questions that come in clusters, such as those about one passage.
+
+    Questions of a cluster are right or wrong together, so the clusters are the units that vary
+    (arXiv:2411.00640, eq. 4, times G / (G - 1) for G clusters).
+    """
+    sums, sizes = _by_cluster(values, clusters)
+    estimate = ratio(sums, sizes)
+    return Estimate(estimate.value, estimate.stderr, estimate.low, estimate.high, len(values))
+
+
+def _by_cluster(
+    values: Sequence[float], clusters: Sequence[Hashable]
+) -> tuple[list[float], list[float]]:
+    """Sum and number of the values of each cluster."""
+    sums: dict[Hashable, float] = {}
+    sizes: dict[Hashable, float] = {}
+    for value, cluster in zip(values, clusters, strict=True):
+        sums[cluster] = sums.get(cluster, 0.0) + value
+        sizes[cluster] = sizes.get(cluster, 0.0) + 1.0
+    return [*sums.values()], [*sizes.values()]
+
+
+def bootstrap_interval(
+    values: Sequence[float],
+    *,
+    clusters: Sequence[Hashable] | None = None,
+    confidence: float = CONFIDENCE,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """The percentile bootstrap interval of a mean; whole clusters are drawn, if there are any."""
+    means = _resampled_means(values, clusters, num_resamples, seed)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def _resampled_means(
+    values: Sequence[float], clusters: Sequence[Hashable] | None, num_resamples: int, seed: int
+) -> np.ndarray:
+    """Means of as many draws, each of as many questions (or clusters) as there are."""
+    places = range(len(values)) if clusters is None else clusters
+    sums, sizes = (np.array(column) for column in _by_cluster(values, places))
+    chance = np.random.default_rng(seed)
+    means: list[float] = []
+    while len(means) < num_resamples:
+        rows = min(num_resamples - len(means), 1 + 4_000_000 // len(sums))  # 32 MB at once
+        drawn = chance.integers(len(sums), size=(rows, len(sums)))
+        means += list(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
+    return np.array(means)
+
+
+def chance_p_value(num_correct: int, chances: Sequence[float]) -> float:
+    """How likely guessing would get at least as many right; ``chances``: of each question.
+
+    Exact: the distribution of the number of successes with these chances.
+    """
+    distribution = np.ones(1)  # of 0 questions: surely 0 right
+    for chance in chances:
+        distribution = np.append(distribution, 0.0) * (1 - chance) + (
+            np.insert(distribution, 0, 0.0) * chance
+        )
+    return float(min(1.0, distribution[num_correct:].sum()))
 
 
 def macro_average(estimates: Sequence[Estimate]) -> Estimate:
@@ -172,6 +257,79 @@ def paired_ratios(
     estimate = ratio(gains, denominators)
     sign = -1 if lower_is_better else 1
     wins, losses = sum(sign * gain > 0 for gain in gains), sum(sign * gain < 0 for gain in gains)
+    return Difference(
+        value=estimate.value,
+        low=estimate.low,
+        high=estimate.high,
+        p_value=_normal_p_value(estimate.value, estimate.stderr),
+        wins=wins,
+        losses=losses,
+        ties=len(gains) - wins - losses,
+    )
+
+
+def paired_bootstrap(
+    first: Sequence[float],
+    second: Sequence[float],
+    *,
+    clusters: Sequence[Hashable] | None = None,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> Difference:
+    """Second's mean minus first's, with interval and p-value from resampled questions.
+
+    No assumption about the scores' distribution. The p-value is twice the share of resamples on
+    the other side of zero, the difference itself counted as one of them so that it is never 0.
+    """
+    gains = [after - before for before, after in zip(first, second, strict=True)]
+    means = _resampled_means(gains, clusters, num_resamples, seed)
+    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    tail = min(int((means <= 0).sum()), int((means >= 0).sum()))
+    wins, losses = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
+    return Difference(
+        value=sum(gains) / len(gains),
+        low=float(low),
+        high=float(high),
+        p_value=min(1.0, 2 * (tail + 1) / (num_resamples + 1)),
+        wins=wins,
+        losses=losses,
+        ties=len(gains) - wins - losses,
+    )
+
+
+def minimal_detectable_effect(
+    stderr: float, *, confidence: float = CONFIDENCE, power: float = POWER
+) -> float:
+    """The least true difference found significant with this power (arXiv:2411.00640, eq. 9).
+
+    ``stderr``: of the paired difference.
+    """
+    return (z_value(confidence) + NormalDist().inv_cdf(power)) * stderr
+
+
+def holm(p_values: Iterable[float | None]) -> list[float | None]:
+    """p-values corrected for their number, in the same order (Holm, Scand. J. Stat. 6, 1979).
+
+    The chance that any of the comparisons called significant is a false alarm stays below the
+    level. None, where there was nothing to test, stays None and does not count.
+    """
+    given = list(p_values)
+    tested = sorted((value, index) for index, value in enumerate(given) if value is not None)
+    corrected: list[float | None] = [None] * len(given)
+    largest = 0.0
+    for rank, (value, index) in enumerate(tested):
+        largest = max(largest, min(1.0, (len(tested) - rank) * value))
+        corrected[index] = largest
+    return corrected
+
+
+def paired_clusters(
+    first: Sequence[float], second: Sequence[float], clusters: Sequence[Hashable]
+) -> Difference:
+    """Second's mean minus first's where questions come in clusters; see ``clustered_mean``."""
+    gains = [after - before for before, after in zip(first, second, strict=True)]
+    estimate = clustered_mean(gains, clusters)
+    wins, losses = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
     return Difference(
         value=estimate.value,
         low=estimate.low,

@@ -209,16 +209,32 @@ def chat(
 @click.option("--limit", type=click.IntRange(min=1), help="Questions of each task, not all.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), help="Longest answer, in tokens.")
 @click.option("--seed", type=click.IntRange(min=0), default=42, show_default=True)
-def evaluate(models: tuple[str, ...], tasks: str | None, **options: Any) -> None:
+@click.option("--baseline", metavar="FILE", help="report.json of an earlier evaluation.")
+@click.option(
+    "--fail-if-worse",
+    metavar="X",
+    type=click.FloatRange(min=0),
+    help="Exit with 1 if a score is significantly, and by X (0.02: two points), below it.",
+)
+def evaluate(
+    models: tuple[str, ...],
+    tasks: str | None,
+    baseline: str | None,
+    fail_if_worse: float | None,
+    **options: Any,
+) -> int:
     """Evaluate models and write a report of one, or of several side by side.
 
     MODEL is a run's output_dir or a Hugging Face model folder; others are compared with the first.
     """
+    from eval.gate import open_baseline, passes
     from eval.harness import evaluate as run_evaluation
 
     signal.signal(signal.SIGTERM, _stop_now)
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-    run_evaluation(models, tasks=names, **options)
+    before = open_baseline(baseline, fail_if_worse)  # a mistake here is found before the work
+    folder = run_evaluation(models, tasks=names, **options)
+    return 0 if before is None or passes(before, folder.path, fail_if_worse) else 1
 
 
 @cli.command()

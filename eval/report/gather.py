@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from eval.report.training import ModelFacts, Stage, life_of, model_facts, read_stage
-from eval.scores import chance_level, compare, estimate, measured
-from eval.statistics import Difference, Estimate, macro_average, macro_difference
+from eval.scores import chance_level, compare, estimate, guessing_p_value, measured
+from eval.statistics import Difference, Estimate, holm, macro_average, macro_difference
 from eval.tasks import LOWER_IS_BETTER, Task
 from olmo_base.run.errors import DataError, UserError
 
 EVALUATION = "evaluation.json"
 SAMPLES = "samples"
+NEAR_TIE = 0.01  # a point of accuracy, or 0.01 bits: closer than this is as good as equal
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class TaskResult:
     record: dict[str, Any]  # samples/<model>/<task>.json: how the samples were made
     rows: Sequence[dict[str, Any]]
     metrics: dict[str, Estimate]
+    guessing: float | None = None  # p-value of the main metric against guessing
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Comparison:
     is_group: bool
     metric: str
     difference: Difference
+    p_corrected: float | None = None  # for all comparisons of tasks (or of groups) in the report
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,11 @@ class Report:
                     "groups": {
                         name: dataclasses.asdict(value) for name, value in model.groups.items()
                     },
+                    "guessing_p_value": {
+                        name: result.guessing
+                        for name, result in model.tasks.items()
+                        if result.guessing is not None
+                    },
                     "not_fitting": {
                         name: result.record["not_fitting"]
                         for name, result in model.tasks.items()
@@ -136,7 +144,10 @@ class Report:
                     "group" if item.is_group else "task": item.subject,
                     "metric": item.metric,
                     **dataclasses.asdict(item.difference),
+                    "p_corrected": item.p_corrected,
                     "is_separated": item.difference.is_separated,
+                    "is_near_tie": item.difference.is_near_tie(NEAR_TIE),
+                    "detectable": item.difference.detectable,
                 }
                 for item in self.comparisons
             ],
@@ -183,7 +194,7 @@ def gather(runs: Iterable[Path]) -> Report:
         if stage is not None:
             evaluations.append(stage)
         suites += [content["suite"]] if content.get("suite") else []
-        found = {item["name"]: Task(**item) for item in content["tasks"]}
+        found = {item["name"]: Task.from_json(item) for item in content["tasks"]}
         for name, task in found.items():
             if name in tasks and tasks[name] != task:
                 raise UserError(
@@ -239,6 +250,7 @@ def _read_model(
             record=_read_json(samples.with_suffix(".json")),
             rows=rows,
             metrics={metric: estimate(rows, metric) for metric in measured(task.kind, rows)},
+            guessing=guessing_p_value(rows, task.main_metric),
         )
     averages = {
         group: macro_average(
@@ -297,7 +309,15 @@ def _comparisons(
     for index in range(1, len(models)):
         for other in sorted({0, index - 1}):
             found += _compare_models(models[index], models[other], tasks, groups)
-    return found
+    corrected: list[Comparison] = []
+    for is_group in (True, False):  # a group repeats what its tasks say, so each is a family
+        family = [item for item in found if item.is_group == is_group]
+        p_values = holm(item.difference.p_value for item in family)
+        corrected += [
+            dataclasses.replace(item, p_corrected=p_value)
+            for item, p_value in zip(family, p_values, strict=True)
+        ]
+    return corrected
 
 
 def _compare_models(

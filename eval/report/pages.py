@@ -20,10 +20,17 @@ from rich.table import Table
 from rich.text import Text
 
 from eval.report.charts import BarChart, LineChart, bar_chart, line_chart
-from eval.report.gather import ModelResult, Report, evaluation_time, subject_key
+from eval.report.gather import (
+    NEAR_TIE,
+    Comparison,
+    ModelResult,
+    Report,
+    evaluation_time,
+    subject_key,
+)
 from eval.report.training import Stage
 from eval.scores import estimate, is_right, picked_option
-from eval.statistics import Difference, Estimate
+from eval.statistics import CONFIDENCE, Estimate
 from eval.tasks import LOWER_IS_BETTER, METRICS
 
 HERE = Path(__file__).parent
@@ -40,6 +47,16 @@ PANELS: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (
 )
 METRIC_WORDS = {
     "exact_match": "right answers",
+    "last_number": "right answers",
+    "marked_number": "right answers, announced as the answer",
+    "flexible_match": "right answers",
+    "strict_match": "right answers, boxed or announced as the answer",
+    "prompt_loose": "prompts with all instructions followed, loosely",
+    "prompt_strict": "prompts with all instructions followed",
+    "instruction_loose": "instructions followed, loosely",
+    "instruction_strict": "instructions followed",
+    "pass_at_1": "programs that pass their tests",
+    "pass_at_10": "problems solved by one of 10 programs",
     "acc": "likeliest option right",
     "acc_per_token": "likeliest option right, per token",
     "acc_per_char": "likeliest option right, per character",
@@ -138,6 +155,7 @@ class Change:
 
     text: str
     direction: str  # better, worse, unclear
+    is_near_tie: bool
     against: str
     interval: str
     p_value: str
@@ -167,11 +185,13 @@ class ScoreRow:
     chart: BarChart
 
 
-def _change(difference: Difference, against: str, is_share: bool, lower_is_better: bool) -> Change:
+def _change(comparison: Comparison, is_share: bool, lower_is_better: bool) -> Change:
+    difference, against = comparison.difference, comparison.against
     is_better = (difference.value < 0) == lower_is_better
     return Change(
         text=difference_text(difference.value, is_share),
         direction=("better" if is_better else "worse") if difference.is_separated else "unclear",
+        is_near_tie=difference.is_near_tie(NEAR_TIE),
         against=against,
         interval=(
             ""
@@ -179,7 +199,12 @@ def _change(difference: Difference, against: str, is_share: bool, lower_is_bette
             else f"{difference_text(difference.low, is_share)} to "
             f"{difference_text(difference.high, is_share)}"
         ),
-        p_value="" if difference.p_value is None else f"p = {difference.p_value:.2g}",
+        p_value=(
+            ""
+            if difference.p_value is None or comparison.p_corrected is None
+            else f"p = {difference.p_value:.2g}, "
+            f"{comparison.p_corrected:.2g} when corrected for all comparisons"
+        ),
     )
 
 
@@ -202,7 +227,7 @@ def _score_row(report: Report, subject: str, is_group: bool) -> ScoreRow:
             against = report.models[index - 1].name
             found = report.difference(model.name, against, subject, is_group)
             if found is not None:
-                change = _change(found.difference, against, is_share, lower_is_better)
+                change = _change(found, is_share, lower_is_better)
         cells.append(
             Cell(
                 value=value_text(scored.value, is_share),
@@ -277,17 +302,21 @@ def headlines(report: Report, rows: Sequence[ScoreRow]) -> list[str]:
         sentence = f"{row.name[:1].upper()}{row.name[1:]}: {', '.join(parts)}"
         sentence += "." if is_share else f" ({row.unit})."
         notes = []
+        names = tuple(visible(name) for name, _ in scored)  # written as they are
         for name, cell in scored:
             if cell.change is None:
                 continue
             pair = f"{visible(name)} and {visible(cell.change.against)}"
-            if cell.change.direction == "unclear":
+            if cell.change.is_near_tie:
+                notes.append(f"{pair} are as good as equal")
+            elif cell.change.direction == "unclear":
                 notes.append(f"the difference between {pair} may be chance")
-        if len(notes) > 1 and len(notes) == len(scored) - 1:
+        is_all_unclear = all(note.endswith("may be chance") for note in notes)
+        if len(notes) > 1 and len(notes) == len(scored) - 1 and is_all_unclear:
             sentence += " All differences from one to the next may be chance."
         elif notes:
             text = "; ".join(notes)
-            sentence += f" {text[:1].upper()}{text[1:]}."
+            sentence += f" {text if text.startswith(names) else text[:1].upper() + text[1:]}."
         sentences.append(sentence)
     return sentences
 
@@ -296,7 +325,7 @@ def measure_rows(report: Report, task: str) -> list[list[str]]:
     """Name, number and one cell a model: for every metric, and for every kind of question."""
     results = [model.tasks.get(task) for model in report.models]
     rows = []
-    for metric in METRICS[report.tasks[task].kind]:
+    for metric in report.tasks[task].metrics:
         found = [result.metrics.get(metric) if result else None for result in results]
         if any(found):
             rows.append(_measure_row(METRIC_WORDS[metric], found, metric not in LOWER_IS_BETTER))
@@ -460,6 +489,8 @@ def _sample_card(
                 note = "the question does not fit the model's context"
             elif row.get("is_cut"):
                 note = "stopped at the longest answer allowed"
+            elif "found" in row:
+                note = clipped(row["found"]).text
         answers.append(Answer(model, color, text, verdict, note))
     target = first["target"]
     if isinstance(target, list):
@@ -542,6 +573,11 @@ def _problems(report: Report) -> list[str]:
                 lines.append(
                     f"{model.name}: {number:,} of {len(result.rows):,} contexts of {name} lost "
                     "their beginning, because they are too long for the model."
+                )
+            if result.guessing is not None and result.guessing > 1 - CONFIDENCE:
+                lines.append(
+                    f"{model.name}: its score on {name} may be guessing "
+                    f"(p = {result.guessing:.2g})."
                 )
         if not Path(model.path).is_dir():
             lines.append(
@@ -638,7 +674,7 @@ def _settings(task: Any) -> dict[str, Any]:
     return {
         key: value
         for key, value in dataclasses.asdict(task).items()
-        if key not in ("name", "about") and value is not None
+        if key not in ("name", "about") and value not in (None, ())
     }
 
 
@@ -687,18 +723,31 @@ def markdown(report: Report) -> str:
         ]
     if report.comparisons:
         lines += ["", "## Differences on the same questions", ""]
-        lines.append("| | model | against | difference | 95 % interval | won | lost | tied |")
-        lines.append("|---|---|---|---:|---:|---:|---:|---:|")
+        lines.append(
+            "| | model | against | difference | 95 % interval | p | corrected p | detectable "
+            "| won | lost | tied |"
+        )
+        lines.append("|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|")
         for item in report.comparisons:
             first = report.groups[item.subject][0] if item.is_group else item.subject
             lower = report.lower_is_better(first)
-            change = _change(item.difference, item.against, not lower, lower)
+            change = _change(item, not lower, lower)
+            tested = [item.difference.p_value, item.p_corrected]
+            least = item.difference.detectable
             mark = "**" if change.direction != "unclear" else ""
             lines.append(
                 f"| {_plain(item.subject)} | {_plain(item.model)} | "
                 f"{_plain(item.against)} | {mark}{change.text}{mark} | {change.interval} | "
+                + "".join(f"{'' if p is None else f'{p:.2g}'} | " for p in tested)
+                + f"{'' if least is None else value_text(least, not lower)} | "
                 f"{item.difference.wins} | {item.difference.losses} | {item.difference.ties} |"
             )
+        lines += [
+            "",
+            "Bold: the interval excludes zero. Corrected: by Holm's method, for the number of "
+            "comparisons. Detectable: the least true difference that this many questions would "
+            "show in 80 % of cases.",
+        ]
     for name in report.tasks:
         cards = sample_cards(report, name)
         if not cards:

@@ -14,10 +14,12 @@ from typing import Any, Literal
 from eval.answers import ANSWER_RULES
 from olmo_base.run.errors import UserError
 from olmo_base.run.recipe import Given, RecipeError, build_recipe, read_yaml, setting
+from open_instruct.verifiers import VERIFIERS
 
-Kind = Literal["exact_match", "multiple_choice", "requests", "perplexity"]
+Kind = Literal["exact_match", "verified", "multiple_choice", "requests", "perplexity"]
 
-# What each kind measures, the one shown in tables first. Accuracies differ in how an option's
+# What each kind measures, the one shown in tables first; the kind "verified" measures what its
+# verifier does. Accuracies differ in how an option's
 # log-likelihood is normalised: not at all, by its tokens, characters or bytes (its leading blank
 # counts, as in OLMES, arXiv:2406.08446), or by its log-likelihood without the question.
 METRICS: dict[str, tuple[str, ...]] = {
@@ -33,6 +35,10 @@ METRICS: dict[str, tuple[str, ...]] = {
     ),
     "perplexity": ("bits_per_byte", "nats_per_token", "word_perplexity"),
 }
+PASS_AT = "pass_at_"  # pass_at_10 needs 10 samples of each question
+VERIFIED_KEYS = (
+    "verifier chat_prompt examples_file num_examples stop num_samples temperature".split()
+)
 LOWER_IS_BETTER = {"bits_per_byte", "nats_per_token", "word_perplexity"}
 
 
@@ -49,21 +55,71 @@ class Task:
     plain_prompt: str = "Question: {prompt}\nAnswer:"  # for models without a chat template
     answer_rule: str = setting("as_words", choices=ANSWER_RULES)
     max_new_tokens: int = setting(32, low=1)
+    # verified: the data file is read, and answers are judged, by open_instruct.verifiers
+    verifier: str | None = None
+    chat_prompt: str | None = None  # for models with a chat template; the question itself if null
+    examples_file: str | None = None  # solved problems, asked and answered before each question
+    num_examples: int = setting(0, low=0)  # the first ones of that file
+    stop: tuple[str, ...] = ()  # ends an answer of a model without a chat template
+    num_samples: int = setting(1, low=1)  # answers to each question, to be averaged
+    temperature: float = setting(0.0, low=0)
 
     def __post_init__(self) -> None:
-        if self.metric is not None and self.metric not in METRICS[self.kind]:
+        self._check_verified()
+        if self.metric is not None and self.metric not in self.metrics:
             raise RecipeError(
                 "metric",
                 f"{self.metric!r} is not measured by tasks of kind {self.kind}: "
-                f"{', '.join(METRICS[self.kind])}.",
+                f"{', '.join(self.metrics)}.",
             )
-        if "{prompt}" not in self.plain_prompt:
-            raise RecipeError("plain_prompt", "must contain {prompt}, where the question goes.")
+        for key, prompt in (("plain_prompt", self.plain_prompt), ("chat_prompt", self.chat_prompt)):
+            if prompt is not None and "{prompt}" not in prompt:
+                raise RecipeError(key, "must contain {prompt}, where the question goes.")
+
+    def _check_verified(self) -> None:
+        """The keys of verified tasks, which no other kind reads."""
+        if self.kind != "verified":
+            for item in dataclasses.fields(self):
+                if item.name in VERIFIED_KEYS and getattr(self, item.name) != item.default:
+                    raise RecipeError(item.name, f"tasks of kind {self.kind} do not read it.")
+            return
+        if self.answer_rule != "as_words":
+            raise RecipeError("answer_rule", "the verifier decides what is right.")
+        if self.verifier not in VERIFIERS:
+            raise RecipeError(
+                "verifier", f"{self.verifier!r} must be one of {', '.join(VERIFIERS)}."
+            )
+        if (self.examples_file is None) != (self.num_examples == 0):
+            raise RecipeError("num_examples", "goes together with examples_file.")
+        if self.examples_file == self.file:
+            raise RecipeError(
+                "examples_file", "is the file of the questions, whose answers would be shown."
+            )
+        if self.num_samples > 1 and self.temperature == 0.0:
+            raise RecipeError("temperature", "0 makes all samples of a question the same.")
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "Task":
+        """A task as an evaluation's folder keeps it."""
+        return cls(**(content | {"stop": tuple(content.get("stop", ()))}))
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What is measured, the one shown in tables first unless ``metric`` says another."""
+        if self.kind != "verified":
+            return METRICS[self.kind]
+        assert self.verifier is not None
+        names = VERIFIERS[self.verifier].metrics
+        return tuple(
+            name
+            for name in names
+            if not name.startswith(PASS_AT) or int(name[len(PASS_AT) :]) <= self.num_samples
+        )
 
     @property
     def main_metric(self) -> str:
         """The metric that tables, charts and comparisons show."""
-        return self.metric or METRICS[self.kind][0]
+        return self.metric or self.metrics[0]
 
 
 @dataclass(frozen=True)

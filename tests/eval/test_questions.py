@@ -18,7 +18,7 @@ def items(tmp_path, kind, rows, **options):
 
 def test_a_prompt_is_a_dialogue_of_one_turn(tmp_path):
     rows = [
-        {"prompt": "2+2?", "answer": "4", "category": "sums"},
+        {"prompt": "2+2?", "answer": "4", "category": "sums", "cluster": "page 7"},
         {
             "messages": [
                 {"role": "system", "content": "Be brief."},
@@ -30,6 +30,7 @@ def test_a_prompt_is_a_dialogue_of_one_turn(tmp_path):
     first, second = items(tmp_path, "exact_match", rows)
     assert first.messages == ({"role": "user", "content": "2+2?"},)
     assert (first.doc_id, first.targets, first.category) == ("0", ("4",), "sums")
+    assert first.cluster == "page 7"
     assert [turn["role"] for turn in second.messages] == ["system", "user"]
     assert second.targets == ("5", "five")
 

@@ -81,6 +81,50 @@ def test_best_is_marked_only_where_a_model_is_clearly_above_all_others(make_eval
     assert report.best["group text prediction"] == "dpo"  # fewest bits
 
 
+def test_p_values_are_corrected_for_the_number_of_comparisons(make_evaluation):
+    folder = make_evaluation()
+    page = Page(write_report([folder]).read_text())
+    comparisons = json.loads((folder / "report.json").read_text())["comparisons"]
+    tasks = [item for item in comparisons if "task" in item]
+    assert len(tasks) == 3 * 5
+    smallest = min(tasks, key=lambda item: item["p_value"])
+    assert smallest["p_corrected"] == pytest.approx(min(1.0, 15 * smallest["p_value"]))
+    for item in comparisons:
+        assert item["p_value"] <= item["p_corrected"] <= 1.0
+        assert item["detectable"] > 0
+    titles = [attributes.get("title") or "" for _, attributes in page.elements]
+    assert any("when corrected for all comparisons" in title for title in titles)
+    (head,) = [
+        line for line in (folder / "report.md").read_text().splitlines() if "corrected p" in line
+    ]
+    assert head.count("|") == 12
+
+
+def test_models_that_answer_nearly_alike_are_as_good_as_equal(make_evaluation):
+    folder = make_evaluation(n=1500, names=("sft", "dpo"))
+    rows = (folder / "samples" / "sft" / "format.jsonl").read_text()
+    (folder / "samples" / "dpo" / "format.jsonl").write_text(rows)
+    page = Page(write_report([folder]).read_text())
+    assert "dpo and sft are as good as equal." in page.text
+    near = {
+        item.get("task"): item["is_near_tie"]
+        for item in json.loads((folder / "report.json").read_text())["comparisons"]
+    }
+    assert near["format"] and not near["choice"]
+
+
+def test_a_score_that_guessing_reaches_is_said_to_be_one(make_evaluation):
+    folder = make_evaluation()
+    page = Page(write_report([folder]).read_text())
+    values = {
+        model["name"]: model["guessing_p_value"]["choice"]
+        for model in json.loads((folder / "report.json").read_text())["models"]
+    }
+    for name, value in values.items():
+        assert (f"{name}: its score on choice may be guessing" in page.text) == (value > 0.05)
+    assert values["base"] > 0.05 > values["dpo"]
+
+
 def test_one_model_alone_is_reported_without_comparisons(make_evaluation):
     folder = make_evaluation(names=("base",))
     page = write_report([folder]).read_text()

@@ -4,7 +4,16 @@ import math
 
 import pytest
 
-from eval.scores import chance_level, compare, estimate, is_right, measured, picked_option
+from eval.scores import (
+    chance_level,
+    compare,
+    estimate,
+    guessing_p_value,
+    is_right,
+    measured,
+    picked_option,
+)
+from eval.statistics import mean
 
 
 def option(text, logprob, num_tokens=1, alone=None):
@@ -98,3 +107,35 @@ def test_fewer_bits_are_a_win():
     assert difference.value == pytest.approx(-20 / 100 / math.log(2))
     assert (difference.wins, difference.losses) == (5, 0)
     assert difference.is_separated
+
+
+def answered(doc_id, is_correct, cluster=None):
+    row = {"doc_id": str(doc_id), "correct": is_correct}
+    return row if cluster is None else row | {"cluster": cluster}
+
+
+def test_questions_about_one_passage_count_as_related():
+    rights = [True, True, True, False, False, False]
+    rows = [answered(n, right, "ab"[n // 3]) for n, right in enumerate(rights)]
+    found = estimate(rows, "exact_match")
+    assert found.stderr == mean([1.0, 0.0]).stderr == 0.5
+    assert (found.value, found.low, found.high, found.n) == (0.5, 0.0, 1.0, 6)
+    better = [answered(n, True, "ab"[n // 3]) for n in range(6)]
+    difference = compare(rows, better, "exact_match")
+    assert difference is not None
+    assert (difference.value, difference.wins) == (0.5, 3)
+    assert not difference.is_separated  # two passages show nothing
+
+
+def test_a_question_without_a_passage_is_its_own_cluster():
+    rows = [answered(0, True, "a"), answered(1, True, "a"), answered(2, False), answered(3, True)]
+    expected = [2 - 0.75 * 2, 0 - 0.75, 1 - 0.75]  # residuals of the three clusters
+    error = math.sqrt(sum(item**2 for item in expected) * 3 / 2) / 4
+    assert estimate(rows, "exact_match").stderr == pytest.approx(error)
+
+
+def test_the_chance_of_guessing_is_hand_worked():
+    rows = [{"options": [option(" a", -1.0), option(" b", -2.0)], "gold": 0}] * 3
+    assert guessing_p_value(rows, "acc") == pytest.approx(1 / 8)
+    assert guessing_p_value(rows, "bits_per_byte") is None
+    assert guessing_p_value([answered(0, True)], "exact_match") is None

@@ -2,7 +2,7 @@
 
 import pytest
 
-from eval.tasks import LOWER_IS_BETTER, METRICS, load_catalogue, select
+from eval.tasks import LOWER_IS_BETTER, load_catalogue, select
 from olmo_base.run.errors import UserError
 
 
@@ -15,7 +15,7 @@ def test_every_shipped_suite_names_tasks_that_exist():
         assert {task.name for task in selection.tasks} == members
         assert selection.groups == suite.groups
     for task in catalogue.tasks.values():
-        assert task.main_metric in METRICS[task.kind]
+        assert task.main_metric in task.metrics
 
 
 def test_quickstart_averages_accuracy_without_instruction_following():
@@ -42,7 +42,7 @@ def test_a_suite_narrowed_to_some_tasks_keeps_their_groups():
         ("quickstrat", (), "no suite 'quickstrat'. Did you mean 'quickstart'?"),
         (None, ("recal",), "no task 'recal'. Did you mean 'recall'?"),
         ("quickstart", ("arc_easy",), "no task of suite quickstart 'arc_easy'"),
-        (None, (), "Say what to ask: a suite .quickstart, real_small."),
+        (None, (), "Say what to ask: a suite .generation, quickstart, real_small."),
     ],
 )
 def test_an_unknown_name_is_refused_with_the_nearest_one(suite, tasks, message):
@@ -59,6 +59,33 @@ def test_an_unknown_name_is_refused_with_the_nearest_one(suite, tasks, message):
         ("tasks: {a: {kind: perplexity, file: f, metric: acc}}", "'acc' is not measured.*bits_per"),
         ("tasks: {a: {kind: exact_match, file: f, plain_prompt: Q}}", "must contain {prompt}"),
         ("tasks: {a: 3}", "task a: must be a map"),
+        ("tasks: {a: {kind: verified, file: f}}", "verifier: None must be one of gsm8k, math"),
+        (
+            "tasks: {a: {kind: verified, file: f, verifier: gsm8k, metric: acc}}",
+            "'acc' is not measured.*last_number, marked_number",
+        ),
+        (
+            "tasks: {a: {kind: verified, file: f, verifier: code, metric: pass_at_10}}",
+            "'pass_at_10' is not measured.*pass_at_1",
+        ),
+        (
+            "tasks: {a: {kind: verified, file: f, verifier: gsm8k, num_samples: 4}}",
+            "temperature: 0 makes all samples of a question the same",
+        ),
+        (
+            "tasks: {a: {kind: verified, file: f, verifier: gsm8k, num_examples: 4}}",
+            "num_examples: goes together with examples_file",
+        ),
+        (
+            "tasks: {a: {kind: verified, file: f, verifier: math, examples_file: f,"
+            " num_examples: 4}}",
+            "examples_file: is the file of the questions",
+        ),
+        (
+            "tasks: {a: {kind: verified, file: f, verifier: gsm8k, answer_rule: as_written}}",
+            "answer_rule: the verifier decides",
+        ),
+        ("tasks: {a: {kind: exact_match, file: f, stop: [x]}}", "stop: tasks of kind exact_match"),
         ("suites: {s: {groups: {}}}", "suite s.*at least one group"),
         ("task: hellaswag\noutput_type: multiple_choice", "holds task, output_type"),
     ],
