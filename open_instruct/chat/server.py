@@ -57,6 +57,7 @@ API_KEY_VARIABLE = "OPEN_INSTRUCT_API_KEY"
 PAGE_FILES = {
     "": ("index.html", "text/html; charset=utf-8"),
     "app.js": ("app.js", "text/javascript; charset=utf-8"),
+    "markdown.js": ("markdown.js", "text/javascript; charset=utf-8"),
     "style.css": ("style.css", "text/css; charset=utf-8"),
 }
 PAGE_HEADERS = {
@@ -611,6 +612,7 @@ class Server:
             {
                 "id": id_,
                 "text": names.bytes_of(id_).decode("utf-8", "replace"),
+                "bytes": list(names.bytes_of(id_)),
                 "is_control": id_ in names.special,
             }
             for id_ in ids
