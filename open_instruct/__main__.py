@@ -241,7 +241,7 @@ def serve(models: tuple[str, ...], votes: str, **options: Any) -> None:
     MODEL is a run's output_dir or a Hugging Face model folder; clients name it as it is given here.
     """
     try:
-        import fastapi  # noqa: F401 - the extra is either there or not
+        import starlette  # noqa: F401 - the extra is either there or not
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise UserError(

@@ -1,4 +1,4 @@
-"""The request bodies of OpenAI's API: JSON in, a checked request out; and their errors.
+"""OpenAI's API as JSON: bodies in, checked requests out; answers in, their objects out; errors.
 
 Every parameter that OpenAI documents stands in one of the dictionaries below, and is honoured or
 refused with a reason. None is ignored; one that nobody knows is refused with the nearest known.
@@ -7,12 +7,13 @@ refused with a reason. None is ignored; one that nobody knows is refused with th
 
 import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from olmo_base.run.errors import UserError
-from open_instruct.chat.engine import MAX_TOP_LOGPROBS, Sampling
+from open_instruct.chat.engine import MAX_TOP_LOGPROBS, Delta, Sampling, Token, TokenNames
 from open_instruct.examples import Message
 
 MAX_STOPS = 16
@@ -369,3 +370,122 @@ def _prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
 
 def _is_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+# ---------------------------------------------------------------- answers in OpenAI's shape
+
+
+class ChatShape:
+    """The objects of /v1/chat/completions."""
+
+    prefix, whole, piece = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, names: TokenNames, asked: Request) -> None:
+        self.names = names
+        self.wants_logprobs = "logprobs" in asked.settings
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """What a stream says before the text."""
+        delta = {"role": "assistant", "content": ""}
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def chunk(self, index: int, delta: Delta) -> dict[str, Any]:
+        """A choice of a stream's event."""
+        content = {"content": delta.text} if delta.text or delta.tokens else {}
+        return {
+            "index": index,
+            "delta": content,
+            "logprobs": self._logprobs(delta.tokens),
+            "finish_reason": delta.finish_reason,
+        }
+
+    def choice(self, index: int, text: str, tokens: Sequence[Token], reason: str) -> dict[str, Any]:
+        """A choice of a whole answer."""
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": text, "refusal": None},
+            "logprobs": self._logprobs(tokens),
+            "finish_reason": reason,
+        }
+
+    def _logprobs(self, tokens: Iterable[Token]) -> dict[str, Any] | None:
+        if not self.wants_logprobs:
+            return None
+        content = [
+            {
+                **self._token(token.id, token.logprob),
+                "top_logprobs": [self._token(*pair) for pair in token.alternatives],
+            }
+            for token in tokens
+        ]
+        return {"content": content, "refusal": None}
+
+    def _token(self, id_: int, logprob: float | None) -> dict[str, Any]:
+        content = self.names.bytes_of(id_)
+        return {
+            "token": content.decode("utf-8", "replace"),
+            "logprob": logprob,
+            "bytes": list(content),
+        }
+
+
+class CompletionShape:
+    """The objects of /v1/completions."""
+
+    prefix, whole, piece = "cmpl-", "text_completion", "text_completion"
+
+    def __init__(self, names: TokenNames, asked: Request) -> None:
+        self.names = names
+        self.wants_logprobs = "logprobs" in asked.settings
+        self.offsets: Counter[int] = Counter()  # characters of each choice so far
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """A stream begins with text."""
+        return None
+
+    def chunk(self, index: int, delta: Delta) -> dict[str, Any]:
+        """A choice of a stream's event."""
+        return self._choice(index, delta.text, delta.tokens, delta.finish_reason)
+
+    def choice(self, index: int, text: str, tokens: Sequence[Token], reason: str) -> dict[str, Any]:
+        """A choice of a whole answer."""
+        return self._choice(index, text, tokens, reason)
+
+    def _choice(
+        self, index: int, text: str, tokens: Sequence[Token], reason: str | None
+    ) -> dict[str, Any]:
+        choice: dict[str, Any] = {
+            "index": index,
+            "text": text,
+            "logprobs": None,
+            "finish_reason": reason,
+        }
+        if self.wants_logprobs:
+            offsets = []
+            for token in tokens:
+                offsets.append(self.offsets[index])
+                self.offsets[index] += self._num_characters(token.id)
+            choice["logprobs"] = {
+                "tokens": [self._name(token.id) for token in tokens],
+                "token_logprobs": [token.logprob for token in tokens],
+                "top_logprobs": [
+                    {self._name(id_): logprob for id_, logprob in token.alternatives}
+                    for token in tokens
+                ],
+                "text_offset": offsets,
+            }
+        return choice
+
+    def _name(self, id_: int) -> str:
+        """Its text; a part of a character is written in bytes, so that no two are the same."""
+        content = self.names.bytes_of(id_)
+        try:
+            return content.decode("utf-8")
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
+
+    def _num_characters(self, id_: int) -> int:
+        """Characters that begin in it; control tokens are not shown."""
+        if id_ in self.names.special:
+            return 0
+        return sum(byte & 0xC0 != 0x80 for byte in self.names.bytes_of(id_))

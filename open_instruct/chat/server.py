@@ -24,7 +24,6 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
-    Iterable,
     MutableMapping,
     Sequence,
 )
@@ -35,17 +34,29 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
 
 from olmo_base.model.generate import load_generator
 from olmo_base.run.errors import UserError
-from open_instruct.chat.engine import MAX_WAITING, Closing, Delta, Engine, QueueFull, Token
+from open_instruct.chat.engine import (
+    MAX_WAITING,
+    Closing,
+    Delta,
+    Engine,
+    QueueFull,
+    Token,
+    TokenNames,
+)
 from open_instruct.chat.protocol import (
     ApiError,
+    ChatShape,
+    CompletionShape,
     chat_request,
     completion_request,
 )
@@ -266,125 +277,6 @@ def _closing() -> ApiError:
     )  # fmt: skip
 
 
-# ---------------------------------------------------------------- answers in OpenAI's shape
-
-
-class ChatShape:
-    """The objects of /v1/chat/completions."""
-
-    prefix, whole, piece = "chatcmpl-", "chat.completion", "chat.completion.chunk"
-
-    def __init__(self, served: Served, asked: Asked) -> None:
-        self.names = served.engine.names
-        self.wants_logprobs = "logprobs" in asked.settings
-
-    def opening(self, index: int) -> dict[str, Any] | None:
-        """What a stream says before the text."""
-        delta = {"role": "assistant", "content": ""}
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-
-    def chunk(self, index: int, delta: Delta) -> dict[str, Any]:
-        """A choice of a stream's event."""
-        content = {"content": delta.text} if delta.text or delta.tokens else {}
-        return {
-            "index": index,
-            "delta": content,
-            "logprobs": self._logprobs(delta.tokens),
-            "finish_reason": delta.finish_reason,
-        }
-
-    def choice(self, index: int, text: str, tokens: Sequence[Token], reason: str) -> dict[str, Any]:
-        """A choice of a whole answer."""
-        return {
-            "index": index,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": self._logprobs(tokens),
-            "finish_reason": reason,
-        }
-
-    def _logprobs(self, tokens: Iterable[Token]) -> dict[str, Any] | None:
-        if not self.wants_logprobs:
-            return None
-        content = [
-            {
-                **self._token(token.id, token.logprob),
-                "top_logprobs": [self._token(*pair) for pair in token.alternatives],
-            }
-            for token in tokens
-        ]
-        return {"content": content, "refusal": None}
-
-    def _token(self, id_: int, logprob: float | None) -> dict[str, Any]:
-        content = self.names.bytes_of(id_)
-        return {
-            "token": content.decode("utf-8", "replace"),
-            "logprob": logprob,
-            "bytes": list(content),
-        }
-
-
-class CompletionShape:
-    """The objects of /v1/completions."""
-
-    prefix, whole, piece = "cmpl-", "text_completion", "text_completion"
-
-    def __init__(self, served: Served, asked: Asked) -> None:
-        self.names = served.engine.names
-        self.wants_logprobs = "logprobs" in asked.settings
-        self.offsets: Counter[int] = Counter()  # characters of each choice so far
-
-    def opening(self, index: int) -> dict[str, Any] | None:
-        """A stream begins with text."""
-        return None
-
-    def chunk(self, index: int, delta: Delta) -> dict[str, Any]:
-        """A choice of a stream's event."""
-        return self._choice(index, delta.text, delta.tokens, delta.finish_reason)
-
-    def choice(self, index: int, text: str, tokens: Sequence[Token], reason: str) -> dict[str, Any]:
-        """A choice of a whole answer."""
-        return self._choice(index, text, tokens, reason)
-
-    def _choice(
-        self, index: int, text: str, tokens: Sequence[Token], reason: str | None
-    ) -> dict[str, Any]:
-        choice: dict[str, Any] = {
-            "index": index,
-            "text": text,
-            "logprobs": None,
-            "finish_reason": reason,
-        }
-        if self.wants_logprobs:
-            offsets = []
-            for token in tokens:
-                offsets.append(self.offsets[index])
-                self.offsets[index] += self._num_characters(token.id)
-            choice["logprobs"] = {
-                "tokens": [self._name(token.id) for token in tokens],
-                "token_logprobs": [token.logprob for token in tokens],
-                "top_logprobs": [
-                    {self._name(id_): logprob for id_, logprob in token.alternatives}
-                    for token in tokens
-                ],
-                "text_offset": offsets,
-            }
-        return choice
-
-    def _name(self, id_: int) -> str:
-        """Its text; a part of a character is written in bytes, so that no two are the same."""
-        content = self.names.bytes_of(id_)
-        try:
-            return content.decode("utf-8")
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
-
-    def _num_characters(self, id_: int) -> int:
-        """Characters that begin in it; control tokens are not shown."""
-        if id_ in self.names.special:
-            return 0
-        return sum(byte & 0xC0 != 0x80 for byte in self.names.bytes_of(id_))
-
-
 # ---------------------------------------------------------------- streams and clients that leave
 
 
@@ -479,11 +371,11 @@ class Server:
         self,
         request: Request,
         read: Callable[[Any], Asked],
-        new_shape: Callable[[Served, Asked], ChatShape | CompletionShape],
+        new_shape: Callable[[TokenNames, Asked], ChatShape | CompletionShape],
     ) -> Response:
         asked = read(await self._body(request))
         served = self._model(asked.model)
-        shape = new_shape(served, asked)
+        shape = new_shape(served.engine.names, asked)
         prompts = await served.prompts(asked)
         run = Run(served, asked, prompts, self._mailbox())
         head = {
@@ -795,8 +687,9 @@ class Guard:
             await app(scope, receive, send_safely)
         finally:
             self.server.num_active -= 1
-            route = scope.get("route")
-            path = getattr(route, "path", "other") if refusal is None else "refused"
+            path = scope["path"] if refusal is None and "endpoint" in scope else "other"
+            if path.startswith("/v1/models/"):
+                path = "/v1/models/NAME"  # a bounded number of labels
             self.server.responses[path, status] += 1
             if self.server.is_closing and self.server.num_active == 0:
                 self.server.on_idle()
@@ -882,17 +775,20 @@ async def _on_bug(request: Request, error: Exception) -> Response:
 
 def new_app(server: Server) -> Any:
     """The ASGI application."""
-    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
-    app.add_api_route("/v1/chat/completions", server.chat_completions, methods=["POST"])
-    app.add_api_route("/v1/completions", server.completions, methods=["POST"])
-    app.add_api_route("/v1/models", server.list_models, methods=["GET"])
-    app.add_api_route("/v1/models/{name:path}", server.one_model, methods=["GET"])
-    app.add_api_route("/health", server.health, methods=["GET"])
-    app.add_api_route("/metrics", server.metrics, methods=["GET"])
-    app.add_api_route("/page/prompt", server.rendered_prompt, methods=["POST"])
-    app.add_api_route("/page/vote", server.vote, methods=["POST"])
-    app.add_api_route("/page/{file}", server.page, methods=["GET"])
-    app.add_api_route("/", server.page, methods=["GET"])
+    app = Starlette(
+        routes=[
+            Route("/v1/chat/completions", server.chat_completions, methods=["POST"]),
+            Route("/v1/completions", server.completions, methods=["POST"]),
+            Route("/v1/models", server.list_models),
+            Route("/v1/models/{name:path}", server.one_model),
+            Route("/health", server.health),
+            Route("/metrics", server.metrics),
+            Route("/page/prompt", server.rendered_prompt, methods=["POST"]),
+            Route("/page/vote", server.vote, methods=["POST"]),
+            Route("/page/{file}", server.page),
+            Route("/", server.page),
+        ]
+    )
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_bug)
