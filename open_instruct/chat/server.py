@@ -33,6 +33,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 import uvicorn
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
@@ -42,7 +43,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from olmo_base.model.generate import load_generator
+from olmo_base.model.generate import Generator, load_generator
 from olmo_base.run.errors import UserError
 from open_instruct.chat.engine import (
     MAX_WAITING,
@@ -64,6 +65,7 @@ from open_instruct.chat.protocol import Request as Asked
 from open_instruct.encode import ChatEncoder, load_chat_encoder
 
 MAX_BODY_BYTES = 4 * 2**20
+SMALL_MODEL = 10_000_000  # weights; a step of one row is then below a few milliseconds
 API_KEY_VARIABLE = "OPEN_INSTRUCT_API_KEY"
 PAGE_FILES = {
     "": ("index.html", "text/html; charset=utf-8"),
@@ -109,10 +111,9 @@ class Settings:
 class Served:
     """A model with its engine and, if it was tuned on dialogues, its chat template."""
 
-    def __init__(self, name: str, max_waiting: int = MAX_WAITING) -> None:
+    def __init__(self, name: str, generator: Generator, max_waiting: int) -> None:
         self.name = name
         self.created = int(time.time())
-        generator = load_generator(name)
         self.encoder: ChatEncoder | None = None
         self.no_chat = ""
         try:
@@ -628,6 +629,8 @@ def metrics_text(server: Server) -> str:
              lambda served: served.engine.batch.num_reused)  # fmt: skip
     by_model(prefix + "generated_tokens_total", "counter", "Tokens of answers.",
              lambda served: served.engine.figures.generated_tokens)  # fmt: skip
+    by_model(prefix + "rows_together", "gauge", "Answers that one call of the model goes on with.",
+             lambda served: served.engine.batch.stable_sizes[-1])  # fmt: skip
     by_model(prefix + "steps_total", "counter", "Steps of the batch.",
              lambda served: served.engine.figures.steps)  # fmt: skip
     name = prefix + "answers_total"
@@ -804,6 +807,12 @@ def new_app(server: Server) -> Any:
 
 # ---------------------------------------------------------------- from start to end
 
+ONE_BY_ONE = (
+    "answers are computed one row at a time, which is slow for many clients. Either the model "
+    "keeps more than keys and values, or this machine's products change with the size of a batch, "
+    "and a seeded answer would depend on who else asks."
+)
+
 
 class Uvicorn(uvicorn.Server):
     """Ends when running answers have ended; a second signal ends at once."""
@@ -851,16 +860,25 @@ def listen(host: str, port: int) -> socket.socket:
 
 def load_models(names: Sequence[str], max_waiting: int = MAX_WAITING) -> dict[str, Served]:
     """Each model with its engine, under the name that was given. Errors: UserError."""
-    models = {}
+    generators: dict[str, Generator] = {}
     for name in (name.rstrip("/") or name for name in names):
-        if name in models:
+        if name in generators:
             raise UserError(f"{name} is given twice. Give each model once.")
-        models[name] = Served(name, max_waiting)
-    return models
+        generators[name] = load_generator(name)
+    if all(_is_small(generator.model) for generator in generators.values()):
+        torch.set_num_threads(1)  # threads would wait for each other longer than they compute
+    return {name: Served(name, generator, max_waiting) for name, generator in generators.items()}
+
+
+def _is_small(model: torch.nn.Module) -> bool:
+    return sum(weight.numel() for weight in model.parameters()) < SMALL_MODEL
 
 
 def serve(names: Sequence[str], settings: Settings) -> None:
     """Serve models until SIGTERM or Ctrl-C. Errors: UserError."""
+    # MKL's products of a row otherwise change with the rows beside it as soon as there are two
+    # threads. It reads this at its first product; slots.py would go back to one row at a time.
+    os.environ.setdefault("MKL_CBWR", "AUTO")
     key = settings.api_key or os.environ.get(API_KEY_VARIABLE)
     bound = listen(settings.host, settings.port)
     is_new_key = key is None and not is_loopback(settings.host)
@@ -868,6 +886,8 @@ def serve(names: Sequence[str], settings: Settings) -> None:
     settings = Settings(**{**settings.__dict__, "api_key": key})
     server = Server(load_models(names, settings.max_waiting), settings)
     for served in server.models.values():
+        if served.engine.batch.stable_sizes == (1,):
+            print(f"{served.name}: {ONE_BY_ONE}", file=sys.stderr)
         if served.no_chat:
             print(f"{served.name}: /v1/completions only. {served.no_chat}", file=sys.stderr)
     host, port = bound.getsockname()[:2]

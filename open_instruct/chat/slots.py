@@ -101,7 +101,8 @@ class View(KeyValueCache):
         starts_B1 = torch.tensor(starts, device=device)[:, None]
         self.positions_BT = starts_B1 + torch.arange(num_positions, device=device)
         slots_S = torch.arange(span, device=device)
-        self.may_attend_B1TS = (slots_S <= self.positions_BT[..., None])[:, None]
+        self.behind_B1TS = (self.positions_BT[..., None] - slots_S)[:, None]  # how far a key is
+        self.masks: dict[int | None, Tensor] = {}
 
     @property
     def num_rows(self) -> int:
@@ -120,9 +121,12 @@ class View(KeyValueCache):
         """See KeyValueCache."""
         return self.positions_BT
 
-    def may_attend(self, num_positions: int) -> Tensor:
-        """See KeyValueCache."""
-        return self.may_attend_B1TS
+    def may_attend(self, num_positions: int, window: int | None = None) -> Tensor:
+        """See KeyValueCache. Of a layer with a ``window`` too all positions are kept."""
+        if window not in self.masks:
+            mask_B1TS = self.behind_B1TS >= 0
+            self.masks[window] = mask_B1TS & (self.behind_B1TS < window) if window else mask_B1TS
+        return self.masks[window]
 
     def append(self, layer: int, k_BKTh: Tensor, v_BKTh: Tensor) -> tuple[Tensor, Tensor]:
         """See KeyValueCache."""
@@ -187,7 +191,7 @@ def transformers_forward(model: Any) -> Forward:
     def forward(ids_BT: Tensor, view: View) -> Tensor:
         outputs = model(
             input_ids=ids_BT,
-            attention_mask=view.may_attend_B1TS,
+            attention_mask=view.may_attend(ids_BT.shape[1]),
             position_ids=view.positions_BT,
             past_key_values=Cache(layers=[SlotLayer(view, layer) for layer in range(num_layers)]),
             use_cache=True,

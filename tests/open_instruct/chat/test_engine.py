@@ -6,12 +6,15 @@ from typing import Any, cast
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     LogitsProcessorList,
     MinPLogitsWarper,
     MistralConfig,
     MistralForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -47,6 +50,8 @@ SHAPE: dict[str, Any] = dict(
     bos_token_id=None,
 )
 
+KINDS = ("olmo2", "olmo3", "llama", "mistral")  # olmo3 and mistral forget after 8 tokens
+
 
 def save_model(folder, kind: str):
     """A tiny random model that never ends an answer by itself."""
@@ -56,6 +61,7 @@ def save_model(folder, kind: str):
     model = {
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
         "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=8)),
+        "olmo3": lambda: Olmo3ForCausalLM(Olmo3Config(**SHAPE, sliding_window=8)),
     }[kind]()
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
@@ -64,9 +70,9 @@ def save_model(folder, kind: str):
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory):
-    """An engine for each kind of model: ours, transformers' in slots, transformers' alone."""
+    """An engine for each kind of model."""
     made = {}
-    for kind in ("olmo2", "llama", "mistral"):
+    for kind in KINDS:
         folder = save_model(tmp_path_factory.mktemp(kind), kind)
         made[kind] = Engine(load_generator(folder))
     yield made
@@ -105,7 +111,7 @@ def ids_of(text: str) -> list[int]:
 # ---------------------------------------------------------------- the same as alone
 
 
-@pytest.mark.parametrize("kind", ["olmo2", "llama", "mistral"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_greedy_answers_are_those_of_transformers(engines, kind):
     engine = engines[kind]
     prompts = [ids_of("Tell me of the sea" * number) for number in (1, 3, 6)]
@@ -113,11 +119,7 @@ def test_greedy_answers_are_those_of_transformers(engines, kind):
         Ask(engine, prompt, max_tokens=30, temperature=0, logit_bias=((256, -100.0),), logprobs=0)
         for prompt in prompts
     ]
-    model = load_generator(engine.generator.source).model
-    if kind == "olmo2":
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(engine.generator.source)
+    model = AutoModelForCausalLM.from_pretrained(engine.generator.source)
     for prompt, ask in zip(prompts, asked, strict=True):
         ids = list(prompt)
         for token in ask.answer()[1]:
@@ -140,12 +142,12 @@ def test_sampled_answers_are_those_of_the_generator(engines):
         assert [token.id for token in ask.answer()[1]] == expected
 
 
-@pytest.mark.parametrize("kind", ["olmo2", "llama", "mistral"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_seeded_request_is_answered_the_same_whatever_runs_beside_it(engines, kind):
     engine = engines[kind]
     prompt = ids_of("What is the capital of the moon? " * 4)
     mine: dict[str, Any] = dict(
-        max_tokens=60 if kind == "mistral" else 200, seed=7, logprobs=3, top_p=0.95
+        max_tokens=60 if kind in ("olmo3", "mistral") else 200, seed=7, logprobs=3, top_p=0.95
     )
     alone = Ask(engine, prompt, **mine).answer()
     assert len(alone[1]) > 20

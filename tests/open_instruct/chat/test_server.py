@@ -14,8 +14,10 @@ from typing import Any
 
 import openai
 import pytest
+import torch
 from openai.resources.chat.completions import Completions as ChatCompletions
 from openai.resources.completions import Completions
+from transformers import AutoModelForCausalLM
 
 from olmo_base.run.artefact import ExampleCounts
 from olmo_base.run.errors import UserError
@@ -97,9 +99,6 @@ def test_a_stream_says_what_the_whole_answer_says(running):
 
 
 def test_logprobs_are_the_models_own(running):
-    import torch
-    from transformers import AutoModelForCausalLM
-
     answer = running.client().chat.completions.create(
         model=running.name, messages=HELLO, max_tokens=1, temperature=0, logprobs=True,
         top_logprobs=3, logit_bias=LONG,
@@ -552,6 +551,19 @@ def test_a_vote_begins_its_own_line(tmp_path):
 
 
 # ---------------------------------------------------------------- as a user starts it
+
+
+def test_small_models_are_served_by_one_thread_each(tmp_path):
+    name = save_chat_model(tmp_path / "model")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        models = load_models([name])
+        assert torch.get_num_threads() == 1
+        assert models[name].engine.batch.stable_sizes[-1] == 64
+        models[name].engine.close()
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_sigterm_lets_streams_finish_and_refuses_new_requests(tmp_path):
