@@ -26,6 +26,7 @@ from open_instruct.chat.server import (
     append_row,
     is_loopback,
     listen,
+    load_models,
 )
 from open_instruct.encode import load_chat_encoder
 from open_instruct.examples import Source, read_pairs
