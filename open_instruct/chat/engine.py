@@ -542,12 +542,12 @@ class Engine:
         answer.ticket.deliver(delta)
 
     def _fail_all(self, message: str) -> None:
-        """After an error of the model nothing it holds can be trusted: start with a new batch."""
+        """After an error of the model: end all that has begun, and go on with those that wait."""
         with self._changed:
             tickets = [*dict.fromkeys(item.ticket for item in self._answers)]
             tickets += [ticket for ticket, _ in self._reading]
             self._answers, self._reading = [], []
-            self.batch = new_batch(self.generator)
+            self.batch.clear()
         for ticket in tickets:
             self.figures.finished["error"] += ticket.num_open
             ticket.deliver(Delta(0, "", (), error=message))

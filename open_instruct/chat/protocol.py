@@ -333,11 +333,12 @@ def _content(value: Any, place: str) -> str:
             raise _wrong(place, f"holds a part of type {_shown(kind)}; these models read text.")
         if not isinstance(part.get("text"), str):
             raise _wrong(place, f"is {_shown(part.get('text'))}; it must be a text.")
-        texts.append(_encodable(part["text"], place))
+        texts.append(encodable(part["text"], place))
     return "".join(texts)
 
 
-def _encodable(text: str, place: str) -> str:
+def encodable(text: str, place: str) -> str:
+    """The text itself, if it can be written down. Errors: ApiError."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -355,7 +356,7 @@ def _prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
     prompts: list[str | tuple[int, ...]] = []
     for item in [value] if is_one else value if isinstance(value, list) else []:
         if isinstance(item, str):
-            prompts.append(_encodable(item, "prompt"))
+            prompts.append(encodable(item, "prompt"))
         elif isinstance(item, list) and all(_is_id(id_) for id_ in item):
             prompts.append(tuple(item))
         else:
@@ -391,7 +392,8 @@ class ChatShape:
 
     def chunk(self, index: int, delta: Delta) -> dict[str, Any]:
         """A choice of a stream's event."""
-        content = {"content": delta.text} if delta.text or delta.tokens else {}
+        has_content = delta.text or (delta.tokens and self.wants_logprobs)
+        content = {"content": delta.text} if has_content else {}
         return {
             "index": index,
             "delta": content,

@@ -60,6 +60,7 @@ from open_instruct.chat.protocol import (
     CompletionShape,
     chat_request,
     completion_request,
+    encodable,
 )
 from open_instruct.chat.protocol import Request as Asked
 from open_instruct.encode import ChatEncoder, load_chat_encoder
@@ -209,6 +210,9 @@ class Run:
         self.num_completion_tokens = 0
         self.began = time.monotonic()
         self.tickets = []
+        most = served.engine.max_waiting
+        if self.num_open > most:
+            raise ApiError(400, f"This asks for {self.num_open} answers; at most {most} can wait.")
         try:
             for place, prompt in enumerate(prompts):
                 self.tickets.append(
@@ -419,6 +423,8 @@ class Server:
                 yield {**head, "choices": [choice], **extra}
         try:
             async for index, delta in run.deltas():
+                if not (delta.text or delta.finish_reason or shape.wants_logprobs):
+                    continue  # a part of a character
                 yield {**head, "choices": [shape.chunk(index, delta)], **extra}
         except ApiError as error:
             yield error.body
@@ -560,7 +566,7 @@ def pair_row(body: Any) -> dict[str, Any]:
         raise ApiError(400, "prompt must end with the user's turn.", param="prompt")
     sides = {key: _of(body, key, str) for key in ("chosen", "rejected")}
     for key, text in sides.items():
-        if not text.strip():
+        if not encodable(text, key).strip():
             raise ApiError(400, f"{key} is empty; there is nothing to learn from it.", param=key)
     if sides["chosen"] == sides["rejected"]:
         raise ApiError(400, "chosen and rejected are the same, so neither is preferred.")
@@ -568,7 +574,7 @@ def pair_row(body: Any) -> dict[str, Any]:
     for key, text in sides.items():
         row[key] = [{"role": "assistant", "content": text}]
     for key in ("chosen_model", "rejected_model"):
-        row[key] = _of(body, key, str)
+        row[key] = encodable(_of(body, key, str), key)
     return row
 
 
@@ -581,7 +587,7 @@ def _of(body: Any, key: str, kind: type) -> Any:
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
     """Add one line to a JSON-lines file, on a line of its own whatever stands there."""
-    line = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+    line = json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n"
     with open(path, "a+b") as file:
         if file.tell() > 0:
             file.seek(-1, os.SEEK_END)
@@ -822,12 +828,12 @@ class Uvicorn(uvicorn.Server):
             new_app(server), log_level="warning", access_log=False, server_header=False
         )
         super().__init__(config)
-        self.server_state_of_ours = server
+        self.ours = server
         server.on_idle = self._leave
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called by SIGTERM and SIGINT."""
-        server = self.server_state_of_ours
+        server = self.ours
         if server.is_closing:
             super().handle_exit(sig, frame)
             return
@@ -880,6 +886,8 @@ def serve(names: Sequence[str], settings: Settings) -> None:
     # threads. It reads this at its first product; slots.py would go back to one row at a time.
     os.environ.setdefault("MKL_CBWR", "AUTO")
     key = settings.api_key or os.environ.get(API_KEY_VARIABLE)
+    if not settings.votes.parent.is_dir():
+        raise UserError(f"--votes {settings.votes}: there is no folder {settings.votes.parent}.")
     bound = listen(settings.host, settings.port)
     is_new_key = key is None and not is_loopback(settings.host)
     key = secrets.token_urlsafe(32) if is_new_key else key

@@ -230,6 +230,9 @@ class Batch(Protocol):
     def leave(self, row: Any) -> None:
         """The row is finished."""
 
+    def clear(self) -> None:
+        """Forget all rows and kept prompts: after an error none of them can be trusted."""
+
 
 class SlotRow:
     """A row of a SlotBatch: where it is, and how many tokens it holds."""
@@ -346,6 +349,11 @@ class SlotBatch:
         if not rows and row.span > FIRST_SPAN:
             del self.groups[row.span]  # long rows are rare and large
 
+    def clear(self) -> None:
+        """See Batch."""
+        self.groups.clear()
+        self.prefixes = Prefixes()
+
 
 class AloneReading:
     """A prompt on its way into a cache of the model's own kind."""
@@ -399,12 +407,15 @@ class AloneBatch:
     def leave(self, row: AloneRow) -> None:
         """See Batch."""
 
+    def clear(self) -> None:
+        """See Batch."""
+
 
 # ---------------------------------------------------------------- prompts that begin alike
 
 
 class Prefixes:
-    """Keys and values of whole chunks at the beginning of prompts, the longest unused go first."""
+    """Keys and values of whole chunks at the beginning of prompts; those long unused go first."""
 
     def __init__(self, max_bytes: int = PREFIX_BYTES) -> None:
         self.max_bytes = max_bytes

@@ -465,6 +465,23 @@ def test_requests_that_the_model_cannot_answer_are_refused(engines, prompt, sett
         engines["olmo2"].submit(prompt, Sampling(**settings), lambda delta: None)
 
 
+def test_an_error_of_the_model_ends_what_runs_and_nothing_else(tmp_path):
+    generator = load_generator(save_model(tmp_path, "olmo2"))
+    engine = Engine(generator, max_rows=1)
+    weight = generator.model.norm.weight
+    whole = weight.data
+    running = Ask(engine, [5], max_tokens=600, logit_bias=((256, -100.0),))
+    waiting = Ask(engine, [6], max_tokens=3)
+    assert running.has_begun.wait(60)
+    weight.data = torch.zeros(5)
+    assert running.is_over.wait(60)
+    assert "The model failed: RuntimeError" in str(running.deltas[0][-1].error)
+    weight.data = whole
+    waiting.is_over.wait(60)  # answered, or ended by the same damage
+    assert Ask(engine, [6], max_tokens=3).answer()[2]
+    engine.close()
+
+
 def test_broken_weights_are_said_and_the_others_are_still_served(tmp_path):
     generator = load_generator(save_model(tmp_path, "olmo2"))
     engine = Engine(generator)

@@ -350,6 +350,26 @@ def test_long_hostile_text_does_not_hold_up_the_page(page):
     assert seconds < 3
 
 
+# ---------------------------------------------------------------- keys
+
+
+def test_a_server_with_a_key_asks_for_it_once(browser, running):
+    guarded = Running([running.name], api_key="secret")
+    page = browser.new_page()
+    try:
+        page.goto(f"http://127.0.0.1:{guarded.port}/")
+        page.get_by_label("asks for its API key").fill("secret")
+        page.keyboard.press("Enter")
+        expect(page.locator("#model option")).to_have_count(1)
+        keep(page, max_tokens=5)
+        ask(page, "Hello?")
+        wait_for_end(page)
+        expect(answers(page).locator(".facts")).to_contain_text("5 tokens")
+    finally:
+        page.close()
+        guarded.stop()
+
+
 # ---------------------------------------------------------------- screens and readers
 
 

@@ -135,6 +135,8 @@ def test_completions_go_on_from_text_and_from_ids(running):
     assert both.choices[0].text == by_text.choices[0].text
     pieces = create(model=running.name, prompt="Once upon", max_tokens=8, seed=1, stream=True)
     assert "".join(piece.choices[0].text for piece in pieces) == by_text.choices[0].text
+    with pytest.raises(openai.BadRequestError, match="asks for 320 answers; at most 256"):
+        create(model=running.name, prompt=["x"] * 5, n=64)
     assert create(model=running.name, prompt="x", logit_bias=LONG).usage.completion_tokens == 16
 
 
@@ -538,6 +540,7 @@ def test_votes_are_pairs_that_the_preference_stage_reads(running):
         {"prompt": []},
         {"chosen": None},
     ]
+    wrong.append({"chosen": "half a pair \ud800"})
     for changes in wrong:
         assert running.post("/page/vote", vote | names | changes)[0] == 400
     assert len(path.read_text().splitlines()) == 2
@@ -611,3 +614,5 @@ def test_what_serve_cannot_do_is_said_without_a_traceback(tmp_path, capsys):
     model = save_chat_model(tmp_path / "model")
     assert main(["serve", model, model + "/", "--port", "0"]) == 2
     assert "given twice" in capsys.readouterr().err
+    assert main(["serve", model, "--port", "0", "--votes", str(tmp_path / "no" / "v.jsonl")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
