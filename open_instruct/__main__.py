@@ -196,6 +196,64 @@ def chat(
     )
 
 
+# ---------------------------------------------------------------- serve
+
+
+@cli.command()
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True)
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen at.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="0 takes a free one.",
+)
+@click.option(
+    "--api-key",
+    metavar="KEY",
+    help="Asked of every client; else OPEN_INSTRUCT_API_KEY. Beyond this machine one is made.",
+)
+@click.option(
+    "--cors-origin",
+    "cors_origins",
+    metavar="ORIGIN",
+    multiple=True,
+    help="A web page elsewhere that may ask, such as http://localhost:3000.",
+)
+@click.option(
+    "--votes",
+    metavar="FILE",
+    default="preferences.jsonl",
+    show_default=True,
+    help="Where the chat page's votes go, as pairs that the dpo stage reads.",
+)
+@click.option(
+    "--max-waiting",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Answers that may wait; more are refused with 429.",
+)
+def serve(models: tuple[str, ...], votes: str, **options: Any) -> None:
+    """Serve models to OpenAI clients, with a chat page at /.
+
+    MODEL is a run's output_dir or a Hugging Face model folder; clients name it as it is given here.
+    """
+    try:
+        import starlette  # noqa: F401 - the extra is either there or not
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"serve needs {error.name}, which is not installed. "
+            "Install the extra: pip install 'open-instruct[serve]'"
+        ) from None
+    from open_instruct.chat.server import Settings
+    from open_instruct.chat.server import serve as run_server
+
+    run_server(models, Settings(votes=Path(votes), **options))
+
+
 # ---------------------------------------------------------------- eval and report
 
 

@@ -31,6 +31,7 @@ def unpacked(tmp_path_factory):
         ("eval/report", "*", "eval/report"),
         ("olmo_base", "**/*.py", "olmo_base"),
         ("open_instruct", "**/*.py", "open_instruct"),
+        ("open_instruct/chat/page", "*", "open_instruct/chat/page"),
     ],
 )
 def test_the_wheel_holds_every_file(unpacked, source, pattern, inside):
