@@ -680,12 +680,17 @@ class Guard:
         """The ASGI application."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        status = 0
+        refusal: ApiError | None = None
+
+        def path_label() -> str:  # a bounded number of labels
+            if refusal is not None or "endpoint" not in scope:
+                return "other"
+            path = str(scope["path"])
+            return "/v1/models/NAME" if path.startswith("/v1/models/") else path
 
         async def send_safely(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                self.server.responses[path_label(), message["status"]] += 1
                 message["headers"] = [*message.get("headers", ()), *SAFE_HEADERS.items()]
             await send(message)
 
@@ -696,10 +701,6 @@ class Guard:
             await app(scope, receive, send_safely)
         finally:
             self.server.num_active -= 1
-            path = scope["path"] if refusal is None and "endpoint" in scope else "other"
-            if path.startswith("/v1/models/"):
-                path = "/v1/models/NAME"  # a bounded number of labels
-            self.server.responses[path, status] += 1
             if self.server.is_closing and self.server.num_active == 0:
                 self.server.on_idle()
         return None

@@ -190,9 +190,10 @@ def _command(way: str, root: str, limits: Limits) -> list[str]:
 
 def _readable(python: str) -> list[str]:
     """The files that a bare Python needs: itself, its library, and the system's libraries."""
+    outside_venv = {"platbase": sys.base_exec_prefix}
     folders = [
         sysconfig.get_path("stdlib"),
-        sysconfig.get_path("platstdlib"),
+        sysconfig.get_path("platstdlib", vars=outside_venv),
         *(f"{sys.base_prefix}/{name}" for name in ("lib", "lib64")),
         *("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache", "/dev/null"),
     ]
