@@ -449,17 +449,25 @@ def _run_from_keys(given: dict[str, Any], overrides: Sequence[str], source: str)
 
 
 @cli.command()
-@click.argument("adapter")
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True)
 @click.argument("out")
-def merge(adapter: str, out: str) -> None:
-    """Write the whole model that an adapter makes of its base.
+@click.option("--average", is_flag=True, help="Write the mean of the models' weights.")
+def merge(models: tuple[str, ...], out: str, average: bool) -> None:
+    """Write the whole model that an adapter makes of its base, or the average of several models.
 
-    ADAPTER is the output_dir of a run with use_peft, or a folder in peft's format; OUT is a new
-    folder.
+    MODEL is the output_dir of a run with use_peft, or a folder in peft's format; with --average,
+    the folders of two or more models of one shape. OUT is a new folder.
     """
+    if average:
+        from olmo_base.model.average import average_models
+
+        click.echo(f"{average_models(models, out)} is written", err=True)
+        return
+    if len(models) > 1:
+        raise UserError("Several models are merged with --average; without it, name one adapter.")
     from open_instruct.causal_lm import merge_adapter
 
-    click.echo(f"{merge_adapter(adapter, out)} is written", err=True)
+    click.echo(f"{merge_adapter(models[0], out)} is written", err=True)
 
 
 # ---------------------------------------------------------------- errors out
