@@ -76,7 +76,7 @@ def _refuse_unlike(first: Path, other: Path) -> None:
 
 def _places(folder: Path) -> dict[str, Path]:
     """Name of each weight -> the file that holds it."""
-    found = {}
+    found: dict[str, Path] = {}
     for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt") as tensors:

@@ -443,8 +443,8 @@ def _build(recipe_class: type, given: Mapping[str, Given]) -> Any:
         try:
             value = _convert(given[key].value, hint)
         except _Misfit as misfit:
-            problem = f"{given[key].value!r} {misfit}"
-            error = RecipeError(key, problem if problem.endswith((".", "?")) else f"{problem}.")
+            said = f"{given[key].value!r} {misfit}"
+            error = RecipeError(key, said if said.endswith((".", "?")) else f"{said}.")
             raise _locate(error, given) from None
         allowed: Allowed | None = item.metadata.get("allowed")
         problem = allowed.problem(value) if allowed and value is not None else None
