@@ -4,11 +4,13 @@
     output_dir/tokens/eval/tokens_00000.bin …    documents it never sees
     output_dir/tokenizer.json …                  the tokenizer the ids belong to
 
-The shards do not depend on how many processes made them.
+The shards do not depend on how many processes made them, nor on how often they were stopped:
+finished ones are kept, and the documents in them are read again but not tokenized again.
 """
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -29,7 +31,6 @@ from olmo_base.run.artefact import (
     ExampleCounts,
     RunConfig,
     RunFolder,
-    atomic_folder,
     atomic_write,
     sha256_file,
 )
@@ -119,15 +120,20 @@ def input_files(recipe: TokenizeRecipe) -> list[Path]:
 
 
 def _documents(
-    recipe: TokenizeRecipe, streams: dict[str, DocumentStream]
+    recipe: TokenizeRecipe, streams: dict[str, DocumentStream], *, done: dict[str, int]
 ) -> Iterator[tuple[str, Document]]:
-    """Every document with the name of its split."""
+    """Every document with the name of its split, but for the first so many ``done`` of a split."""
+    num_left = dict(done)
     for name, stream in streams.items():
         for document in stream:
             is_eval = name == "eval" or is_held_out(
                 document.text, fraction=recipe.eval_fraction, seed=recipe.run.seed
             )
-            yield ("eval" if is_eval else "train"), document
+            split = "eval" if is_eval else "train"
+            if num_left.get(split, 0) > 0:
+                num_left[split] -= 1
+            else:
+                yield split, document
 
 
 def _streams(recipe: TokenizeRecipe, counts: ExampleCounts) -> dict[str, DocumentStream]:
@@ -143,7 +149,7 @@ def plan(recipe: TokenizeRecipe) -> dict[str, object]:
     eos_token_of(recipe, tokenizer)
     documents = {"train": 0, "eval": 0}
     num_characters, sample = 0, ""
-    for split, document in _documents(recipe, _streams(recipe, ExampleCounts())):
+    for split, document in _documents(recipe, _streams(recipe, ExampleCounts()), done={}):
         documents[split] += 1
         num_characters += len(document.text)
         if len(sample) < CHARACTERS_PER_BATCH:
@@ -161,43 +167,22 @@ def plan(recipe: TokenizeRecipe) -> dict[str, object]:
 
 
 def run(recipe: TokenizeRecipe) -> RunFolder:
-    """Write the shards. A stopped run starts again: nothing is named before it is whole."""
+    """Write the shards. A stopped run goes on after the shards that were finished."""
     folder = RunFolder.open(recipe, input_files(recipe))
     if folder.is_finished:
         return folder
     tokenizer = load_tokenizer(recipe.tokenizer_name_or_path)
     eos_token, eos_token_id = eos_token_of(recipe, tokenizer)
-    for leftover in folder.path.glob(".tokens.*"):  # of a killed process
-        shutil.rmtree(leftover)
-    streams = _streams(recipe, folder.counts)
-    bytes_total = sum(stream.bytes_total for stream in streams.values())
-    with (
-        atomic_folder(folder.path / "tokens") as temporary,
-        stop_signals() as flag,
-        Progress(folder, "reading documents", bytes_total, unit="bytes") as progress,
-    ):
-        writers = {}
-        for split in ("train", "eval"):
-            (temporary / split).mkdir()
-            writers[split] = ShardWriter(
-                temporary / split,
-                vocab_size=vocab_size_of(tokenizer),
-                eos_token_id=eos_token_id,
-                tokenizer_sha256=sha256_file(tokenizer_path(recipe.tokenizer_name_or_path)),
-                tokens_per_shard=recipe.tokens_per_shard,
-            )
-        batches = gather(_documents(recipe, streams))
-        for batch, encoded in encoded_batches(
-            batches, tokenizer, eos_token_id=eos_token_id, num_proc=recipe.num_proc
-        ):
-            if flag.requested:
-                raise Stopped(flag.signal_number)
-            writers[batch.split].add(*encoded, places=batch.places, num_bytes=batch.num_bytes)
-            num_read = sum(stream.bytes_read for stream in streams.values())
-            progress.update(num_read, tokens=sum(w.num_tokens for w in writers.values()))
-        for writer in writers.values():
-            writer.close()
+    unfinished, tokens = folder.path / ".tokens.unfinished", folder.path / "tokens"
+    if tokens.is_dir():  # killed after the last shard, before the run was called finished
+        os.replace(tokens, unfinished)
+    try:
+        writers = _write_shards(recipe, folder, unfinished, tokenizer, eos_token_id)
         _refuse_empty_split(recipe, writers)
+    except UserError:  # once mended the documents are others, and so are the shards
+        shutil.rmtree(unfinished)
+        raise
+    os.replace(unfinished, tokens)
     _copy_tokenizer(recipe, tokenizer, eos_token, folder.path)
     results = _results(writers)
     folder.log(
@@ -206,6 +191,47 @@ def run(recipe: TokenizeRecipe) -> RunFolder:
     )
     folder.finish(**results)
     return folder
+
+
+def _write_shards(
+    recipe: TokenizeRecipe,
+    folder: RunFolder,
+    unfinished: Path,
+    tokenizer: Tokenizer,
+    eos_token_id: int,
+) -> dict[str, ShardWriter]:
+    """Write what is missing of ``unfinished/train`` and ``unfinished/eval``."""
+    writers = {}
+    for split in ("train", "eval"):
+        (unfinished / split).mkdir(parents=True, exist_ok=True)
+        writers[split] = ShardWriter(
+            unfinished / split,
+            vocab_size=vocab_size_of(tokenizer),
+            eos_token_id=eos_token_id,
+            tokenizer_sha256=sha256_file(tokenizer_path(recipe.tokenizer_name_or_path)),
+            tokens_per_shard=recipe.tokens_per_shard,
+        )
+    done = {split: writer.num_documents for split, writer in writers.items()}
+    if any(done.values()):
+        folder.log(f"going on after {sum(done.values()):,} documents in finished shards")
+    streams = _streams(recipe, folder.counts)
+    bytes_total = sum(stream.bytes_total for stream in streams.values())
+    with (
+        stop_signals() as flag,
+        Progress(folder, "reading documents", bytes_total, unit="bytes") as progress,
+    ):
+        batches = gather(_documents(recipe, streams, done=done))
+        for batch, encoded in encoded_batches(
+            batches, tokenizer, eos_token_id=eos_token_id, num_proc=recipe.num_proc
+        ):
+            if flag.requested:
+                raise Stopped(flag.signal_number, "; finished shards are kept")
+            writers[batch.split].add(*encoded, places=batch.places, num_bytes=batch.num_bytes)
+            num_read = sum(stream.bytes_read for stream in streams.values())
+            progress.update(num_read, tokens=sum(w.num_tokens for w in writers.values()))
+    for writer in writers.values():
+        writer.close()
+    return writers
 
 
 def _refuse_empty_split(recipe: TokenizeRecipe, writers: dict[str, ShardWriter]) -> None:
