@@ -60,6 +60,16 @@ class Shard:
     path: Path  # the .bin
     info: ShardInfo
 
+    @property
+    def identity_file(self) -> Path:
+        """The file whose content says what the shard holds."""
+        return self.path.with_suffix(".json")
+
+    @property
+    def num_documents(self) -> int:
+        """Documents in the shard."""
+        return self.info.num_documents
+
     def tokens(self) -> Ids:
         """All ids, mapped into memory and read-only."""
         return np.memmap(self.path, dtype=DTYPES[self.info.dtype], mode="r")
@@ -78,6 +88,18 @@ class Shard:
             Place(self.info.files[int(file)], int(line) or None)
             for _, file, line in origin_N3[first:last]
         ]
+
+    def verify(self) -> None:
+        """Compare the SHA-256 with the sidecar's. Errors: UserError if they differ."""
+        origin = self.path.with_suffix(".origin")
+        for path, expected in ((self.path, self.info.sha256), (origin, self.info.origin_sha256)):
+            with open(path, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != expected:
+                raise UserError(
+                    f"The content of {path} is not what was written (its SHA-256 differs from the "
+                    "description's). Run the tokenize stage again into a new folder."
+                )
 
 
 def dtype_for(vocab_size: int) -> str:
@@ -205,7 +227,7 @@ def finished_shards(folder: Path) -> list[Shard]:
     while (path := folder / f"tokens_{len(finished):05d}.bin").is_file():
         try:
             shard = Shard(path, _read_info(path))
-            verify_content(shard)
+            shard.verify()
         except UserError:
             break
         finished.append(shard)
@@ -248,16 +270,3 @@ def _read_info(path: Path) -> ShardInfo:
                 f"{file} has {file.stat().st_size} bytes; its description says {expected}. {again}"
             )
     return info
-
-
-def verify_content(shard: Shard) -> None:
-    """Compare a shard's SHA-256 with its sidecar's. Errors: UserError if they differ."""
-    origin = shard.path.with_suffix(".origin")
-    for path, expected in ((shard.path, shard.info.sha256), (origin, shard.info.origin_sha256)):
-        with open(path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != expected:
-            raise UserError(
-                f"The content of {path} is not what was written (its SHA-256 differs from the "
-                "description's). Run the tokenize stage again into a new folder."
-            )

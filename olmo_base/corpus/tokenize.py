@@ -9,7 +9,6 @@ finished ones are kept, and the documents in them are read again but not tokeniz
 """
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -31,7 +30,6 @@ from olmo_base.run.artefact import (
     ExampleCounts,
     RunConfig,
     RunFolder,
-    atomic_write,
     sha256_file,
 )
 from olmo_base.run.errors import Stopped, UserError
@@ -39,11 +37,11 @@ from olmo_base.run.launch import stop_signals
 from olmo_base.run.metrics import Progress
 from olmo_base.run.recipe import RecipeError, setting
 from olmo_base.tokenizer import (
-    EOS_TOKEN,
-    TOKENIZER_FILES,
+    end_token,
     load_tokenizer,
-    tokenizer_config,
+    tokenizer_files,
     tokenizer_path,
+    write_tokenizer_files,
 )
 
 
@@ -84,39 +82,10 @@ def is_held_out(text: str, *, fraction: float, seed: int) -> bool:
 # ---------------------------------------------------------------- the stage
 
 
-def eos_token_of(recipe: TokenizeRecipe, tokenizer: Tokenizer) -> tuple[str, int]:
-    """The token that ends a document, and its id: the recipe's, the tokenizer's own, or OLMo's.
-
-    Errors: UserError if the tokenizer has no such token.
-    """
-    path = tokenizer_path(recipe.tokenizer_name_or_path)
-    config_path = path.with_name("tokenizer_config.json")
-    configured = None
-    if config_path.is_file():
-        configured = json.loads(config_path.read_text(encoding="utf-8")).get("eos_token")
-        if isinstance(configured, dict):  # an AddedToken written out
-            configured = configured.get("content")
-    token = str(recipe.eos_token or configured or EOS_TOKEN)
-    token_id = tokenizer.token_to_id(token)
-    if token_id is None:
-        raise UserError(
-            f"{path} has no token {token!r} to end a document with. "
-            "Name one of its tokens with eos_token."
-        )
-    return token, token_id
-
-
-def _tokenizer_files(recipe: TokenizeRecipe) -> list[Path]:
-    path = tokenizer_path(recipe.tokenizer_name_or_path)
-    return [file for name in TOKENIZER_FILES[1:] if (file := path.with_name(name)).is_file()] + [
-        path
-    ]
-
-
 def input_files(recipe: TokenizeRecipe) -> list[Path]:
     """The tokenizer's files and the documents. Errors: UserError naming one that is missing."""
     sources = (*recipe.dataset_mixer, *recipe.eval_dataset_mixer)
-    return [*_tokenizer_files(recipe), *document_files(sources)]
+    return [*tokenizer_files(recipe.tokenizer_name_or_path), *document_files(sources)]
 
 
 def _documents(
@@ -146,7 +115,7 @@ def _streams(recipe: TokenizeRecipe, counts: ExampleCounts) -> dict[str, Documen
 def plan(recipe: TokenizeRecipe) -> dict[str, object]:
     """What a run would write, for --dry-run. Tokens are estimated from the first documents."""
     tokenizer = load_tokenizer(recipe.tokenizer_name_or_path)
-    eos_token_of(recipe, tokenizer)
+    end_token(tokenizer_path(recipe.tokenizer_name_or_path), tokenizer, recipe.eos_token)
     documents = {"train": 0, "eval": 0}
     num_characters, sample = 0, ""
     for split, document in _documents(recipe, _streams(recipe, ExampleCounts()), done={}):
@@ -172,7 +141,8 @@ def run(recipe: TokenizeRecipe) -> RunFolder:
     if folder.is_finished:
         return folder
     tokenizer = load_tokenizer(recipe.tokenizer_name_or_path)
-    eos_token, eos_token_id = eos_token_of(recipe, tokenizer)
+    path = tokenizer_path(recipe.tokenizer_name_or_path)
+    eos_token, eos_token_id = end_token(path, tokenizer, recipe.eos_token)
     unfinished, tokens = folder.path / ".tokens.unfinished", folder.path / "tokens"
     if tokens.is_dir():  # killed after the last shard, before the run was called finished
         os.replace(tokens, unfinished)
@@ -183,7 +153,8 @@ def run(recipe: TokenizeRecipe) -> RunFolder:
         shutil.rmtree(unfinished)
         raise
     os.replace(unfinished, tokens)
-    _copy_tokenizer(recipe, tokenizer, eos_token, folder.path)
+    # beside the shards, so that pretraining need not be told which it was
+    write_tokenizer_files(path, tokenizer, eos_token, folder.path)
     results = _results(writers)
     folder.log(
         f"{results['train_tokens']:,} tokens of {results['train_documents']:,} documents to learn "
@@ -247,24 +218,6 @@ def _refuse_empty_split(recipe: TokenizeRecipe, writers: dict[str, ShardWriter])
             "documents. Raise it, choose another seed, or name held-out documents with "
             "eval_dataset_mixer."
         )
-
-
-def _copy_tokenizer(
-    recipe: TokenizeRecipe, tokenizer: Tokenizer, eos_token: str, folder: Path
-) -> None:
-    """Put the tokenizer beside the shards, so that pretraining need not be told which it was."""
-    files = _tokenizer_files(recipe)
-    for file in files:
-        name = "tokenizer.json" if file == files[-1] else file.name
-        atomic_write(folder / name, file.read_bytes())
-    if not (folder / "tokenizer_config.json").exists():
-        has_pad = tokenizer.token_to_id("<|pad|>") is not None
-        config = tokenizer_config(
-            eos_token=eos_token,
-            pad_token="<|pad|>" if has_pad else eos_token,
-            model_max_length=2**20,
-        )
-        atomic_write(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
 
 def _results(writers: dict[str, ShardWriter]) -> dict[str, Any]:

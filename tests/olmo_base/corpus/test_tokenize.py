@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models
 
 from olmo_base.corpus.documents import DocumentSource
 from olmo_base.corpus.encode import encode_documents
-from olmo_base.corpus.shards import dtype_for, read_shards, verify_content, vocab_size_of
+from olmo_base.corpus.shards import dtype_for, read_shards, vocab_size_of
 from olmo_base.corpus.tokenize import TokenizeRecipe, input_files, is_held_out, plan, run
 from olmo_base.run.artefact import RunConfig, sha256_file
 from olmo_base.run.errors import DataError, UserError
@@ -69,7 +69,7 @@ def test_shards_hold_every_document_in_order_with_one_end_token_each(home, tmp_p
     assert documents_in(folder / "tokens" / "train", tokenizer) == TEXTS
     assert sum(shard.info.num_bytes for shard in shards) == sum(len(t.encode()) for t in TEXTS)
     for shard in shards:
-        verify_content(shard)
+        shard.verify()
         assert shard.info.dtype == "uint16"
         assert shard.info.vocab_size == vocab_size_of(tokenizer)
         assert shard.info.tokenizer_sha256 == sha256_file(folder / "tokenizer.json")
@@ -321,13 +321,13 @@ def test_shards_that_were_tampered_with_are_refused(home, tmp_path):
     content = path.read_bytes()
     path.write_bytes(b"\x01" + content[1:])
     with pytest.raises(UserError, match="SHA-256 differs"):
-        verify_content(read_shards(folder)[0])
+        read_shards(folder)[0].verify()
     path.write_bytes(content)
     origin = path.with_suffix(".origin")
     original = origin.read_bytes()
     origin.write_bytes(original[:-1] + b"\x01")
     with pytest.raises(UserError, match="origin is not what was written"):
-        verify_content(read_shards(folder)[0])
+        read_shards(folder)[0].verify()
     origin.write_bytes(original[:-1])
     with pytest.raises(UserError, match=r"origin has \d+ bytes; its description says"):
         read_shards(folder)
