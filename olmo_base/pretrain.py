@@ -760,6 +760,7 @@ def _export(folder: RunFolder, model: Transformer, corpus: Corpus) -> None:
         else:
             tokenizer = load_tokenizer(corpus.tokenizer)
             eos_token = tokenizer.id_to_token(corpus.train.eos_token_id)
+            assert eos_token is not None  # its id was found by its name
             write_tokenizer_files(corpus.tokenizer, tokenizer, eos_token, temporary)
         content = _read_tokenizer_config(temporary)
         content["model_max_length"] = model.config.max_position_embeddings

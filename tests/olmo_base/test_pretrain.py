@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from olmo_base.__main__ import main
-from olmo_base.corpus.batches import micro_batches
+from olmo_base.corpus.batches import Mixture, micro_batches
 from olmo_base.corpus.documents import DocumentSource
 from olmo_base.corpus.tokenize import TokenizeRecipe
 from olmo_base.corpus.tokenize import run as tokenize
@@ -463,7 +463,9 @@ def test_shards_of_other_tools_are_learnt_from_as_they_are(tokens, tmp_path):
     # beside our own in a mixture
     sources = [{**source, "ratio": 1}, {"path": str(tokens), "ratio": 1}]
     mixed = recipe_for(tokens, tmp_path, dataset_mixer=sources, max_steps=4)
-    assert [share.used for share in open_corpus(mixed, verify=True).train.shares] == [16, 16]
+    mixture = open_corpus(mixed, verify=True).train
+    assert isinstance(mixture, Mixture)
+    assert [share.used for share in mixture.shares] == [16, 16]
 
 
 def test_a_source_is_told_what_it_does_not_say_and_nothing_else(tokens, tmp_path):
