@@ -136,7 +136,7 @@ def _readable(key: str, value: object) -> str:
 def _ask(model: Path, question: str) -> None:
     from open_instruct.chat.terminal import chat as talk
 
-    click.echo(f"\nQuestion to {model}: {question}\nAnswer: ", nl=False)
+    click.echo(f"\nQuestion to {model}: {question}\nAnswer:")
     talk(str(model), prompt=question, temperature=0.0)
 
 

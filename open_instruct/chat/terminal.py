@@ -80,14 +80,10 @@ class Conversation:
 
         Errors: UserError if nothing was asked yet.
         """
-        return self._ask(*self._before_last_question())
+        return self._ask(*self.before_last_question())
 
-    def undo(self) -> str:
-        """Forget the last question and its answer; the question. Errors: UserError."""
-        self.turns, question = self._before_last_question()
-        return question
-
-    def _before_last_question(self) -> "tuple[list[Message], str]":
+    def before_last_question(self) -> "tuple[list[Message], str]":
+        """The turns before the last question, and that. Errors: UserError if there is none."""
         for index in reversed(range(len(self.turns))):
             if self.turns[index]["role"] == "user":
                 return self.turns[:index], self.turns[index]["content"]
@@ -175,18 +171,19 @@ def load_conversation(path: str | Path, number: int | None = None) -> "list[Mess
         raise UserError(f"{path} has {len(lines)} lines, and no line {number}.")
     try:
         row = json.loads(lines[number - 1])
-        messages: list[Message] = [
-            {"role": message["role"], "content": message["content"]} for message in row["messages"]
-        ]
-    except (ValueError, KeyError, TypeError):
-        messages = []
-    turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
-    are_texts = all(isinstance(message["content"], str) for message in messages)
-    roles = [turn["role"] for turn in turns]
-    if not turns or not are_texts or roles != ["user", "assistant"] * (len(turns) // 2):
+        messages: list[Message] = row["messages"]
+        are_plain = all(
+            message.keys() == {"role", "content"} and isinstance(message["content"], str)
+            for message in messages
+        )
+        roles = [message["role"] for message in messages]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        are_plain, roles = False, []
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    if not turns or not are_plain or turns != ["user", "assistant"] * (len(turns) // 2):
         raise UserError(
-            f"{path}, line {number}: needed a row of messages in which user and assistant take "
-            "turns, as /save writes it."
+            f"{path}, line {number}: needed a row of messages of role and content alone, in which "
+            "user and assistant take turns, as /save writes it."
         )
     return messages
 
@@ -241,8 +238,10 @@ def follow_command(conversations: Sequence[Conversation], line: str) -> bool:
                 conversation.sampling = sampling
         first.notify(f"(Temperature: {first.sampling.temperature:g})")
     elif word == "/undo":
-        questions = [conversation.undo() for conversation in conversations]
-        first.notify(f"(Forgotten: {questions[0]})")
+        earlier = [conversation.before_last_question() for conversation in conversations]
+        for conversation, (turns, _) in zip(conversations, earlier, strict=True):
+            conversation.turns = turns
+        first.notify(f"(Forgotten: {earlier[0][1]})")
     elif word == "/save":
         if not rest:
             raise UserError("/save needs a file: /save conversations.jsonl")
@@ -299,8 +298,9 @@ def _typed_lines() -> Iterator[str]:
                 while (line := _typed(". ")).strip() != MARK:
                     lines.append(line)
                 text = "\n".join(lines)
-            while text.endswith("\\"):
-                text = text[:-1] + "\n" + _typed(". ")
+            else:
+                while text.endswith("\\"):
+                    text = text[:-1] + "\n" + _typed(". ")
             yield text
         except EOFError:
             print(file=sys.stderr)

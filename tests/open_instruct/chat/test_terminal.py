@@ -208,12 +208,17 @@ def test_retry_answers_again_and_undo_forgets(talker, rambler):
     pieces = talk.retry()
     pieces.close()  # stopped before a word: the old answer stays
     assert talk.turns[-1]["content"] == again
-    assert talk.undo() == "Again?"
-    assert talk.undo() == "Hello?"
+    assert follow_command([talk], "/undo")
+    assert [turn["content"] for turn in talk.turns if turn["role"] == "user"] == ["Hello?"]
+    assert follow_command([talk], "/undo")
     assert talk.turns == []
-    for act in (talk.undo, talk.retry):
-        with pytest.raises(UserError, match="Nothing was asked yet"):
-            act()
+    with pytest.raises(UserError, match="Nothing was asked yet"):
+        talk.retry()
+    list(talk.answer("Hello?"))
+    other = conversation(talker)
+    with pytest.raises(UserError, match="Nothing was asked yet"):
+        follow_command([talk, other], "/undo")
+    assert len(talk.turns) == 2  # one that has nothing to forget keeps all from forgetting
 
 
 def test_system_and_temperature_change_the_answers_that_follow(talker):
@@ -281,6 +286,8 @@ def test_a_file_that_is_no_conversation_is_not_loaded(talker, tmp_path):
         '{"messages": []}',
         '{"messages": [{"role": "user", "content": "a"}]}',
         '{"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]}',
+        '{"messages": [{"role": "user", "content": "a", "name": "b"}]}',
+        '{"messages": ["a"]}',
         '{"messages": [{"role": "user", "content": 1}, {"role": "assistant", "content": "b"}]}',
     ):
         path.write_text(row)
@@ -651,7 +658,7 @@ def test_a_text_of_several_lines_is_typed_in_two_ways(talker, terminal, tmp_path
     screen.wait_for(". ")
     screen.type("three\n")
     screen.wait_for(". ")
-    screen.type("four\n")
+    screen.type("four\\\n")
     screen.wait_for(". ")
     screen.type('"""\n')
     screen.wait_for("> ")
@@ -662,7 +669,7 @@ def test_a_text_of_several_lines_is_typed_in_two_ways(talker, terminal, tmp_path
     assert screen.exit_code() == 0
     messages = json.loads((tmp_path / "saved.jsonl").read_text())["messages"]
     asked = [message["content"] for message in messages if message["role"] == "user"]
-    assert asked == ["one\ntwo", "three\nfour"]
+    assert asked == ["one\ntwo", "three\nfour\\"]
 
 
 def test_a_long_answer_at_a_terminal_stays_whole_on_the_screen():
