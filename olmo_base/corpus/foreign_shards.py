@@ -166,6 +166,11 @@ def read_foreign_shards(
     vocab_size, sha256 = vocab_size_of(tokenizer), sha256_file(json_path)
     shards: list[Shard] = []
     for file in foreign_files(path):
+        if file.with_name(file.name + ".loss").exists():
+            raise UserError(
+                f"{file}.loss says which ids not to learn from, which pretraining here does not "
+                "do. Move it away to learn from all."
+            )
         told = _metadata(file)
         chosen = dtype or (told.dtype if told else None) or dtype_for(vocab_size)
         if told and chosen != told.dtype:

@@ -172,6 +172,13 @@ def test_what_stands_beside_a_file_must_be_readable(tmp_path, tokenizer):
         opened(tmp_path, tokenizer)
 
 
+def test_a_mask_that_would_not_be_used_is_refused(tmp_path, tokenizer):
+    path = write_datatrove(tmp_path)
+    path.with_name(path.name + ".loss").write_bytes(b"\x01")
+    with pytest.raises(UserError, match=r"\.ds\.loss says which ids not to learn from"):
+        opened(tmp_path, tokenizer)
+
+
 def test_a_wrong_end_token_is_refused(tmp_path, tokenizer):
     write_dolma(tmp_path)
     with pytest.raises(UserError, match="documents end with the id 3, not with 299"):
