@@ -28,8 +28,10 @@ from olmo_base.corpus.batches import (
     read_split,
     refuse_other_tokenizers,
     shares_of,
+    split_folder,
 )
-from olmo_base.corpus.shards import Place
+from olmo_base.corpus.foreign_shards import foreign_files, read_foreign_shards
+from olmo_base.corpus.shards import Place, Shard
 from olmo_base.losses import MAX_LOGITS, next_token_loss
 from olmo_base.model.hf_weights import (
     copy_tokenizer,
@@ -72,7 +74,7 @@ from olmo_base.run.resume import (
     restore_random_state,
     save_checkpoint,
 )
-from olmo_base.tokenizer import load_tokenizer, tokenizer_path
+from olmo_base.tokenizer import load_tokenizer, tokenizer_path, write_tokenizer_files
 
 PROCESS_BYTES = 320_000_000  # Python with torch, before any tensor
 # Dense bf16 peak in FLOP/s, found by the first part of a name that matches.
@@ -88,11 +90,18 @@ GPU_PEAKS = {
 
 @dataclass(frozen=True)
 class TokenSource:
-    """One item of a ``dataset_mixer`` of tokens: the output_dir of a tokenize run."""
+    """One item of a ``dataset_mixer`` of tokens: the output_dir of a tokenize run.
+
+    Or a .npy file of dolma's, a .ds file of datatrove's, or a folder of them; they do not say
+    their tokenizer, so the recipe must.
+    """
 
     path: str
     ratio: float | None = setting(None, above=0)  # its part of the run; of all items, or of none
     max_repeats: float = setting(1.0, above=0)  # with a ratio: how often it may be read
+    tokenizer_name_or_path: str | None = None  # this and the next two: of .npy and .ds files
+    eos_token: str | None = None  # None: what the tokenizer's own configuration says
+    dtype: Literal["uint16", "uint32"] | None = None  # None: the smallest that holds its ids
 
 
 @dataclass(frozen=True)
@@ -181,7 +190,40 @@ class Corpus:
 
     train: TokenSequences | Mixture
     held_out: TokenSequences | None
-    tokenizer_folder: Path
+    tokenizer: Path  # its folder, or the tokenizer.json
+
+
+def shards_of_source(source: TokenSource, split: str) -> list[Shard]:
+    """The shards of a split of one source; .npy and .ds files are all to learn from.
+
+    Errors: UserError if there are none, or the source's keys do not go with what it holds.
+    """
+    is_tokenized = split_folder(source.path, "train").is_dir()
+    if not is_tokenized and foreign_files(source.path):
+        if source.tokenizer_name_or_path is None:
+            raise UserError(
+                f"{source.path} does not say which tokenizer its ids are for. Name it with "
+                "tokenizer_name_or_path beside the path."
+            )
+        if split == "eval":
+            return []
+        return read_foreign_shards(
+            source.path,
+            tokenizer_name_or_path=source.tokenizer_name_or_path,
+            eos_token=source.eos_token,
+            dtype=source.dtype,
+        )
+    for key in ("tokenizer_name_or_path", "eos_token", "dtype"):
+        if is_tokenized and getattr(source, key) is not None:
+            raise UserError(
+                f"{source.path} is a tokenize run's folder and says its own {key}. Leave the key "
+                "out."
+            )
+    return read_split([source.path], split)
+
+
+def _tokenizer_of(source: TokenSource) -> Path:
+    return Path(source.tokenizer_name_or_path or source.path)
 
 
 def open_corpus(recipe: PretrainRecipe, *, verify: bool) -> Corpus:
@@ -190,31 +232,34 @@ def open_corpus(recipe: PretrainRecipe, *, verify: bool) -> Corpus:
     Errors: UserError for missing, damaged or too short shards, for shards of different tokenizers,
     or a tokenizer beside them that is not the one they were made with.
     """
-    folders = [Path(source.path) for source in recipe.dataset_mixer]
-    train_shards, eval_shards = read_split(folders, "train"), read_split(folders, "eval")
+    sources = recipe.dataset_mixer
+    train_by_source = [shards_of_source(source, "train") for source in sources]
+    train_shards = [shard for shards in train_by_source for shard in shards]
+    eval_shards = [shard for source in sources for shard in shards_of_source(source, "eval")]
     refuse_other_tokenizers(train_shards)
     train: TokenSequences | Mixture
-    if recipe.dataset_mixer[0].ratio is None:
+    if sources[0].ratio is None:
         train = TokenSequences(train_shards, recipe.max_length, verify=verify)
     else:
-        train = _mixture(recipe, verify=verify)
+        train = _mixture(recipe, train_by_source, verify=verify)
     held_out = None
     if eval_shards:
         refuse_other_tokenizers([*train_shards, *eval_shards])
         held_out = TokenSequences(eval_shards, recipe.max_length, verify=verify)
-    path = tokenizer_path(folders[0])
+    path = tokenizer_path(_tokenizer_of(sources[0]))
     if sha256_file(path) != train_shards[0].info.tokenizer_sha256:
         raise UserError(
             f"{path} is not the tokenizer that the shards beside it were made with. "
             "Run the tokenize stage again into a new folder."
         )
-    return Corpus(train, held_out, folders[0])
+    return Corpus(train, held_out, _tokenizer_of(sources[0]))
 
 
-def _mixture(recipe: PretrainRecipe, *, verify: bool) -> Mixture:
+def _mixture(
+    recipe: PretrainRecipe, train_by_source: Sequence[Sequence[Shard]], *, verify: bool
+) -> Mixture:
     sources = [
-        TokenSequences(read_split([source.path], "train"), recipe.max_length, verify=verify)
-        for source in recipe.dataset_mixer
+        TokenSequences(shards, recipe.max_length, verify=verify) for shards in train_by_source
     ]
     shares = shares_of(
         [source.path for source in recipe.dataset_mixer],
@@ -252,13 +297,13 @@ def model_config(recipe: PretrainRecipe, corpus: Corpus) -> ModelConfig:
     return shape.config(
         vocab_size=padded_vocab_size(corpus.train.vocab_size, recipe.pad_vocab_to_multiple_of),
         eos_token_id=eos_token_id,
-        pad_token_id=_pad_token_id(corpus.tokenizer_folder, eos_token_id),
+        pad_token_id=_pad_token_id(corpus.tokenizer, eos_token_id),
     )
 
 
 def _config_to_go_on(recipe: PretrainRecipe, folder: str, corpus: Corpus) -> ModelConfig:
     config = read_model_config(folder)
-    ours, theirs = tokenizer_path(folder), tokenizer_path(corpus.tokenizer_folder)
+    ours, theirs = tokenizer_path(folder), tokenizer_path(corpus.tokenizer)
     if sha256_file(ours) != sha256_file(theirs):
         raise UserError(
             f"{ours} is not the tokenizer that {theirs.parent} was tokenized with. Tokenize the "
@@ -272,12 +317,12 @@ def _config_to_go_on(recipe: PretrainRecipe, folder: str, corpus: Corpus) -> Mod
     return config
 
 
-def _pad_token_id(folder: Path, eos_token_id: int) -> int:
-    config = _read_tokenizer_config(folder)
+def _pad_token_id(tokenizer: Path, eos_token_id: int) -> int:
+    config = _read_tokenizer_config(tokenizer_path(tokenizer).parent)
     token = config.get("pad_token")
     if isinstance(token, dict):  # an AddedToken written out
         token = token.get("content")
-    token_id = load_tokenizer(folder).token_to_id(token) if token else None
+    token_id = load_tokenizer(tokenizer).token_to_id(token) if token else None
     return eos_token_id if token_id is None else token_id
 
 
@@ -621,17 +666,23 @@ def _gpu_figures(model: Transformer, tokens_per_second: float, max_length: int) 
 
 
 def input_files(recipe: PretrainRecipe) -> list[Path]:
-    """The descriptions of the shards, which hold their SHA-256, and the tokenizer's files.
+    """The descriptions of the shards, which hold their SHA-256 (or shards without any), and the
+    tokenizer's files.
 
     Errors: UserError naming a folder without them.
     """
-    folders = [source.path for source in recipe.dataset_mixer]
-    shards = [*read_split(folders, "train"), *read_split(folders, "eval")]
-    first = Path(folders[0])
-    beside = [path for path in (first / "tokenizer_config.json",) if path.is_file()]
-    described = [shard.path.with_suffix(".json") for shard in shards]
+    sources = recipe.dataset_mixer
+    described = [
+        shard.identity_file
+        for split in ("train", "eval")
+        for source in sources
+        for shard in shards_of_source(source, split)
+    ]
+    tokenizer = tokenizer_path(_tokenizer_of(sources[0]))
+    config = tokenizer.with_name("tokenizer_config.json")
+    beside = [config] if config.is_file() else []
     model = [] if recipe.init_from is None else model_files(recipe.init_from)
-    return [*described, tokenizer_path(first), *beside, *model]
+    return [*described, tokenizer, *beside, *model]
 
 
 def plan(recipe: PretrainRecipe) -> dict[str, object]:
@@ -704,7 +755,13 @@ def _export(folder: RunFolder, model: Transformer, corpus: Corpus) -> None:
     """Write the model folder, its tokenizer told how long a row the model reads."""
     with tempfile.TemporaryDirectory() as name:
         temporary = Path(name)
-        copy_tokenizer(corpus.tokenizer_folder, temporary, vocab_size=model.config.vocab_size)
+        if corpus.tokenizer.is_dir():
+            copy_tokenizer(corpus.tokenizer, temporary, vocab_size=model.config.vocab_size)
+        else:
+            tokenizer = load_tokenizer(corpus.tokenizer)
+            eos_token = tokenizer.id_to_token(corpus.train.eos_token_id)
+            assert eos_token is not None  # its id was found by its name
+            write_tokenizer_files(corpus.tokenizer, tokenizer, eos_token, temporary)
         content = _read_tokenizer_config(temporary)
         content["model_max_length"] = model.config.max_position_embeddings
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"

@@ -179,6 +179,53 @@ def load_tokenizer(folder_or_json: str | Path) -> Tokenizer:
     return tokenizer
 
 
+def end_token(path: Path, tokenizer: Tokenizer, wanted: str | None) -> tuple[str, int]:
+    """The token that ends a document, and its id: ``wanted``, the tokenizer's own, or OLMo's.
+
+    ``path`` is the tokenizer.json. Errors: UserError if the tokenizer has no such token.
+    """
+    config_path = path.with_name("tokenizer_config.json")
+    configured = None
+    if config_path.is_file():
+        configured = json.loads(config_path.read_text(encoding="utf-8")).get("eos_token")
+        if isinstance(configured, dict):  # an AddedToken written out
+            configured = configured.get("content")
+    token = str(wanted or configured or EOS_TOKEN)
+    token_id = tokenizer.token_to_id(token)
+    if token_id is None:
+        raise UserError(
+            f"{path} has no token {token!r} to end a document with. "
+            "Name one of its tokens with eos_token."
+        )
+    return token, token_id
+
+
+def tokenizer_files(folder_or_json: str | Path) -> list[Path]:
+    """The tokenizer.json and what describes it beside it."""
+    path = tokenizer_path(folder_or_json)
+    return [file for name in TOKENIZER_FILES[1:] if (file := path.with_name(name)).is_file()] + [
+        path
+    ]
+
+
+def write_tokenizer_files(
+    folder_or_json: str | Path, tokenizer: Tokenizer, eos_token: str, target: Path
+) -> None:
+    """Copy a tokenizer's files, unchanged; one that comes alone gets a tokenizer_config.json."""
+    files = tokenizer_files(folder_or_json)
+    for file in files:
+        name = "tokenizer.json" if file == files[-1] else file.name
+        atomic_write(target / name, file.read_bytes())
+    if not (target / "tokenizer_config.json").exists():
+        has_pad = tokenizer.token_to_id(PAD_TOKEN) is not None
+        config = tokenizer_config(
+            eos_token=eos_token,
+            pad_token=PAD_TOKEN if has_pad else eos_token,
+            model_max_length=2**20,
+        )
+        atomic_write(target / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+
+
 # ---------------------------------------------------------------- the stage
 
 

@@ -136,7 +136,7 @@ def _readable(key: str, value: object) -> str:
 def _ask(model: Path, question: str) -> None:
     from open_instruct.chat.terminal import chat as talk
 
-    click.echo(f"\nQuestion to {model}: {question}\nAnswer: ", nl=False)
+    click.echo(f"\nQuestion to {model}: {question}\nAnswer:")
     talk(str(model), prompt=question, temperature=0.0)
 
 
@@ -144,8 +144,14 @@ def _ask(model: Path, question: str) -> None:
 
 
 @cli.command()
-@click.argument("model")
+@click.argument("model", required=False)
 @click.option("-p", "--prompt", metavar="TEXT", help="Ask one question, print the answer, leave.")
+@click.option("--compare", metavar="OTHER", help="Ask this model too, and show both answers.")
+@click.option(
+    "--url",
+    metavar="URL",
+    help="Talk with a running server, such as http://127.0.0.1:8000; MODEL is a name there.",
+)
 @click.option("--system", metavar="TEXT", help="A system prompt, before the first turn.")
 @click.option(
     "--temperature",
@@ -170,8 +176,10 @@ def _ask(model: Path, question: str) -> None:
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 def chat(
-    model: str,
+    model: str | None,
     prompt: str | None,
+    compare: str | None,
+    url: str | None,
     system: str | None,
     temperature: float,
     top_p: float,
@@ -181,13 +189,16 @@ def chat(
     """Talk with a model in the terminal.
 
     MODEL is the output_dir of an sft or dpo run, or a Hugging Face model folder. With piped
-    standard input each line is one turn, and only answers go to standard output.
+    standard input each line is one turn, and only answers go to standard output. The key of a
+    server that asks for one is read from OPEN_INSTRUCT_API_KEY.
     """
     from open_instruct.chat.terminal import chat as talk
 
     talk(
         model,
         prompt=prompt,
+        compare=compare,
+        url=url,
         system=system,
         temperature=temperature,
         top_p=top_p,

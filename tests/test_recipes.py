@@ -138,7 +138,7 @@ def test_the_debug_recipes_run_from_text_to_an_answered_question(tmp_path, monke
     assert main(command) == 0
     first = capsys.readouterr()
     assert "life/report/report.html" in first.out
-    assert "Question to life/dpo: Is this a question?\nAnswer: " in first.out
+    assert "Question to life/dpo: Is this a question?\nAnswer:\n" in first.out
     for stage in ("world", "tokenizer", "tokens", "base", "sft", "dpo", "report"):
         manifest = read_manifest(f"life/{stage}")
         assert manifest is not None and manifest["status"] == "finished"

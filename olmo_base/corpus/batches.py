@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from olmo_base.corpus.shards import Place, Shard, read_shards, verify_content
+from olmo_base.corpus.shards import Place, Shard, read_shards
 from olmo_base.run.errors import UserError
 
 U64 = np.uint64
@@ -123,12 +123,11 @@ class TokenSequences:
         refuse_other_tokenizers(shards)
         if verify:
             for shard in shards:
-                verify_content(shard)
+                shard.verify()
         self.max_length = max_length
         self.vocab_size = max(shard.info.vocab_size for shard in shards)
         self.eos_token_id = first.eos_token_id
         self.num_tokens = sum(shard.info.num_tokens for shard in shards)
-        self.num_documents = sum(shard.info.num_documents for shard in shards)
         self.num_bytes = sum(shard.info.num_bytes for shard in shards)
         self._shards = shards
         self._tokens = [shard.tokens() for shard in shards]
@@ -140,6 +139,11 @@ class TokenSequences:
                 f"max_length {max_length} needs {max_length + 1}. Give more text, or lower "
                 "max_length."
             )
+
+    @property
+    def num_documents(self) -> int:
+        """Documents in the shards."""
+        return sum(shard.num_documents for shard in self._shards)
 
     def __len__(self) -> int:
         return self._num_sequences
@@ -255,9 +259,13 @@ class Mixture:
         self.eos_token_id = sources[0].eos_token_id
         self.vocab_size = max(source.vocab_size for source in sources)
         self.num_tokens = sum(source.num_tokens for source in sources)
-        self.num_documents = sum(source.num_documents for source in sources)
         self._firsts = np.cumsum([0, *(len(source) for source in sources)])
         self._starts = np.cumsum([0, *(share.used for share in shares)])
+
+    @property
+    def num_documents(self) -> int:
+        """Documents in all sources."""
+        return sum(source.num_documents for source in self._sources)
 
     def __len__(self) -> int:
         return int(self._firsts[-1])
@@ -353,12 +361,18 @@ def micro_batches(
 
 
 def refuse_other_tokenizers(shards: Sequence[Shard]) -> None:
-    """Errors: UserError if the shards were not all made with one tokenizer."""
+    """Errors: UserError if the shards were not all made with one tokenizer and end token."""
     for shard in shards[1:]:
         if shard.info.tokenizer_sha256 != shards[0].info.tokenizer_sha256:
             raise UserError(
                 f"{shard.path.parent} and {shards[0].path.parent} hold the ids of different "
                 "tokenizers. Tokenize both with the same one."
+            )
+        if shard.info.eos_token_id != shards[0].info.eos_token_id:
+            raise UserError(
+                f"Documents in {shard.path.parent} end with the id {shard.info.eos_token_id}, "
+                f"those in {shards[0].path.parent} with {shards[0].info.eos_token_id}. Tokenize "
+                "both with the same eos_token."
             )
 
 

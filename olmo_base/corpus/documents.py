@@ -1,25 +1,33 @@
-"""Read documents, one at a time, from text files and files of JSON lines.
+"""Read documents, one at a time, from text files, files of JSON lines and Parquet files.
 
-    .txt .txt.gz                            the whole file is one document
-    .jsonl .jsonl.gz .json .json.gz         one JSON object a line, its text under ``text_field``
+    .txt            the whole file is one document
+    .jsonl .json    one JSON object a line, its text under ``text_field``
+    .parquet        one document a row, its text in the column ``text_field``
 
-Nothing is repaired: a line that cannot be read is an error that names file and line.
+The first two may be packed: .gz, or .zst (with the package zstandard). Nothing is repaired: a
+line that cannot be read is an error that names file and line, or the row, counted from 1.
 """
 
 import gzip
+import importlib.util
+import io
 import json
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NamedTuple, cast
+from typing import IO, Any, NamedTuple, cast
 
 from olmo_base.run.artefact import ExampleCounts
 from olmo_base.run.errors import DataError, UserError
 from olmo_base.run.recipe import setting
 
-TEXT_ENDINGS = (".txt", ".txt.gz")
-JSON_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
+TEXT_ENDINGS = (".txt", ".txt.gz", ".txt.zst")
+JSON_ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst")
+PARQUET_ENDING = ".parquet"
+PACKAGES = {".zst": "zstandard", PARQUET_ENDING: "pyarrow"}  # of the extra "data"
+ROWS_AT_A_TIME = 256  # of a Parquet file
+PACKED_BYTES_AT_A_TIME = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,7 @@ class DocumentSource:
 
 
 class Document(NamedTuple):
-    """A text and where it stands; ``line`` is None when the whole file is the document."""
+    """A text and where it stands: the line or row, None when the whole file is the document."""
 
     text: str
     path: Path
@@ -42,14 +50,16 @@ class Document(NamedTuple):
 def source_files(source: DocumentSource) -> list[Path]:
     """The files of one source: itself, or every document file under the folder, in order of name.
 
-    Errors: UserError if there is no such path, no document file in it, or an unknown file ending.
+    Errors: UserError if there is no such path, no document file in it, an unknown file ending, or
+    one that needs a package which is not installed.
     """
     path = Path(source.path)
-    known = (*TEXT_ENDINGS, *JSON_ENDINGS)
+    known = (*TEXT_ENDINGS, *JSON_ENDINGS, PARQUET_ENDING)
     if path.is_dir():
         found = sorted(file for file in path.rglob("*") if file.name.lower().endswith(known))
         if not found:
             raise UserError(f"{path} holds no documents. Needed: files ending {_listed(known)}.")
+        _refuse_missing_package(found)
         return found
     if not path.is_file():
         raise UserError(
@@ -58,7 +68,18 @@ def source_files(source: DocumentSource) -> list[Path]:
         )
     if not path.name.lower().endswith(known):
         raise UserError(f"{path} is no document file. Needed: a file ending {_listed(known)}.")
+    _refuse_missing_package([path])
     return [path]
+
+
+def _refuse_missing_package(files: Sequence[Path]) -> None:
+    for ending, package in PACKAGES.items():
+        needing = [file for file in files if file.name.lower().endswith(ending)]
+        if needing and importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"{needing[0]} needs the package {package} to be read, which is not installed. "
+                "Install it: pip install 'open-instruct[data]'."
+            )
 
 
 def document_files(sources: Sequence[DocumentSource]) -> list[Path]:
@@ -113,22 +134,135 @@ class DocumentStream:
                 self._finished_bytes += path.stat().st_size
 
     def _read_file(self, path: Path, text_field: str) -> Iterator[Document]:
+        name = path.name.lower()
         with open(path, "rb") as raw:
             self._open_file = raw
-            is_packed = path.name.lower().endswith(".gz")
-            file = cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if is_packed else raw
+            if name.endswith(PARQUET_ENDING):
+                yield from _read_parquet(raw, path, text_field)
+                return
+            file: IO[bytes] = raw
+            if name.endswith(".gz"):
+                file = cast(IO[bytes], gzip.GzipFile(fileobj=raw))
+            elif name.endswith(".zst"):
+                file = io.BufferedReader(_ZstandardFile(raw), 1 << 20)
             try:
-                if path.name.lower().endswith(TEXT_ENDINGS):
+                if name.endswith(TEXT_ENDINGS):
                     text = _decoded(file.read(), path, None)
                     if not text:
                         raise DataError(path, None, "the file is empty.", "Remove it.")
                     yield Document(text, path, None)
                 else:
                     yield from _read_json_lines(file, path, text_field)
-            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            except (EOFError, gzip.BadGzipFile, zlib.error, _ZstandardDamage) as error:
+                kind = "zstandard" if name.endswith(".zst") else "gzip"
                 raise DataError(
-                    path, None, f"the gzip data is damaged ({error}).", "Fetch the file again."
+                    path, None, f"the {kind} data is damaged ({error}).", "Fetch the file again."
                 ) from None
+
+
+class _ZstandardDamage(Exception):
+    """Packed bytes that cannot be unpacked."""
+
+
+class _ZstandardFile(io.RawIOBase):
+    """The unpacked bytes of a file of one or more Zstandard frames.
+
+    The package's own reader takes a file that was cut off for one that ends there.
+    """
+
+    def __init__(self, packed: IO[bytes]) -> None:
+        import zstandard  # optional, and only for such files
+
+        self._packed = packed
+        self._unpacker = zstandard.ZstdDecompressor(max_window_size=2**31)  # zstd --long=31
+        self._damage = zstandard.ZstdError
+        self._frame: Any = None  # the one being unpacked; None between two
+        self._rest = b""  # packed bytes of the next frame, already read
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            packed = self._rest or self._packed.read(PACKED_BYTES_AT_A_TIME)
+            self._rest = b""
+            if not packed:
+                if self._frame is not None:
+                    raise EOFError("the file ends before its last frame does")
+                return 0
+            if self._frame is None:
+                self._frame = self._unpacker.decompressobj()
+            try:
+                self._ready = memoryview(self._frame.decompress(packed))
+            except self._damage as error:
+                raise _ZstandardDamage(str(error)) from None
+            if self._frame.eof:
+                self._rest = self._frame.unused_data
+                self._frame = None
+        num_bytes = min(len(buffer), len(self._ready))
+        buffer[:num_bytes] = self._ready[:num_bytes]
+        self._ready = self._ready[num_bytes:]
+        return num_bytes
+
+
+def _read_parquet(file: IO[bytes], path: Path, text_field: str) -> Iterator[Document]:
+    import pyarrow  # optional, and only for such files
+    from pyarrow import parquet
+
+    def is_text(kind: Any) -> bool:
+        if pyarrow.types.is_dictionary(kind):
+            kind = kind.value_type
+        types = pyarrow.types
+        return bool(
+            types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+        )
+
+    row = 0
+    try:
+        table = parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
+        schema = table.schema_arrow
+        if text_field not in schema.names:
+            columns = ", ".join(map(repr, schema.names)) or "none"
+            raise DataError(
+                path,
+                None,
+                f"the column {text_field!r} is missing; found {columns}.",
+                "Name the column that holds the text with text_field.",
+            )
+        kind = schema.field(text_field).type
+        if not is_text(kind):
+            raise DataError(
+                path,
+                None,
+                f"the column {text_field!r} holds {kind}, needed text.",
+                "Name the column that holds the text with text_field.",
+            )
+        batches = table.iter_batches(ROWS_AT_A_TIME, columns=[text_field], use_threads=False)
+        for batch in batches:
+            for value in batch.column(0):
+                row += 1
+                try:
+                    text = value.as_py()
+                except UnicodeDecodeError as error:
+                    raise DataError(
+                        path,
+                        row,
+                        f"byte {error.start} of {text_field!r} is not UTF-8.",
+                        "Mend or remove the row.",
+                    ) from None
+                if text is None:
+                    raise DataError(
+                        path, row, f"{text_field!r} is null.", "Mend or remove the row."
+                    )
+                yield Document(text, path, row)
+    except (pyarrow.ArrowException, OSError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise DataError(
+            path, None, f"the Parquet data is damaged ({first_line}).", "Fetch the file again."
+        ) from None
+    if row == 0:
+        raise DataError(path, None, "the file is empty.", "Remove it, or write documents to it.")
 
 
 def _read_json_lines(file: IO[bytes], path: Path, text_field: str) -> Iterator[Document]:

@@ -10,10 +10,11 @@ tokens_00000.json    what the two hold: the fields of ``ShardInfo``
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -59,6 +60,16 @@ class Shard:
     path: Path  # the .bin
     info: ShardInfo
 
+    @property
+    def identity_file(self) -> Path:
+        """The file whose content says what the shard holds."""
+        return self.path.with_suffix(".json")
+
+    @property
+    def num_documents(self) -> int:
+        """Documents in the shard."""
+        return self.info.num_documents
+
     def tokens(self) -> Ids:
         """All ids, mapped into memory and read-only."""
         return np.memmap(self.path, dtype=DTYPES[self.info.dtype], mode="r")
@@ -78,6 +89,18 @@ class Shard:
             for _, file, line in origin_N3[first:last]
         ]
 
+    def verify(self) -> None:
+        """Compare the SHA-256 with the sidecar's. Errors: UserError if they differ."""
+        origin = self.path.with_suffix(".origin")
+        for path, expected in ((self.path, self.info.sha256), (origin, self.info.origin_sha256)):
+            with open(path, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != expected:
+                raise UserError(
+                    f"The content of {path} is not what was written (its SHA-256 differs from the "
+                    "description's). Run the tokenize stage again into a new folder."
+                )
+
 
 def dtype_for(vocab_size: int) -> str:
     """The smallest dtype that holds every id below ``vocab_size``."""
@@ -90,7 +113,12 @@ def vocab_size_of(tokenizer: Tokenizer) -> int:
 
 
 class ShardWriter:
-    """Writes ``tokens_00000``, ``tokens_00001``, … in a folder, each of whole documents."""
+    """Writes ``tokens_00000``, ``tokens_00001``, … in a folder, each of whole documents.
+
+    A shard's description is written last, when its other two files are safe on disk: with it the
+    shard is finished. A writer goes on after those that are finished in its folder; other files
+    there are what was left of an unfinished one and are removed.
+    """
 
     def __init__(
         self,
@@ -106,9 +134,16 @@ class ShardWriter:
         self._tokenizer_sha256 = tokenizer_sha256
         self._tokens_per_shard = tokens_per_shard
         self._dtype = dtype_for(vocab_size)
-        self._num_shards = 0
-        self.num_tokens = self.num_documents = self.num_bytes = 0
-        self._start()
+        finished = finished_shards(folder)
+        self._num_shards = len(finished)
+        self.num_tokens = sum(shard.info.num_tokens for shard in finished)
+        self.num_documents = sum(shard.info.num_documents for shard in finished)
+        self.num_bytes = sum(shard.info.num_bytes for shard in finished)
+        kept = {shard.path.stem for shard in finished}
+        for path in folder.glob("tokens_*"):
+            if path.stem not in kept:
+                path.unlink()
+        self._file: IO[bytes] | None = None
 
     def _start(self) -> None:
         self._path = self._folder / f"tokens_{self._num_shards:05d}.bin"
@@ -130,9 +165,9 @@ class ShardWriter:
 
         ``num_bytes`` is that of the text.
         """
-        if self._tokens >= self._tokens_per_shard:
-            self._end()
+        if self._file is None:
             self._start()
+            assert self._file is not None
         data = ids.astype(DTYPES[self._dtype], copy=False).tobytes()
         self._file.write(data)
         self._hash.update(data)
@@ -148,14 +183,16 @@ class ShardWriter:
         self.num_tokens += len(ids)
         self.num_documents += len(places)
         self.num_bytes += num_bytes
+        if self._tokens >= self._tokens_per_shard:
+            self._end()
 
     def _end(self) -> None:
-        self._file.close()
-        self._origin_file.close()
-        if self._tokens == 0:
-            self._path.unlink()
-            self._path.with_suffix(".origin").unlink()
-            return
+        assert self._file is not None
+        for written in (self._file, self._origin_file):
+            written.flush()
+            os.fsync(written.fileno())
+            written.close()
+        self._file = None
         info = ShardInfo(
             dtype=self._dtype,
             vocab_size=self._vocab_size,
@@ -169,12 +206,32 @@ class ShardWriter:
             files=tuple(self._files),
         )
         content = json.dumps(asdict(info), indent=2) + "\n"
-        self._path.with_suffix(".json").write_text(content, encoding="utf-8")
+        described = self._path.with_suffix(".json")
+        temporary = described.with_suffix(".unfinished")
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, described)
         self._num_shards += 1
 
     def close(self) -> None:
         """Finish the last shard."""
-        self._end()
+        if self._file is not None:
+            self._end()
+
+
+def finished_shards(folder: Path) -> list[Shard]:
+    """The shards at the start of a folder that are whole, by their SHA-256."""
+    finished: list[Shard] = []
+    while (path := folder / f"tokens_{len(finished):05d}.bin").is_file():
+        try:
+            shard = Shard(path, _read_info(path))
+            shard.verify()
+        except UserError:
+            break
+        finished.append(shard)
+    return finished
 
 
 def read_shards(folder: Path) -> list[Shard]:
@@ -213,16 +270,3 @@ def _read_info(path: Path) -> ShardInfo:
                 f"{file} has {file.stat().st_size} bytes; its description says {expected}. {again}"
             )
     return info
-
-
-def verify_content(shard: Shard) -> None:
-    """Compare a shard's SHA-256 with its sidecar's. Errors: UserError if they differ."""
-    origin = shard.path.with_suffix(".origin")
-    for path, expected in ((shard.path, shard.info.sha256), (origin, shard.info.origin_sha256)):
-        with open(path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != expected:
-            raise UserError(
-                f"The content of {path} is not what was written (its SHA-256 differs from the "
-                "description's). Run the tokenize stage again into a new folder."
-            )

@@ -4,11 +4,12 @@
     output_dir/tokens/eval/tokens_00000.bin …    documents it never sees
     output_dir/tokenizer.json …                  the tokenizer the ids belong to
 
-The shards do not depend on how many processes made them.
+The shards do not depend on how many processes made them, nor on how often they were stopped:
+finished ones are kept, and the documents in them are read again but not tokenized again.
 """
 
 import hashlib
-import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -29,8 +30,6 @@ from olmo_base.run.artefact import (
     ExampleCounts,
     RunConfig,
     RunFolder,
-    atomic_folder,
-    atomic_write,
     sha256_file,
 )
 from olmo_base.run.errors import Stopped, UserError
@@ -38,11 +37,11 @@ from olmo_base.run.launch import stop_signals
 from olmo_base.run.metrics import Progress
 from olmo_base.run.recipe import RecipeError, setting
 from olmo_base.tokenizer import (
-    EOS_TOKEN,
-    TOKENIZER_FILES,
+    end_token,
     load_tokenizer,
-    tokenizer_config,
+    tokenizer_files,
     tokenizer_path,
+    write_tokenizer_files,
 )
 
 
@@ -83,51 +82,27 @@ def is_held_out(text: str, *, fraction: float, seed: int) -> bool:
 # ---------------------------------------------------------------- the stage
 
 
-def eos_token_of(recipe: TokenizeRecipe, tokenizer: Tokenizer) -> tuple[str, int]:
-    """The token that ends a document, and its id: the recipe's, the tokenizer's own, or OLMo's.
-
-    Errors: UserError if the tokenizer has no such token.
-    """
-    path = tokenizer_path(recipe.tokenizer_name_or_path)
-    config_path = path.with_name("tokenizer_config.json")
-    configured = None
-    if config_path.is_file():
-        configured = json.loads(config_path.read_text(encoding="utf-8")).get("eos_token")
-        if isinstance(configured, dict):  # an AddedToken written out
-            configured = configured.get("content")
-    token = str(recipe.eos_token or configured or EOS_TOKEN)
-    token_id = tokenizer.token_to_id(token)
-    if token_id is None:
-        raise UserError(
-            f"{path} has no token {token!r} to end a document with. "
-            "Name one of its tokens with eos_token."
-        )
-    return token, token_id
-
-
-def _tokenizer_files(recipe: TokenizeRecipe) -> list[Path]:
-    path = tokenizer_path(recipe.tokenizer_name_or_path)
-    return [file for name in TOKENIZER_FILES[1:] if (file := path.with_name(name)).is_file()] + [
-        path
-    ]
-
-
 def input_files(recipe: TokenizeRecipe) -> list[Path]:
     """The tokenizer's files and the documents. Errors: UserError naming one that is missing."""
     sources = (*recipe.dataset_mixer, *recipe.eval_dataset_mixer)
-    return [*_tokenizer_files(recipe), *document_files(sources)]
+    return [*tokenizer_files(recipe.tokenizer_name_or_path), *document_files(sources)]
 
 
 def _documents(
-    recipe: TokenizeRecipe, streams: dict[str, DocumentStream]
+    recipe: TokenizeRecipe, streams: dict[str, DocumentStream], *, done: dict[str, int]
 ) -> Iterator[tuple[str, Document]]:
-    """Every document with the name of its split."""
+    """Every document with the name of its split, but for the first so many ``done`` of a split."""
+    num_left = dict(done)
     for name, stream in streams.items():
         for document in stream:
             is_eval = name == "eval" or is_held_out(
                 document.text, fraction=recipe.eval_fraction, seed=recipe.run.seed
             )
-            yield ("eval" if is_eval else "train"), document
+            split = "eval" if is_eval else "train"
+            if num_left.get(split, 0) > 0:
+                num_left[split] -= 1
+            else:
+                yield split, document
 
 
 def _streams(recipe: TokenizeRecipe, counts: ExampleCounts) -> dict[str, DocumentStream]:
@@ -140,10 +115,10 @@ def _streams(recipe: TokenizeRecipe, counts: ExampleCounts) -> dict[str, Documen
 def plan(recipe: TokenizeRecipe) -> dict[str, object]:
     """What a run would write, for --dry-run. Tokens are estimated from the first documents."""
     tokenizer = load_tokenizer(recipe.tokenizer_name_or_path)
-    eos_token_of(recipe, tokenizer)
+    end_token(tokenizer_path(recipe.tokenizer_name_or_path), tokenizer, recipe.eos_token)
     documents = {"train": 0, "eval": 0}
     num_characters, sample = 0, ""
-    for split, document in _documents(recipe, _streams(recipe, ExampleCounts())):
+    for split, document in _documents(recipe, _streams(recipe, ExampleCounts()), done={}):
         documents[split] += 1
         num_characters += len(document.text)
         if len(sample) < CHARACTERS_PER_BATCH:
@@ -161,44 +136,25 @@ def plan(recipe: TokenizeRecipe) -> dict[str, object]:
 
 
 def run(recipe: TokenizeRecipe) -> RunFolder:
-    """Write the shards. A stopped run starts again: nothing is named before it is whole."""
+    """Write the shards. A stopped run goes on after the shards that were finished."""
     folder = RunFolder.open(recipe, input_files(recipe))
     if folder.is_finished:
         return folder
     tokenizer = load_tokenizer(recipe.tokenizer_name_or_path)
-    eos_token, eos_token_id = eos_token_of(recipe, tokenizer)
-    for leftover in folder.path.glob(".tokens.*"):  # of a killed process
-        shutil.rmtree(leftover)
-    streams = _streams(recipe, folder.counts)
-    bytes_total = sum(stream.bytes_total for stream in streams.values())
-    with (
-        atomic_folder(folder.path / "tokens") as temporary,
-        stop_signals() as flag,
-        Progress(folder, "reading documents", bytes_total, unit="bytes") as progress,
-    ):
-        writers = {}
-        for split in ("train", "eval"):
-            (temporary / split).mkdir()
-            writers[split] = ShardWriter(
-                temporary / split,
-                vocab_size=vocab_size_of(tokenizer),
-                eos_token_id=eos_token_id,
-                tokenizer_sha256=sha256_file(tokenizer_path(recipe.tokenizer_name_or_path)),
-                tokens_per_shard=recipe.tokens_per_shard,
-            )
-        batches = gather(_documents(recipe, streams))
-        for batch, encoded in encoded_batches(
-            batches, tokenizer, eos_token_id=eos_token_id, num_proc=recipe.num_proc
-        ):
-            if flag.requested:
-                raise Stopped(flag.signal_number)
-            writers[batch.split].add(*encoded, places=batch.places, num_bytes=batch.num_bytes)
-            num_read = sum(stream.bytes_read for stream in streams.values())
-            progress.update(num_read, tokens=sum(w.num_tokens for w in writers.values()))
-        for writer in writers.values():
-            writer.close()
+    path = tokenizer_path(recipe.tokenizer_name_or_path)
+    eos_token, eos_token_id = end_token(path, tokenizer, recipe.eos_token)
+    unfinished, tokens = folder.path / ".tokens.unfinished", folder.path / "tokens"
+    if tokens.is_dir():  # killed after the last shard, before the run was called finished
+        os.replace(tokens, unfinished)
+    try:
+        writers = _write_shards(recipe, folder, unfinished, tokenizer, eos_token_id)
         _refuse_empty_split(recipe, writers)
-    _copy_tokenizer(recipe, tokenizer, eos_token, folder.path)
+    except UserError:  # once mended the documents are others, and so are the shards
+        shutil.rmtree(unfinished)
+        raise
+    os.replace(unfinished, tokens)
+    # beside the shards, so that pretraining need not be told which it was
+    write_tokenizer_files(path, tokenizer, eos_token, folder.path)
     results = _results(writers)
     folder.log(
         f"{results['train_tokens']:,} tokens of {results['train_documents']:,} documents to learn "
@@ -206,6 +162,47 @@ def run(recipe: TokenizeRecipe) -> RunFolder:
     )
     folder.finish(**results)
     return folder
+
+
+def _write_shards(
+    recipe: TokenizeRecipe,
+    folder: RunFolder,
+    unfinished: Path,
+    tokenizer: Tokenizer,
+    eos_token_id: int,
+) -> dict[str, ShardWriter]:
+    """Write what is missing of ``unfinished/train`` and ``unfinished/eval``."""
+    writers = {}
+    for split in ("train", "eval"):
+        (unfinished / split).mkdir(parents=True, exist_ok=True)
+        writers[split] = ShardWriter(
+            unfinished / split,
+            vocab_size=vocab_size_of(tokenizer),
+            eos_token_id=eos_token_id,
+            tokenizer_sha256=sha256_file(tokenizer_path(recipe.tokenizer_name_or_path)),
+            tokens_per_shard=recipe.tokens_per_shard,
+        )
+    done = {split: writer.num_documents for split, writer in writers.items()}
+    if any(done.values()):
+        folder.log(f"going on after {sum(done.values()):,} documents in finished shards")
+    streams = _streams(recipe, folder.counts)
+    bytes_total = sum(stream.bytes_total for stream in streams.values())
+    with (
+        stop_signals() as flag,
+        Progress(folder, "reading documents", bytes_total, unit="bytes") as progress,
+    ):
+        batches = gather(_documents(recipe, streams, done=done))
+        for batch, encoded in encoded_batches(
+            batches, tokenizer, eos_token_id=eos_token_id, num_proc=recipe.num_proc
+        ):
+            if flag.requested:
+                raise Stopped(flag.signal_number, "; finished shards are kept")
+            writers[batch.split].add(*encoded, places=batch.places, num_bytes=batch.num_bytes)
+            num_read = sum(stream.bytes_read for stream in streams.values())
+            progress.update(num_read, tokens=sum(w.num_tokens for w in writers.values()))
+    for writer in writers.values():
+        writer.close()
+    return writers
 
 
 def _refuse_empty_split(recipe: TokenizeRecipe, writers: dict[str, ShardWriter]) -> None:
@@ -221,24 +218,6 @@ def _refuse_empty_split(recipe: TokenizeRecipe, writers: dict[str, ShardWriter])
             "documents. Raise it, choose another seed, or name held-out documents with "
             "eval_dataset_mixer."
         )
-
-
-def _copy_tokenizer(
-    recipe: TokenizeRecipe, tokenizer: Tokenizer, eos_token: str, folder: Path
-) -> None:
-    """Put the tokenizer beside the shards, so that pretraining need not be told which it was."""
-    files = _tokenizer_files(recipe)
-    for file in files:
-        name = "tokenizer.json" if file == files[-1] else file.name
-        atomic_write(folder / name, file.read_bytes())
-    if not (folder / "tokenizer_config.json").exists():
-        has_pad = tokenizer.token_to_id("<|pad|>") is not None
-        config = tokenizer_config(
-            eos_token=eos_token,
-            pad_token="<|pad|>" if has_pad else eos_token,
-            model_max_length=2**20,
-        )
-        atomic_write(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
 
 def _results(writers: dict[str, ShardWriter]) -> dict[str, Any]:

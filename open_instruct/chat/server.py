@@ -63,11 +63,11 @@ from open_instruct.chat.protocol import (
     encodable,
 )
 from open_instruct.chat.protocol import Request as Asked
+from open_instruct.chat.voices import API_KEY_VARIABLE
 from open_instruct.encode import ChatEncoder, load_chat_encoder
 
 MAX_BODY_BYTES = 4 * 2**20
 SMALL_MODEL = 10_000_000  # weights; a step of one row is then below a few milliseconds
-API_KEY_VARIABLE = "OPEN_INSTRUCT_API_KEY"
 PAGE_FILES = {
     "": ("index.html", "text/html; charset=utf-8"),
     "app.js": ("app.js", "text/javascript; charset=utf-8"),

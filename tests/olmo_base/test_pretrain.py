@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from olmo_base.__main__ import main
-from olmo_base.corpus.batches import micro_batches
+from olmo_base.corpus.batches import Mixture, micro_batches
 from olmo_base.corpus.documents import DocumentSource
 from olmo_base.corpus.tokenize import TokenizeRecipe
 from olmo_base.corpus.tokenize import run as tokenize
@@ -434,6 +435,48 @@ def test_a_mixture_that_cannot_be_is_refused(tokens, tmp_path, mixer, keys, mess
     sources = [{"path": str(tokens), **item} for item in mixer]
     with pytest.raises(UserError, match=message):
         open_corpus(recipe_for(tokens, tmp_path, dataset_mixer=sources, **keys), verify=False)
+
+
+# ---------------------------------------------------------------- shards of other tools
+
+
+def test_shards_of_other_tools_are_learnt_from_as_they_are(tokens, tmp_path):
+    ours, theirs, foreign = tmp_path / "ours", tmp_path / "theirs", tmp_path / "foreign"
+    for folder in (ours, theirs, foreign):
+        folder.mkdir()
+    shutil.copy(tokens / "tokens" / "train" / "tokens_00000.bin", foreign / "part-0.npy")
+    shutil.copy(tokens / "tokenizer.json", foreign / "bare.json")
+    source = {"path": str(foreign), "tokenizer_name_or_path": str(foreign / "bare.json")}
+    recipe = recipe_for(tokens, theirs, dataset_mixer=[source], mask_documents=True)
+    planned, expected = plan(recipe), plan(recipe_for(tokens, ours, mask_documents=True))
+    assert planned.pop("held_out_tokens") == 0 and expected.pop("held_out_tokens") != 0
+    assert planned == expected
+    run(recipe)
+    run(recipe_for(tokens, ours, mask_documents=True))
+    weights = [load_file(folder / "run" / "model.safetensors") for folder in (ours, theirs)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    tokenizer = AutoTokenizer.from_pretrained(theirs / "run")
+    assert (
+        tokenizer.eos_token_id
+        == json.loads((theirs / "run/config.json").read_text())["eos_token_id"]
+    )
+    # beside our own in a mixture
+    sources = [{**source, "ratio": 1}, {"path": str(tokens), "ratio": 1}]
+    mixed = recipe_for(tokens, tmp_path, dataset_mixer=sources, max_steps=4)
+    mixture = open_corpus(mixed, verify=True).train
+    assert isinstance(mixture, Mixture)
+    assert [share.used for share in mixture.shares] == [16, 16]
+
+
+def test_a_source_is_told_what_it_does_not_say_and_nothing_else(tokens, tmp_path):
+    shutil.copy(tokens / "tokens" / "train" / "tokens_00000.bin", tmp_path / "part-0.npy")
+    for source, message in (
+        ({"path": str(tmp_path)}, "does not say which tokenizer"),
+        ({"path": str(tokens), "dtype": "uint16"}, "says its own dtype. Leave the key out"),
+        ({"path": str(tmp_path / "nothing")}, "holds no token shards"),
+    ):
+        with pytest.raises(UserError, match=message):
+            plan(recipe_for(tokens, tmp_path, dataset_mixer=[source]))
 
 
 # ---------------------------------------------------------------- going on from a model

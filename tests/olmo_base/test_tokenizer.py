@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from olmo_base.corpus.documents import DocumentSource
+from olmo_base.corpus.shards import read_shards
+from olmo_base.corpus.tokenize import TokenizeRecipe
+from olmo_base.corpus.tokenize import run as tokenize
 from olmo_base.run.artefact import RunConfig
 from olmo_base.run.errors import UserError
 from olmo_base.run.recipe import RecipeError, load_recipe
@@ -22,6 +25,7 @@ from olmo_base.tokenizer import (
     train_tokenizer,
 )
 
+OLMO_TOKENIZERS = Path(__file__).parents[3] / "shared" / "data" / "tokenizers"
 TEXTS = [
     f"The {animal} number {number} sat on the {place}, and it said: hello, 世界! 🙂\n"
     for number, (animal, place) in enumerate(
@@ -171,3 +175,32 @@ def test_the_plan_counts_what_a_run_would_read(tmp_path):
         "vocab_size": 400,
     }
     assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------- OLMo's own
+
+
+@pytest.mark.skipif(not OLMO_TOKENIZERS.is_dir(), reason="no tokenizers in ../shared/data")
+@pytest.mark.parametrize(
+    ("name", "eos_token", "eos_token_id"),
+    [  # the two name their end of text and their masked addresses the other way round
+        ("allenai_eleuther-ai-gpt-neox-20b-pii-special", "<|endoftext|>", 0),
+        ("allenai_gpt-neox-olmo-dolma-v1_5", "<|endoftext|>", 50_279),
+    ],
+)
+def test_the_tokenizers_of_olmo_tokenize_documents(tmp_path, name, eos_token, eos_token_id):
+    path = OLMO_TOKENIZERS / f"{name}.json"
+    texts = ["A river.\n\n\tIt  starts here: 12,345 été, 漢字 🦊", "A mail to |||EMAIL_ADDRESS|||."]
+    recipe = TokenizeRecipe(
+        "tokenize", str(path), (write_documents(tmp_path, texts),), RunConfig(str(tmp_path / "run"))
+    )
+    folder = tokenize(recipe).path
+    (shard,) = read_shards(folder / "tokens" / "train")
+    assert (shard.info.dtype, shard.info.eos_token_id) == ("uint16", eos_token_id)
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(path), eos_token=eos_token)
+    ids = [theirs(text, add_special_tokens=False, split_special_tokens=True) for text in texts]
+    expected = [id_ for item in ids for id_ in [*item["input_ids"], eos_token_id]]
+    assert shard.tokens().tolist() == expected
+    written = AutoTokenizer.from_pretrained(folder)
+    assert written.eos_token_id == eos_token_id
+    assert written.decode(expected[: expected.index(eos_token_id)]) == texts[0]

@@ -82,11 +82,11 @@ def test_the_verbs_of_the_readme_are_there():
     [
         (["rnu"], "Did you mean 'run'"),
         (["data", "inspekt"], "Did you mean 'inspect'"),
-        (["chat", "m", "--temprature", "0"], "Did you mean '--temperature'"),
+        (["chat", "m", "--temprature", "0"], "'--temperature'"),
         (["run", "r.yaml", "--dryrun"], "Did you mean '--dry-run'"),
         (["run", "r.yaml", "--max-steps", "5"], "max_steps=VALUE"),
         (["chat", "m", "--top-p", "2"], "0<x<=1"),
-        (["chat"], "Missing argument 'MODEL'"),
+        (["chat"], "Name a model to talk with"),
     ],
 )
 def test_mistyped_words_exit_with_2_and_suggest_the_nearest(words, message, capsys):

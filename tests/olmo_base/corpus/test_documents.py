@@ -2,8 +2,13 @@
 
 import gzip
 import json
+import subprocess
+import sys
 
+import pyarrow
+import pyarrow.parquet
 import pytest
+import zstandard
 
 from olmo_base.corpus.documents import DocumentSource, DocumentStream, document_files
 from olmo_base.run.artefact import ExampleCounts
@@ -64,7 +69,74 @@ def test_the_stream_tells_how_far_it_is(tmp_path):
     )
 
 
+def test_zstandard_files_are_read_across_frames_in_any_split(tmp_path):
+    lines = [json.dumps({"text": f"{n} " + "été " * (n % 7)}).encode() + b"\n" for n in range(9000)]
+    content = b"".join(lines)
+    pack = zstandard.ZstdCompressor().compress
+    frames = pack(content[:100_001]) + pack(b"") + pack(content[100_001:])
+    (tmp_path / "a.jsonl.zst").write_bytes(frames)
+    (tmp_path / "b.jsonl").write_bytes(content)
+    assert texts_of(tmp_path / "a.jsonl.zst") == texts_of(tmp_path / "b.jsonl")
+    (tmp_path / "c.txt.zst").write_bytes(pack(content))
+    assert texts_of(tmp_path / "c.txt.zst") == [content.decode()]
+
+
+@pytest.mark.parametrize(
+    "kind", [pyarrow.string(), pyarrow.large_string(), pyarrow.dictionary("int32", "string")]
+)
+def test_each_row_of_a_parquet_file_is_a_document(tmp_path, kind):
+    texts = [f"row {n} été\n" for n in range(1000)]
+    table = pyarrow.table({"id": range(1000), "body": pyarrow.array(texts).cast(kind)})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=300)
+    stream = DocumentStream((DocumentSource(str(tmp_path), text_field="body"),))
+    documents = list(stream)
+    assert [document.text for document in documents] == texts
+    assert [document.line for document in documents] == list(range(1, 1001))
+    assert stream.bytes_read == stream.bytes_total
+
+
+@pytest.mark.parametrize(
+    ("column", "row", "message"),
+    [
+        (["good", None], 2, "'text' is null"),
+        ([1, 2], None, "'text' holds int64, needed text"),
+        ([b"\x00"], None, "'text' holds binary, needed text"),
+        (pyarrow.array([], "string"), None, "the file is empty"),
+        (pyarrow.array([b"a", b"\xe9"]).view("string"), 2, "byte 0 of 'text' is not UTF-8"),
+    ],
+)
+def test_a_parquet_file_that_cannot_be_read_is_named_by_row(tmp_path, column, row, message):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
+    with pytest.raises(DataError, match=message) as raised:
+        texts_of(path)
+    assert raised.value.line == row
+    with pytest.raises(DataError, match="column 'body' is missing; found 'text'"):
+        texts_of(path, text_field="body")
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("a.jsonl.zst", "zstandard"), ("a.parquet", "pyarrow")]
+)
+def test_a_package_that_is_missing_is_named(tmp_path, name, package):
+    (tmp_path / name).write_bytes(b"")
+    code = (
+        "import sys\n"
+        "from olmo_base.corpus.documents import DocumentSource, source_files\n"
+        "from olmo_base.run.errors import UserError\n"
+        "sys.path = []  # nothing can be found any more\n"
+        "try:\n"
+        f"    source_files(DocumentSource({str(tmp_path)!r}))\n"
+        "except UserError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"{tmp_path / name} needs the package {package}")
+    assert "open-instruct[data]" in done.stdout
+
+
 GOOD = b'{"text": "good"}\n'
+PACKED = zstandard.ZstdCompressor().compress(GOOD * 1000)
 
 
 @pytest.mark.parametrize(
@@ -80,6 +152,12 @@ GOOD = b'{"text": "good"}\n'
         ("a.jsonl", b"\n\n", None, "the file is empty"),
         ("a.jsonl.gz", gzip.compress(GOOD * 1000, mtime=0)[:-20], None, "gzip data is damaged"),
         ("a.jsonl.gz", GOOD, None, "gzip data is damaged"),
+        ("a.jsonl.zst", PACKED[:-1], None, "zstandard data is damaged .the file ends before"),
+        ("a.jsonl.zst", PACKED + PACKED[:3], None, "the file ends before"),
+        ("a.jsonl.zst", GOOD, None, "zstandard data is damaged"),
+        ("a.jsonl.zst", b"", None, "the file is empty"),
+        ("a.parquet", b"PAR1" + GOOD, None, "Parquet data is damaged"),
+        ("a.parquet", b"", None, "Parquet data is damaged"),
         ("a.txt", b"", None, "the file is empty"),
         ("a.txt", b"caf\xe9", None, "byte 3 .0xe9. is not UTF-8"),
     ],
@@ -99,6 +177,6 @@ def test_a_path_that_holds_no_documents_is_refused(tmp_path):
         texts_of(tmp_path / "missing.jsonl")
     with pytest.raises(UserError, match="holds no documents"):
         texts_of(tmp_path)
-    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    (tmp_path / "a.arrow").write_bytes(b"ARROW1")
     with pytest.raises(UserError, match="is no document file"):
-        texts_of(tmp_path / "a.parquet")
+        texts_of(tmp_path / "a.arrow")

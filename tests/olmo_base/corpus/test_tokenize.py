@@ -1,6 +1,10 @@
 """Token shards: every document once, ended, in the right split, the same for any process count."""
 
 import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +12,7 @@ from tokenizers import Tokenizer, models
 
 from olmo_base.corpus.documents import DocumentSource
 from olmo_base.corpus.encode import encode_documents
-from olmo_base.corpus.shards import dtype_for, read_shards, verify_content, vocab_size_of
+from olmo_base.corpus.shards import dtype_for, read_shards, vocab_size_of
 from olmo_base.corpus.tokenize import TokenizeRecipe, input_files, is_held_out, plan, run
 from olmo_base.run.artefact import RunConfig, sha256_file
 from olmo_base.run.errors import DataError, UserError
@@ -65,7 +69,7 @@ def test_shards_hold_every_document_in_order_with_one_end_token_each(home, tmp_p
     assert documents_in(folder / "tokens" / "train", tokenizer) == TEXTS
     assert sum(shard.info.num_bytes for shard in shards) == sum(len(t.encode()) for t in TEXTS)
     for shard in shards:
-        verify_content(shard)
+        shard.verify()
         assert shard.info.dtype == "uint16"
         assert shard.info.vocab_size == vocab_size_of(tokenizer)
         assert shard.info.tokenizer_sha256 == sha256_file(folder / "tokenizer.json")
@@ -150,6 +154,130 @@ def test_a_broken_line_ends_the_run_and_leaves_no_shards(home, tmp_path, num_pro
     }
 
 
+# Runs a recipe and gets a signal when the named file is about to be made, or to get its name.
+KILLED_AT = """
+import os, signal, sys
+from olmo_base.__main__ import main
+
+def die(event, arguments):
+    is_made = event == "open" and "w" in str(arguments[1]) and str(arguments[0]).endswith(last)
+    if is_made or event == "os.rename" and str(arguments[1]).endswith(last):
+        os.kill(os.getpid(), signal_number)
+
+if __name__ == "__main__":
+    last, signal_number = sys.argv[1], int(sys.argv[2])
+    sys.addaudithook(die)
+    sys.exit(main(sys.argv[3:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def long_run(home, tmp_path_factory):
+    """A recipe of several shards, and the folder that an uninterrupted run of it wrote."""
+    folder = tmp_path_factory.mktemp("long")
+    (folder / "killed.py").write_text(KILLED_AT)
+    source = f"{{path: {home}/documents.jsonl}}"
+    (folder / "recipe.yaml").write_text(
+        f"stage: tokenize\ntokenizer_name_or_path: {home}/tokenizer\n"
+        f"dataset_mixer: [{', '.join([source] * 120)}]\n"
+        "tokens_per_shard: 100000\neval_fraction: 0.2\n"
+    )
+    run_recipe(folder, "nothing", folder / "whole")
+    assert len(list((folder / "whole" / "tokens" / "train").glob("*.bin"))) == 4
+    return folder
+
+
+def run_recipe(folder, last, output_dir, *, signal_number=signal.SIGKILL, num_proc=1):
+    return subprocess.run(
+        [
+            *(sys.executable, folder / "killed.py", last, str(int(signal_number))),
+            *(folder / "recipe.yaml", f"output_dir={output_dir}", f"num_proc={num_proc}"),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[3],
+    )
+
+
+def content_of(folder):
+    return {str(p.relative_to(folder)): sha256_file(p) for p in folder.rglob("*.*")}
+
+
+def test_a_run_that_is_killed_again_and_again_writes_the_same_and_nothing_twice(long_run, tmp_path):
+    folder, whole = tmp_path / "run", long_run / "whole"
+    written: dict[str, tuple[int, int]] = {}  # finished shard -> inode, time of writing
+
+    def remember(split):
+        for path in split.glob("tokens_*.json"):
+            status = path.with_suffix(".bin").stat()
+            assert written.setdefault(path.stem, (status.st_ino, status.st_mtime_ns)) == (
+                status.st_ino,
+                status.st_mtime_ns,
+            )
+        return len(written)
+
+    unfinished = folder / ".tokens.unfinished" / "train"
+    for last, num_proc, num_kept in (
+        ("train/tokens_00001.origin", 2, 1),  # the next shard is half begun
+        ("train/tokens_00001.json", 1, 1),  # the shard is written, its description is not
+        ("train/tokens_00003.bin", 1, 3),
+        ("run/tokens", 1, 4),  # all is written, and has not its name yet
+    ):
+        killed = run_recipe(long_run, last, folder, num_proc=num_proc)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert ("going on after" in killed.stderr) == (last != "train/tokens_00001.origin")
+        assert remember(unfinished) == num_kept
+    # all has its name, and the run is not called finished
+    assert run_recipe(long_run, "run/tokenizer.json", folder).returncode == -signal.SIGKILL
+    done = run_recipe(long_run, "nothing", folder)
+    assert done.returncode == 0, done.stderr
+    assert remember(folder / "tokens" / "train") == 4
+    assert content_of(folder / "tokens") == content_of(whole / "tokens")
+    manifests = [json.loads((run / "manifest.json").read_text()) for run in (folder, whole)]
+    for key in ("results", "examples"):
+        assert manifests[0][key] == manifests[1][key]
+
+
+def test_a_stopped_run_keeps_its_finished_shards_and_a_damaged_one_is_made_again(
+    long_run, tmp_path
+):
+    folder = tmp_path / "run"
+    stopped = run_recipe(
+        long_run, "train/tokens_00002.origin", folder, signal_number=signal.SIGTERM
+    )
+    assert stopped.returncode == 0
+    assert "finished shards are kept" in stopped.stderr
+    assert not (folder / "tokens").exists()
+    path = folder / ".tokens.unfinished" / "train" / "tokens_00001.bin"
+    path.write_bytes(b"\x01" + path.read_bytes()[1:])
+    assert run_recipe(long_run, "nothing", folder).returncode == 0
+    assert content_of(folder / "tokens") == content_of(long_run / "whole" / "tokens")
+
+
+def test_memory_does_not_grow_with_the_input(home, tmp_path):
+    program = (
+        "import sys\nfrom olmo_base.__main__ import main\nassert main(sys.argv[1:]) == 0\n"
+        "print(*[line.split()[1] for line in open('/proc/self/status') if 'VmHWM' in line])"
+    )
+    peaks = []
+    for num_lines in (1000, 5000):
+        path = tmp_path / f"{num_lines}.jsonl"
+        path.write_text((json.dumps({"text": "word " * 200}) + "\n") * num_lines)
+        (tmp_path / "recipe.yaml").write_text(
+            f"stage: tokenize\ntokenizer_name_or_path: {home}/tokenizer\n"
+            f"dataset_mixer: [{{path: {path}}}]\noutput_dir: {tmp_path}/{num_lines}\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program, tmp_path / "recipe.yaml"],
+            stdout=subprocess.PIPE,
+            check=True,
+            text=True,
+            cwd=Path(__file__).parents[3],
+        )
+        peaks.append(int(done.stdout.split()[-1]) // 1024)
+    assert peaks[1] - peaks[0] < 3  # MB, for 4 MB more of input
+
+
 def test_ids_beyond_65535_are_written_as_uint32(tmp_path):
     assert dtype_for(65_536) == "uint16"
     assert dtype_for(65_537) == "uint32"
@@ -193,13 +321,13 @@ def test_shards_that_were_tampered_with_are_refused(home, tmp_path):
     content = path.read_bytes()
     path.write_bytes(b"\x01" + content[1:])
     with pytest.raises(UserError, match="SHA-256 differs"):
-        verify_content(read_shards(folder)[0])
+        read_shards(folder)[0].verify()
     path.write_bytes(content)
     origin = path.with_suffix(".origin")
     original = origin.read_bytes()
     origin.write_bytes(original[:-1] + b"\x01")
     with pytest.raises(UserError, match="origin is not what was written"):
-        verify_content(read_shards(folder)[0])
+        read_shards(folder)[0].verify()
     origin.write_bytes(original[:-1])
     with pytest.raises(UserError, match=r"origin has \d+ bytes; its description says"):
         read_shards(folder)
