@@ -246,10 +246,14 @@ def _read_model(
         if not samples.is_file():
             continue  # an evaluation that was stopped
         rows = read_samples(samples)
+        record = _read_json(samples.with_suffix(".json"))
+        metrics = {metric: estimate(rows, metric) for metric in measured(task.kind, rows)}
+        for metric, value in record.get("whole", {}).items():
+            metrics[metric] = Estimate(value, None, None, None, len(rows))
         results[task.name] = TaskResult(
-            record=_read_json(samples.with_suffix(".json")),
+            record=record,
             rows=rows,
-            metrics={metric: estimate(rows, metric) for metric in measured(task.kind, rows)},
+            metrics=metrics,
             guessing=guessing_p_value(rows, task.main_metric),
         )
     averages = {

@@ -87,7 +87,8 @@ def test_an_unknown_name_is_refused_with_the_nearest_one(suite, tasks, message):
         ),
         ("tasks: {a: {kind: exact_match, file: f, stop: [x]}}", "stop: tasks of kind exact_match"),
         ("suites: {s: {groups: {}}}", "suite s.*at least one group"),
-        ("task: hellaswag\noutput_type: multiple_choice", "holds task, output_type"),
+        ("file: hellaswag\nkind: requests", "holds file, kind"),
+        ("tasks: {a: {kind: lm_eval, file: f}}", "tasks of lm-eval have files of their own"),
     ],
 )
 def test_a_broken_task_file_is_named(tmp_path, text, message):
