@@ -18,6 +18,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import mean
 from lm_eval.api.model import LM
 from lm_eval.api.task import Task as LmTask
+from lm_eval.evaluator import evaluate
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
@@ -372,7 +373,7 @@ def ask_theirs(
     )
     numbers = [int(item.doc_id) for item in items]
     is_whole = len(numbers) == len(list(theirs.eval_docs))
-    results = lm_eval.evaluator.evaluate(
+    results = evaluate(
         lm=model,
         task_dict={"tasks": {task.name: theirs}, "groups": {}},
         samples=None if is_whole else {task.name: numbers},
