@@ -135,6 +135,8 @@ def _described(manager: TaskManager, name: str, task: LmTask) -> Task:
         kind="lm_eval",
         file=str(manager.task_index[name].yaml_path),
         about=f"lm-eval {lm_eval.__version__}: {task.OUTPUT_TYPE}.",
+        # Bits have a paired difference, which perplexities have not.
+        metric="bits_per_byte" if task.OUTPUT_TYPE == "loglikelihood_rolling" else None,
         measures=tuple(measures),
         definition=digest.hexdigest(),
     )

@@ -120,6 +120,16 @@ def read_items(
         items = _read_problems(task, path, [] if examples is None else _read_turns(task, examples))
     else:
         items = READERS[task.kind](path)
+    if task.main_metric == "acc_uncond":
+        bare = [i for i in items if isinstance(i, Choice) and i.unconditional_contexts is None]
+        if bare:
+            raise DataError(
+                path,
+                None,
+                f"question {bare[0].doc_id} has no second copy without its text (doc_id + "
+                f"{UNCONDITIONAL_OFFSET:,}), and {task.name} is judged against that (acc_uncond).",
+                "Choose another metric, or the file with both copies.",
+            )
     return drawn(items, limit, seed)
 
 

@@ -64,6 +64,7 @@ METRIC_WORDS = {
     "acc_uncond": "likeliest option right, against its likelihood alone",
     "bits_per_byte": "bits per byte",
     "nats_per_token": "nats per token",
+    "acc_best": "likeliest option right, in the better form",
     "word_perplexity": "perplexity per word",
     "byte_perplexity": "perplexity per byte",
     "acc_norm": "likeliest option right, per character",
@@ -427,6 +428,8 @@ PATTERNS: tuple[tuple[str, int, Pattern], ...] = (
 
 def sample_cards(report: Report, task: str) -> list[SampleCard]:
     """A few questions of a task, chosen to show each pattern of right and wrong answers."""
+    if report.tasks[task].kind == "best_of":
+        return []  # its members show them
     present = [(index, model) for index, model in enumerate(report.models) if task in model.tasks]
     if not present:
         return []
@@ -622,7 +625,7 @@ def html_page(report: Report) -> str:
         num_questions=sum(
             max((len(m.tasks[name].rows) for m in report.models if name in m.tasks), default=0)
             for name, task in report.tasks.items()
-            if not task.predicts_text
+            if not task.predicts_text and task.kind != "best_of"
         ),
         measures=[
             (name, measures)

@@ -18,12 +18,16 @@ from olmo_base.run.errors import UserError
 from olmo_base.run.recipe import Given, RecipeError, build_recipe, read_yaml, setting
 from open_instruct.verifiers import VERIFIERS
 
-Kind = Literal["exact_match", "verified", "multiple_choice", "requests", "perplexity", "lm_eval"]
+Kind = Literal[
+    "exact_match", "verified", "multiple_choice", "requests", "perplexity", "lm_eval", "best_of"
+]
 
 # What each kind measures, the one shown in tables first; the kind "verified" measures what its
-# verifier does, and a task of lm-eval what its own file says. Accuracies differ in how an option's
-# log-likelihood is normalised: not at all, by its tokens, characters or bytes (its leading blank
-# counts, as in OLMES, arXiv:2406.08446), or by its log-likelihood without the question.
+# verifier does, and a task of lm-eval what its own file says. "best_of" is never asked: it is a
+# suite's name for the better of several tasks that put the same questions.
+# Accuracies differ in how an option's log-likelihood is normalised: not at all, by its tokens,
+# characters or bytes (its leading blank counts, as in OLMES, arXiv:2406.08446), or by its
+# log-likelihood without the question.
 METRICS: dict[str, tuple[str, ...]] = {
     "exact_match": ("exact_match",),
     "multiple_choice": ("acc", "acc_per_token", "acc_per_char", "acc_per_byte", "bits_per_byte"),
@@ -72,17 +76,17 @@ class Task:
     stop: tuple[str, ...] = ()  # ends an answer of a model without a chat template
     num_samples: int = setting(1, low=1)  # answers to each question, to be averaged
     temperature: float = setting(0.0, low=0)
-    # lm_eval: filled in from lm-eval's own task file, which is ``file``
+    # lm_eval: filled in from lm-eval's own task file, which is ``file``; best_of: from its suite
     measures: tuple[str, ...] = ()
     definition: str | None = None  # digest of all its settings
 
     def __post_init__(self) -> None:
         self._check_verified()
-        if (self.kind == "lm_eval") != bool(self.measures):
+        if (self.kind in ("lm_eval", "best_of")) != bool(self.measures):
             raise RecipeError(
                 "kind",
-                "tasks of lm-eval have files of their own: put its YAML file into the folder of "
-                "--include-path and name its task.",
+                "a task of lm-eval has a file of its own: put that into the folder of "
+                "--include-path and name its task. The best of several is named in a suite.",
             )
         if self.metric is not None and self.metric not in self.metrics:
             raise RecipeError(
@@ -125,7 +129,7 @@ class Task:
     @property
     def metrics(self) -> tuple[str, ...]:
         """What is measured, the one shown in tables first unless ``metric`` says another."""
-        if self.kind == "lm_eval":
+        if self.measures:
             return self.measures
         if self.kind != "verified":
             return METRICS[self.kind]
@@ -165,10 +169,17 @@ class Suite:
     groups: dict[str, tuple[str, ...]]
     about: str = ""
     data_dir: str | None = None  # where its files are, if the evaluation does not say
+    # A name for tasks that put the same questions in several ways; the best of them counts.
+    best_of: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.groups or not all(self.groups.values()):
             raise RecipeError("groups", "needs at least one group, each with at least one task.")
+        for name, members in self.best_of.items():
+            if len(members) < 2:
+                raise RecipeError("best_of", f"{name} needs at least two tasks.")
+            if not any(name in group for group in self.groups.values()):
+                raise RecipeError("best_of", f"{name} is in no group.")
 
 
 @dataclass
@@ -244,6 +255,7 @@ class Selection:
     suite: str | None
     data_dir: str | None  # the suite's own
     sources: tuple[Path, ...]  # the files that define them
+    best_of: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """For the evaluation's folder."""
@@ -251,6 +263,7 @@ class Selection:
             "suite": self.suite,
             "tasks": [dataclasses.asdict(task) for task in self.tasks],
             "groups": {group: list(members) for group, members in self.groups.items()},
+            "best_of": {name: list(members) for name, members in self.best_of.items()},
         }
 
 
@@ -269,35 +282,40 @@ def select(
         )
     groups: dict[str, tuple[str, ...]] = {}
     data_dir: str | None = None
+    best_of: dict[str, tuple[str, ...]] = {}
     if suite is None:
         members = _add_lm_eval_tasks(catalogue, names)
         groups = {name: of_name for name, of_name in members.items() if len(of_name) > 1}
         names = [member for name in names for member in members.get(name, (name,))]
     else:
         found: Suite = _look_up("suite", suite, catalogue.suites)
-        groups, data_dir = found.groups, found.data_dir
-        members = _add_lm_eval_tasks(
-            catalogue, [name for group in groups.values() for name in group]
+        data_dir, best_of = found.data_dir, found.best_of
+        in_groups = [name for group in found.groups.values() for name in group]
+        members = best_of | _add_lm_eval_tasks(
+            catalogue, [member for name in in_groups for member in best_of.get(name, (name,))]
         )
-        groups = {
-            group: tuple(member for name in of_group for member in members.get(name, (name,)))
-            for group, of_group in groups.items()
-        }
-        of_suite = list(dict.fromkeys(name for group in groups.values() for name in group))
+        of_suite = list(dict.fromkeys(_expanded(in_groups, members)))
         for name in names:
-            _look_up(f"task of suite {suite}", name, dict.fromkeys(of_suite))
+            _look_up(f"task of suite {suite}", name, dict.fromkeys([*of_suite, *members]))
+        names = _expanded(names, members)
         names = [name for name in of_suite if not names or name in names]
-        groups = {
-            group: tuple(name for name in members if name in names)
-            for group, members in groups.items()
-            if any(name in names for name in members)
-        }
+        best_of = {name: kept for name, kept in best_of.items() if {*kept} <= {*names}}
+        known = {*names, *best_of}
+        for group, of_group in found.groups.items():
+            # The best of several stands for them where all of them are asked.
+            whole = {name: tasks for name, tasks in members.items() if name not in best_of}
+            if kept_names := [name for name in _expanded(of_group, whole) if name in known]:
+                groups[group] = tuple(kept_names)
     chosen = tuple(_look_up("task", name, catalogue.tasks) for name in dict.fromkeys(names))
-    _check_groups(groups, chosen)
+    _check_groups(groups, chosen, best_of)
     keys = [f"suites {suite}"] if suite is not None else []
     keys += [f"tasks {task.name}" for task in chosen]
     sources = tuple(dict.fromkeys(catalogue.sources[key] for key in keys))
-    return Selection(chosen, groups, suite, data_dir, sources)
+    return Selection(chosen, groups, suite, data_dir, sources, best_of)
+
+
+def _expanded(names: Iterable[str], members: dict[str, tuple[str, ...]]) -> list[str]:
+    return [member for name in names for member in members.get(name, (name,))]
 
 
 def _add_lm_eval_tasks(catalogue: Catalogue, names: list[str]) -> dict[str, tuple[str, ...]]:
@@ -340,8 +358,25 @@ def _look_up(what: str, name: str, known: dict[str, Any]) -> Any:
     return known[name]
 
 
-def _check_groups(groups: dict[str, tuple[str, ...]], tasks: tuple[Task, ...]) -> None:
+def best_of_task(name: str, members: tuple[str, ...]) -> Task:
+    """What a report knows the best of several tasks as."""
+    about = f"The better of {' and '.join(members)}, for each model by itself."
+    return Task(name, "best_of", file="", about=about, measures=("acc_best",))
+
+
+def _check_groups(
+    groups: dict[str, tuple[str, ...]],
+    tasks: tuple[Task, ...],
+    best_of: dict[str, tuple[str, ...]],
+) -> None:
     by_name = {task.name: task for task in tasks}
+    for name, members in best_of.items():
+        if name in by_name:
+            raise UserError(f"{name} is the name of a task, and of the best of {members}.")
+        for member in members:
+            if by_name[member].main_metric in LOWER_IS_BETTER:
+                raise UserError(f"The best of {members} cannot be told by a perplexity ({member}).")
+        by_name[name] = best_of_task(name, members)
     for group, members in groups.items():
         directions = {by_name[name].main_metric in LOWER_IS_BETTER for name in members}
         if len(directions) > 1:
