@@ -182,8 +182,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.engine:  # one measurement, in a process of its own
-        found = run_engine(options.engine, options.folder, options.only[0], device)
-        (options.folder / "found.json").write_text(json.dumps(found))
+        measured = run_engine(options.engine, options.folder, options.only[0], device)
+        (options.folder / "found.json").write_text(json.dumps(measured))
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -183,7 +183,7 @@ def read_questions(task: Task) -> list[Foreign]:
 # ---------------------------------------------------------------- the model
 
 
-class ScoredModel(LM):  # type: ignore[misc]
+class ScoredModel(LM):
     """A Subject as lm-eval's language model.
 
     Differs from lm-eval's own HFLM where that loses something: a continuation that shares a token

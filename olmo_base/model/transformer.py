@@ -390,8 +390,8 @@ class Transformer(nn.Module):
         if tree is not None:
             assert cache is None and document_ids_BT is None and set(self.windows) == {None}
             self._check_length(tree.length)
-            table = self.rotary_tables[None](tree.length, ids_BT.device)
-            return {None: Sight(_at(tree.positions_BT, *table), tree.may_attend)}
+            turns = self.rotary_tables[None](tree.length, ids_BT.device)
+            return {None: Sight(_at(tree.positions_BT, *turns), tree.may_attend)}
         if cache is not None:
             assert document_ids_BT is None, "a cache holds one document per row"
             cache.reserve(num_positions)
