@@ -3,6 +3,7 @@
 Every kind of question has a function here. Only they know what a model is given, token by token.
 """
 
+import functools
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from eval.answers import is_correct
 from eval.questions import BLOCK_CHARACTERS, Choice, Document, Item, Question
 from eval.scores import is_right
-from eval.tasks import LOWER_IS_BETTER, METRICS, PASS_AT, Task
+from eval.tasks import PASS_AT, Task
 from olmo_base.model.generate import Generator, load_generator
 from olmo_base.run.artefact import resolve_model
 from olmo_base.run.errors import UserError
@@ -56,7 +57,7 @@ class Subject:
         """The native Transformer or the Hugging Face model inside."""
         return self.generator.model
 
-    @property
+    @functools.cached_property
     def prefix_ids(self) -> list[int]:
         """What this tokenizer puts before every text: the beginning-of-text token, or nothing."""
         bos = self.tokenizer.bos_token_id
@@ -74,10 +75,27 @@ class Subject:
             "without context cannot be scored. Add eos_token to its tokenizer_config.json."
         )
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of plain texts. A control token spelt in a text is ordinary characters."""
-        found = self.tokenizer(list(texts), **AS_TEXT)
+    def encode(self, texts: Sequence[str], *, is_templated: bool = False) -> list[list[int]]:
+        """Ids of plain texts, in which a control token that is spelt out is ordinary characters.
+
+        In those that a chat template has written (``is_templated``) it is the token.
+        """
+        found = self.tokenizer(list(texts), **AS_TEXT | {"split_special_tokens": not is_templated})
         return [list(ids) for ids in found.input_ids]
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Ids as exactly the characters they stand for."""
+        return str(
+            self.tokenizer.decode(
+                list(ids),
+                skip_special_tokens=skip_special_tokens,
+                clean_up_tokenization_spaces=False,
+            )
+        )
+
+    def as_prompt(self, ids: list[int]) -> list[int]:
+        """The ids of a text as a model reads it: begun as this tokenizer begins every text."""
+        return ids if self.prefix_ids == ids[:1] else self.prefix_ids + ids
 
 
 def load_encoders(model: str) -> tuple[PreTrainedTokenizerFast, ChatEncoder | None]:
@@ -182,14 +200,14 @@ def _answer(
             "category": item.category,
             **_cluster(item),
             "question": item.messages[-1]["content"],
-            "prompt": _text(subject.tokenizer, prompts[number]),
+            "prompt": subject.decode(prompts[number]),
             "target": list(item.targets),
         }
         if number not in answers:
             rows.append(row | {"answer": None, "correct": False, "not_fitting": True})
             continue
         ids = answers[number]
-        answer = _text(subject.tokenizer, ids, skip_special_tokens=True)
+        answer = subject.decode(ids, skip_special_tokens=True)
         is_cut = len(ids) == max_new_tokens or (
             len(prompts[number]) + len(ids) == subject.generator.max_length
         )
@@ -206,19 +224,6 @@ def _answer(
             }
         )
     return rows
-
-
-def _text(
-    tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], *, skip_special_tokens: bool = False
-) -> str:
-    """Ids as exactly the characters they stand for."""
-    return str(
-        tokenizer.decode(
-            list(ids),
-            skip_special_tokens=skip_special_tokens,
-            clean_up_tokenization_spaces=False,
-        )
-    )
 
 
 def _newline_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:
@@ -272,7 +277,7 @@ def _solve(
             "doc_id": item.doc_id,
             "category": item.category,
             "question": item.messages[-1]["content"],
-            "prompt": _text(subject.tokenizer, prompts[number]),
+            "prompt": subject.decode(prompts[number]),
             "target": list(item.targets),
         }
         written, verdicts = answers.get(number, []), judged[number]
@@ -403,7 +408,7 @@ class _Writer:
         return len(ids) >= min(self.max_new_tokens, room)
 
     def _text(self, ids: list[int]) -> str:
-        return _text(self.subject.tokenizer, ids, skip_special_tokens=True)
+        return self.subject.decode(ids, skip_special_tokens=True)
 
     def _end(self, text: str) -> int | None:
         """Where the first text to stop at begins."""
@@ -414,7 +419,9 @@ class _Writer:
 # ---------------------------------------------------------------- the likeliest option
 
 
-def encode_pairs(subject: Subject, pairs: Sequence[tuple[str, str]]) -> list[Request]:
+def encode_pairs(
+    subject: Subject, pairs: Sequence[tuple[str, str]], *, is_templated: bool = False
+) -> list[Request]:
     """(context, continuation) texts as ids, split the way lm-eval splits them.
 
     Both are tokenised as one text; blanks at the end of a context belong to the continuation.
@@ -426,15 +433,16 @@ def encode_pairs(subject: Subject, pairs: Sequence[tuple[str, str]]) -> list[Req
         kept = context.rstrip()
         moved.append((kept, context[len(kept) :] + continuation))
     contexts = list(dict.fromkeys(context for context, _ in moved))
-    ids_of = dict(zip(contexts, subject.encode(contexts), strict=True))
-    wholes = subject.encode([context + continuation for context, continuation in moved])
+    encode = functools.partial(subject.encode, is_templated=is_templated)
+    ids_of = dict(zip(contexts, encode(contexts), strict=True))
+    wholes = encode([context + continuation for context, continuation in moved])
     requests: list[Request] = []
     for (context, continuation), whole in zip(moved, wholes, strict=True):
         before = ids_of[context]
         after = whole[len(before) :]
         if whole[: len(before)] != before or not after:
-            (after,) = subject.encode([continuation])
-        requests.append((subject.prefix_ids + before or [subject.start_id], after))
+            (after,) = encode([continuation])
+        requests.append((subject.as_prompt(before) or [subject.start_id], after))
     return requests
 
 
@@ -460,9 +468,7 @@ def _choose(
         )
     )
     scores = iter([next(found) if is_fitting else None for is_fitting in fits])
-    metric = task.main_metric
-    if metric in LOWER_IS_BETTER:
-        metric = METRICS[task.kind][0]
+    metric = task.judging_metric
     rows = []
     for item in choices:
         given: list[Score | None] = [next(scores) for _ in item.options]

@@ -63,8 +63,8 @@ def compare_with(before: Report, after: Report) -> list[Verdict]:
     for model in after.models:
         against = _counterpart(before, model)
         for name, result in model.tasks.items():
-            if name not in against.tasks:
-                continue
+            if name not in against.tasks or after.tasks[name].kind == "best_of":
+                continue  # of the best of several, each is compared
             if before.tasks[name] != after.tasks[name]:
                 raise UserError(
                     f"The task {name} is defined in another way than in the baseline. Evaluate "
@@ -130,7 +130,8 @@ def passes(before: Report, folder: Path, fail_if_worse: float | None) -> bool:
         )
     for model in after.models:
         for name in after.tasks:
-            if (model.name, name) not in asked:
+            is_asked = after.tasks[name].kind != "best_of"
+            if is_asked and (model.name, name) not in asked:
                 print(f"  {visible(model.name)}, {visible(name)}: not in the baseline")
     if num_worse:
         print(f"{num_worse} of {len(verdicts)} scores are significantly worse.")

@@ -13,16 +13,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from eval.asking import OnProgress, Subject, ask, load_encoders, load_subject
-from eval.questions import Document, Item, data_file, examples_file, read_items
+from eval.questions import Document, Foreign, Item, data_file, drawn, examples_file, read_items
 from eval.report import write_report
 from eval.report.gather import EVALUATION, SAMPLES
 from eval.report.training import model_facts
-from eval.tasks import Selection, Task, select
+from eval.tasks import Selection, Task, lm_engine, select
 from olmo_base.run.artefact import (
     RunConfig,
     RunFolder,
@@ -31,7 +31,7 @@ from olmo_base.run.artefact import (
     read_manifest,
     resolve_model,
 )
-from olmo_base.run.errors import Stopped
+from olmo_base.run.errors import Stopped, UserError
 from olmo_base.run.launch import StopFlag, seed_everything, stop_signals
 from olmo_base.run.metrics import Progress
 from olmo_base.run.recipe import RecipeError, setting
@@ -54,6 +54,9 @@ class EvalRecipe:
     data_dir: str | None = setting(None, changes_result=False)  # where tasks find their files
     limit: int | None = setting(None, low=1)  # questions of each task, drawn with the seed
     max_new_tokens: int | None = setting(None, low=1)  # of an answer; the task's own if null
+    # Of lm-eval's tasks; ours use a model's chat template wherever it answers in words.
+    apply_chat_template: bool = False
+    system_prompt: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: as the weights are stored
     batch_tokens: int = setting(8192, low=1, changes_result=False)
     generation_batch_size: int = setting(64, low=1, changes_result=False)
@@ -66,6 +69,8 @@ class EvalRecipe:
                 raise RecipeError("models", f"{model!r} is there twice.")
         if self.suite is None and not self.tasks:
             raise RecipeError("suite", "name a suite, or tasks.")
+        if self.system_prompt is not None and not self.apply_chat_template:
+            raise RecipeError("system_prompt", "is read with apply_chat_template only.")
 
 
 # ---------------------------------------------------------------- what there is to do
@@ -110,19 +115,21 @@ def plan(recipe: EvalRecipe) -> dict[str, object]:
 
 
 def _read_questions(recipe: EvalRecipe, selection: Selection) -> dict[str, list[Item]]:
-    return {
-        task.name: read_items(
-            task,
-            *_data_files(recipe, selection, task),
-            limit=recipe.limit,
-            seed=recipe.run.seed,
-        )
-        for task in selection.tasks
-    }
+    return {task.name: _read_items(recipe, selection, task) for task in selection.tasks}
+
+
+def _read_items(recipe: EvalRecipe, selection: Selection, task: Task) -> list[Item]:
+    if task.kind == "lm_eval":
+        return drawn(lm_engine().read_questions(task), recipe.limit, recipe.run.seed)
+    files = _data_files(recipe, selection, task)
+    return read_items(task, *files, limit=recipe.limit, seed=recipe.run.seed)
 
 
 def _data_files(recipe: EvalRecipe, selection: Selection, task: Task) -> list[Path]:
     """A task's questions, and the examples that it shows, if any."""
+    if task.kind == "lm_eval":
+        files: list[Path] = lm_engine().data_files(task)
+        return files
     data_dir = recipe.data_dir or selection.data_dir
     examples = examples_file(task, data_dir)
     return [data_file(task, data_dir), *([] if examples is None else [examples])]
@@ -152,9 +159,20 @@ def run(recipe: EvalRecipe) -> RunFolder:
 
 
 def _evaluate(recipe: EvalRecipe, folder: RunFolder) -> None:
-    for model in recipe.models:
-        load_encoders(model)  # a folder without a tokenizer is found before hours of work
     selection = _selection(recipe)
+    if recipe.apply_chat_template and not any(task.kind == "lm_eval" for task in selection.tasks):
+        raise UserError(
+            "apply_chat_template is for tasks of lm-eval, and there are none. Ours use a model's "
+            "chat template by themselves; leave it out."
+        )
+    for model in recipe.models:
+        # A folder without a tokenizer or template is found before hours of work.
+        _, encoder = load_encoders(model)
+        if recipe.apply_chat_template and encoder is None:
+            raise UserError(
+                f"{model} has no chat template, which apply_chat_template needs. Leave it out, or "
+                "give a model that was tuned on dialogues."
+            )
     for task in selection.tasks:
         if task.verifier is not None:
             VERIFIERS[task.verifier].check_ready()
@@ -248,6 +266,11 @@ def _jobs(recipe: EvalRecipe, folder: RunFolder, selection: Selection) -> list[J
                 "max_new_tokens": recipe.max_new_tokens,
                 "dtype": recipe.dtype,
             }
+            if task.kind == "lm_eval":
+                content |= {
+                    "apply_chat_template": recipe.apply_chat_template,
+                    "system_prompt": recipe.system_prompt,
+                }
             key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
             samples = folder.path / SAMPLES / name / f"{task.name}.jsonl"
             jobs.append(Job(name, model, task, questions[task.name], samples, key))
@@ -284,24 +307,37 @@ def _ask(
 ) -> None:
     """Ask one task and keep the samples."""
     started = time.monotonic()
-    rows = ask(
-        subject,
-        job.task,
-        job.items,
-        max_new_tokens=recipe.max_new_tokens,
-        seed=recipe.run.seed,
-        on_progress=on_progress,
-    )
+    settings: dict[str, Any] = {
+        "max_new_tokens": recipe.max_new_tokens,
+        "seed": recipe.run.seed,
+        "on_progress": on_progress,
+    }
+    whole: dict[str, float] = {}
+    if job.task.kind == "lm_eval":
+        theirs = [item for item in job.items if isinstance(item, Foreign)]
+        rows, whole = lm_engine().ask_theirs(
+            subject,
+            job.task,
+            theirs,
+            is_chat=recipe.apply_chat_template,
+            system_prompt=recipe.system_prompt,
+            **settings,
+        )
+        is_chat = recipe.apply_chat_template
+    else:
+        rows = ask(subject, job.task, job.items, **settings)
+        is_chat = subject.encoder is not None and job.task.kind in ("exact_match", "verified")
     record = {
         "key": job.key,
         "task": job.task.name,
         "model": job.model,
         "seconds": round(time.monotonic() - started, 3),
-        "uses_chat_template": subject.encoder is not None
-        and job.task.kind in ("exact_match", "verified"),
+        "uses_chat_template": is_chat,
         "not_fitting": sum(bool(row.get("not_fitting")) for row in rows),
         "context_cut": sum(bool(row.get("context_cut")) for row in rows),
     }
+    if whole:
+        record["whole"] = whole
     atomic_write(job.samples, "".join(json.dumps(row) + "\n" for row in rows))
     # Written last: samples count as finished once their record is there.
     atomic_write(job.record, json.dumps(record, indent=2) + "\n")
@@ -330,6 +366,8 @@ def evaluate(
     include_path: str | None = None,
     limit: int | None = None,
     max_new_tokens: int | None = None,
+    apply_chat_template: bool = False,
+    system_prompt: str | None = None,
     batch_tokens: int = 8192,
     generation_batch_size: int = 64,
     seed: int = 42,
@@ -350,6 +388,8 @@ def evaluate(
         include_path=include_path,
         limit=limit,
         max_new_tokens=max_new_tokens,
+        apply_chat_template=apply_chat_template,
+        system_prompt=system_prompt,
         batch_tokens=batch_tokens,
         generation_batch_size=generation_batch_size,
     )

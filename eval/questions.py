@@ -59,7 +59,14 @@ class Document:
     text: str
 
 
-Item = Question | Choice | Document
+@dataclass(frozen=True)
+class Foreign:
+    """Held by lm-eval, which puts the question and judges the answer."""
+
+    doc_id: str
+
+
+Item = Question | Choice | Document | Foreign
 
 
 def data_file(task: Task, data_dir: str | None) -> Path:
@@ -113,10 +120,25 @@ def read_items(
         items = _read_problems(task, path, [] if examples is None else _read_turns(task, examples))
     else:
         items = READERS[task.kind](path)
-    if limit is not None and limit < len(items):
-        drawn = sorted(random.Random(seed).sample(range(len(items)), limit))
-        items = [items[index] for index in drawn]
-    return items
+    if task.main_metric == "acc_uncond":
+        bare = [i for i in items if isinstance(i, Choice) and i.unconditional_contexts is None]
+        if bare:
+            raise DataError(
+                path,
+                None,
+                f"question {bare[0].doc_id} has no second copy without its text (doc_id + "
+                f"{UNCONDITIONAL_OFFSET:,}), and {task.name} is judged against that (acc_uncond).",
+                "Choose another metric, or the file with both copies.",
+            )
+    return drawn(items, limit, seed)
+
+
+def drawn(items: list[Item], limit: int | None, seed: int) -> list[Item]:
+    """So many of the items, by chance and in their order; all of them without a limit."""
+    if limit is None or limit >= len(items):
+        return items
+    chosen = sorted(random.Random(seed).sample(range(len(items)), limit))
+    return [items[index] for index in chosen]
 
 
 # ---------------------------------------------------------------- rows of JSON

@@ -28,7 +28,13 @@ DIVISORS: dict[str, Callable[[Row], float]] = {
     "acc_per_token": lambda option: option["num_tokens"],
     "acc_per_char": lambda option: len(option["text"]),
     "acc_per_byte": lambda option: len(option["text"].encode()),
+    # lm-eval's names; its options come without their leading blank
+    "acc_norm": lambda option: len(option["text"]),
+    "acc_bytes": lambda option: len(option["text"].encode()),
 }
+UNCONDITIONAL = {"acc_uncond", "acc_mutual_info"}
+# What a perplexity counts in; its logarithm is what has an interval.
+PERPLEXITY_UNITS = {"word_perplexity": "num_words", "byte_perplexity": "num_bytes"}
 
 
 # Counted over all instructions of all questions, instead of over questions.
@@ -36,14 +42,18 @@ PER_PART = {"instruction_loose", "instruction_strict"}
 
 
 def picked_option(row: Row, metric: str) -> int | None:
-    """The option that a model takes under one normalisation; None if it could not read them."""
+    """The option that a model takes under one normalisation; None if it could not read them.
+
+    Under any other metric it is the likeliest.
+    """
     options = row["options"]
     if any(option["logprob"] is None for option in options):
         return None
-    if metric == "acc_uncond":
+    if metric in UNCONDITIONAL:
         values = [option["logprob"] - option["logprob_alone"] for option in options]
     else:
-        values = [option["logprob"] / DIVISORS[metric](option) for option in options]
+        divisor = DIVISORS.get(metric, DIVISORS["acc"])
+        values = [option["logprob"] / divisor(option) for option in options]
     return values.index(max(values))
 
 
@@ -52,7 +62,7 @@ def is_right(row: Row, metric: str) -> bool:
     if metric == "exact_match":
         return bool(row["correct"])
     if "scores" in row:
-        return bool(row["scores"][metric] == 1.0)
+        return bool(row["scores"].get(metric) == 1.0)
     return picked_option(row, metric) == row["gold"]
 
 
@@ -63,13 +73,15 @@ def _surprise(row: Row, metric: str) -> tuple[float, float]:
         return -option["logprob"] / math.log(2) / len(option["text"].encode()), 1.0
     if metric == "bits_per_byte":
         return -row["logprob"] / math.log(2), row["num_bytes"]
-    return -row["logprob"], row["num_tokens" if metric == "nats_per_token" else "num_words"]
+    return -row["logprob"], row[PERPLEXITY_UNITS.get(metric, "num_tokens")]
 
 
 def measured(kind: str, rows: Sequence[Row]) -> list[str]:
     """The metrics of a kind that these samples hold: unconditional ones not in every file."""
-    if kind == "verified":
+    if "scores" in rows[0]:
         return list(rows[0]["scores"])
+    if kind == "lm_eval":
+        return ["bits_per_byte", *PERPLEXITY_UNITS]
     names = list(METRICS[kind])
     if "acc_uncond" in names:
         read = [
@@ -98,7 +110,7 @@ def estimate(rows: Sequence[Row], metric: str) -> Estimate:
         return proportion([is_right(row, metric) for row in rows])
     pairs = [_surprise(row, metric) for row in rows if _is_readable(row)]
     above, below = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    if metric != "word_perplexity":
+    if metric not in PERPLEXITY_UNITS:
         return mean(above) if "options" in rows[0] else ratio(above, below)
     nats = ratio(above, below)
     return Estimate(
@@ -146,9 +158,10 @@ def _is_readable(row: Row) -> bool:
 def compare(first: Sequence[Row], second: Sequence[Row], metric: str) -> Difference | None:
     """Second minus first on the questions that both were asked; None if they share none.
 
-    ``word_perplexity`` has no paired difference of its own: compare nats or bits.
+    A perplexity has no paired difference of its own: compare nats or bits. Nor has what lm-eval
+    computes from all answers together.
     """
-    if metric == "word_perplexity":
+    if metric in PERPLEXITY_UNITS or ("scores" in first[0] and metric not in first[0]["scores"]):
         return None
     of_first = {row["doc_id"]: row for row in first}
     pairs = [(of_first[row["doc_id"]], row) for row in second if row["doc_id"] in of_first]
@@ -193,6 +206,8 @@ def chance_level(rows: Sequence[Row]) -> float | None:
 def guessing_p_value(rows: Sequence[Row], metric: str) -> float | None:
     """How likely guessing is to score as much; None where there is nothing to guess from."""
     if not rows or "options" not in rows[0] or metric in LOWER_IS_BETTER:
+        return None
+    if "scores" in rows[0] and (metric not in rows[0]["scores"] or _is_graded(rows, metric)):
         return None
     num_right = sum(is_right(row, metric) for row in rows)
     return chance_p_value(num_right, [1 / len(row["options"]) for row in rows])

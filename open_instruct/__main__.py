@@ -277,6 +277,8 @@ def serve(models: tuple[str, ...], votes: str, **options: Any) -> None:
 @click.option("--include-path", metavar="DIR", help="A folder of further tasks (YAML).")
 @click.option("--limit", type=click.IntRange(min=1), help="Questions of each task, not all.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), help="Longest answer, in tokens.")
+@click.option("--apply-chat-template", is_flag=True, help="Put lm-eval's tasks as dialogues.")
+@click.option("--system-prompt", help="What lm-eval's dialogues begin with.")
 @click.option("--seed", type=click.IntRange(min=0), default=42, show_default=True)
 @click.option("--baseline", metavar="FILE", help="report.json of an earlier evaluation.")
 @click.option(

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from eval.report.training import ModelFacts, Stage, life_of, model_facts, read_stage
-from eval.scores import chance_level, compare, estimate, guessing_p_value, measured
+from eval.scores import chance_level, compare, estimate, guessing_p_value, is_right, measured
 from eval.statistics import Difference, Estimate, holm, macro_average, macro_difference
-from eval.tasks import LOWER_IS_BETTER, Task
+from eval.tasks import LOWER_IS_BETTER, Task, best_of_task
 from olmo_base.run.errors import DataError, UserError
 
 EVALUATION = "evaluation.json"
@@ -117,6 +117,11 @@ class Report:
                     "groups": {
                         name: dataclasses.asdict(value) for name, value in model.groups.items()
                     },
+                    "forms": {
+                        name: result.record["form"]
+                        for name, result in model.tasks.items()
+                        if "form" in result.record
+                    },
                     "guessing_p_value": {
                         name: result.guessing
                         for name, result in model.tasks.items()
@@ -201,14 +206,17 @@ def gather(runs: Iterable[Path]) -> Report:
                     f"The task {name} is defined in two ways in these evaluations, so their "
                     f"scores cannot stand side by side. Evaluate again with one definition."
                 )
-        tasks |= found
+        best_of = {name: tuple(of) for name, of in content.get("best_of", {}).items()}
+        tasks |= {name: best_of_task(name, members) for name, members in best_of.items()} | found
         groups |= {name: tuple(members) for name, members in content["groups"].items()}
         taken = {model.name for model in models}
         for item in content["models"]:
             name = item["name"]
             while name in taken:
                 name = f"{folder.name}/{name}"
-            models.append(_read_model(folder, item["name"], name, item["path"], found, groups))
+            models.append(
+                _read_model(folder, item["name"], name, item["path"], found, groups, best_of)
+            )
             taken.add(name)
     comparisons = _comparisons(models, tasks, groups)
     stages: dict[Path, Stage] = {}
@@ -239,6 +247,7 @@ def _read_model(
     path: str,
     tasks: dict[str, Task],
     groups: dict[str, tuple[str, ...]],
+    best_of: dict[str, tuple[str, ...]],
 ) -> ModelResult:
     results: dict[str, TaskResult] = {}
     for task in tasks.values():
@@ -246,12 +255,21 @@ def _read_model(
         if not samples.is_file():
             continue  # an evaluation that was stopped
         rows = read_samples(samples)
+        record = _read_json(samples.with_suffix(".json"))
+        metrics = {metric: estimate(rows, metric) for metric in measured(task.kind, rows)}
+        for metric, value in record.get("whole", {}).items():
+            metrics[metric] = Estimate(value, None, None, None, len(rows))
         results[task.name] = TaskResult(
-            record=_read_json(samples.with_suffix(".json")),
+            record=record,
             rows=rows,
-            metrics={metric: estimate(rows, metric) for metric in measured(task.kind, rows)},
+            metrics=metrics,
             guessing=guessing_p_value(rows, task.main_metric),
         )
+    for best, members in best_of.items():
+        if all(member in results for member in members):
+            asked = {member: (tasks[member].main_metric, results[member]) for member in members}
+            results[best] = _best_result(folder, asked)
+            tasks = tasks | {best: best_of_task(best, members)}
     averages = {
         group: macro_average(
             [results[member].metrics[tasks[member].main_metric] for member in members]
@@ -267,6 +285,35 @@ def _read_model(
         life=life_of(model_folder),
         tasks=results,
         groups=averages,
+    )
+
+
+def _best_result(folder: Path, asked: dict[str, tuple[str, TaskResult]]) -> TaskResult:
+    """The answers in the form in which a model scores best. Errors: DataError.
+
+    The forms must put the same questions under the same numbers, or models that do best in
+    different ones could not be compared question by question.
+    """
+    golds = [
+        {row["doc_id"]: row.get("gold") for row in result.rows} for _, result in asked.values()
+    ]
+    if any(gold != golds[0] for gold in golds):
+        names = " and ".join(asked)
+        raise DataError(
+            folder / SAMPLES, None, f"{names} do not ask the same questions.", "Ask them apart."
+        )
+    values = {name: result.metrics[metric].value for name, (metric, result) in asked.items()}
+    form = max(values, key=lambda name: values[name])
+    metric, result = asked[form]
+    rows = [
+        {**row, "scores": {"acc_best": float(is_right(row, metric))}, "form": form}
+        for row in result.rows
+    ]
+    return TaskResult(
+        record={"form": form},
+        rows=rows,
+        metrics={"acc_best": estimate(rows, "acc_best")},
+        guessing=guessing_p_value(rows, "acc_best"),
     )
 
 

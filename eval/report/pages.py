@@ -31,7 +31,7 @@ from eval.report.gather import (
 from eval.report.training import Stage
 from eval.scores import estimate, is_right, picked_option
 from eval.statistics import CONFIDENCE, Estimate
-from eval.tasks import LOWER_IS_BETTER, METRICS
+from eval.tasks import LOWER_IS_BETTER
 
 HERE = Path(__file__).parent
 NUM_COLORS = 8  # of models, in page.css; the ninth starts again
@@ -64,7 +64,12 @@ METRIC_WORDS = {
     "acc_uncond": "likeliest option right, against its likelihood alone",
     "bits_per_byte": "bits per byte",
     "nats_per_token": "nats per token",
+    "acc_best": "likeliest option right, in the better form",
     "word_perplexity": "perplexity per word",
+    "byte_perplexity": "perplexity per byte",
+    "acc_norm": "likeliest option right, per character",
+    "acc_bytes": "likeliest option right, per byte",
+    "acc_mutual_info": "likeliest option right, against its likelihood alone",
 }
 
 
@@ -249,14 +254,14 @@ def _score_row(report: Report, subject: str, is_group: bool) -> ScoreRow:
     levels = [report.chance[member] for member in members if member in report.chance]
     chance = sum(levels) / len(levels) if levels and len(levels) == len(members) else None
     top = 1.0 if is_share else 1.1 * max((bar[4] or bar[2] for bar in bars), default=1.0)
-    words = " and ".join(METRIC_WORDS[metric] for metric in metrics)
+    words = " and ".join(METRIC_WORDS.get(metric, visible(metric)) for metric in metrics)
     task = report.tasks[members[0]]
     return ScoreRow(
         name=visible(subject),
         is_group=is_group,
         about="mean of " + ", ".join(members) if is_group and len(members) > 1 else task.about,
         unit=f"{words}{', %' if is_share else ', lower is better'}",
-        n=f"{n:,} {'blocks' if task.kind == 'perplexity' else 'questions'}",
+        n=f"{n:,} {'blocks' if task.predicts_text else 'questions'}",
         chance="" if chance is None or lower_is_better else value_text(chance, is_share),
         cells=cells,
         chart=bar_chart(
@@ -328,7 +333,8 @@ def measure_rows(report: Report, task: str) -> list[list[str]]:
     for metric in report.tasks[task].metrics:
         found = [result.metrics.get(metric) if result else None for result in results]
         if any(found):
-            rows.append(_measure_row(METRIC_WORDS[metric], found, metric not in LOWER_IS_BETTER))
+            words = METRIC_WORDS.get(metric, visible(metric))
+            rows.append(_measure_row(words, found, metric not in LOWER_IS_BETTER))
     main = report.tasks[task].main_metric
     by_kind: dict[str, list[Estimate | None]] = {}
     for index, result in enumerate(results):
@@ -422,17 +428,17 @@ PATTERNS: tuple[tuple[str, int, Pattern], ...] = (
 
 def sample_cards(report: Report, task: str) -> list[SampleCard]:
     """A few questions of a task, chosen to show each pattern of right and wrong answers."""
+    if report.tasks[task].kind == "best_of":
+        return []  # its members show them
     present = [(index, model) for index, model in enumerate(report.models) if task in model.tasks]
     if not present:
         return []
     by_id = [{row["doc_id"]: row for row in model.tasks[task].rows} for _, model in present]
     shared = [doc_id for doc_id in by_id[0] if all(doc_id in rows for rows in by_id)]
-    metric = report.tasks[task].main_metric
-    if report.tasks[task].kind == "perplexity":
+    metric = report.tasks[task].judging_metric
+    if report.tasks[task].predicts_text:
         chosen = _hardest_and_easiest(by_id, shared)
     else:
-        if metric in LOWER_IS_BETTER:
-            metric = METRICS[report.tasks[task].kind][0]
         verdicts = {doc_id: [is_right(rows[doc_id], metric) for rows in by_id] for doc_id in shared}
         chosen = []
         for kind, number, fits in PATTERNS:
@@ -477,13 +483,13 @@ def _sample_card(
             text = Clipped(f"{bits:.3f} bits per byte", 0)
         elif "options" in row:
             picked = picked_option(row, metric)
-            verdict = picked == row["gold"]
+            verdict = is_right(row, metric)
             if picked is None:
                 text, note = Clipped("", 0), "the question does not fit the model's context"
             else:
                 text = clipped(row["options"][picked]["text"].strip())
         else:
-            verdict = bool(row["correct"])
+            verdict = None if row["correct"] is None else bool(row["correct"])
             text = clipped(row["answer"] or "")
             if row.get("not_fitting"):
                 note = "the question does not fit the model's context"
@@ -619,7 +625,7 @@ def html_page(report: Report) -> str:
         num_questions=sum(
             max((len(m.tasks[name].rows) for m in report.models if name in m.tasks), default=0)
             for name, task in report.tasks.items()
-            if task.kind != "perplexity"
+            if not task.predicts_text and task.kind != "best_of"
         ),
         measures=[
             (name, measures)

@@ -1,14 +1,16 @@
 """Tasks and suites, as the YAML files of this folder (and of --include-path) define them.
 
 A file may hold ``tasks`` (name -> what to ask and how to judge it) and ``suites`` (name -> groups
-of tasks; the report averages each group).
+of tasks; the report averages each group). Task files of lm-eval in --include-path are known too.
 """
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 from eval.answers import ANSWER_RULES
@@ -16,12 +18,16 @@ from olmo_base.run.errors import UserError
 from olmo_base.run.recipe import Given, RecipeError, build_recipe, read_yaml, setting
 from open_instruct.verifiers import VERIFIERS
 
-Kind = Literal["exact_match", "verified", "multiple_choice", "requests", "perplexity"]
+Kind = Literal[
+    "exact_match", "verified", "multiple_choice", "requests", "perplexity", "lm_eval", "best_of"
+]
 
 # What each kind measures, the one shown in tables first; the kind "verified" measures what its
-# verifier does. Accuracies differ in how an option's
-# log-likelihood is normalised: not at all, by its tokens, characters or bytes (its leading blank
-# counts, as in OLMES, arXiv:2406.08446), or by its log-likelihood without the question.
+# verifier does, and a task of lm-eval what its own file says. "best_of" is never asked: it is a
+# suite's name for the better of several tasks that put the same questions.
+# Accuracies differ in how an option's log-likelihood is normalised: not at all, by its tokens,
+# characters or bytes (its leading blank counts, as in OLMES, arXiv:2406.08446), or by its
+# log-likelihood without the question.
 METRICS: dict[str, tuple[str, ...]] = {
     "exact_match": ("exact_match",),
     "multiple_choice": ("acc", "acc_per_token", "acc_per_char", "acc_per_byte", "bits_per_byte"),
@@ -39,7 +45,14 @@ PASS_AT = "pass_at_"  # pass_at_10 needs 10 samples of each question
 VERIFIED_KEYS = (
     "verifier chat_prompt examples_file num_examples stop num_samples temperature".split()
 )
-LOWER_IS_BETTER = {"bits_per_byte", "nats_per_token", "word_perplexity"}
+# Of text that is predicted; lm-eval measures further surprises and distances of its own.
+TEXT_METRICS = {"bits_per_byte", "nats_per_token", "word_perplexity", "byte_perplexity"}
+LOWER_IS_BETTER = TEXT_METRICS | {"perplexity", "brier_score", "ter"}
+# lm-eval's files describe one task, or one group of them, at their top level.
+LM_EVAL_FILE = re.compile(
+    r"^(task|group|tag|include|class|dataset_path|output_type|doc_to_text)\s*:", re.MULTILINE
+)
+OUR_FILE = re.compile(r"^(tasks|suites)\s*:", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -63,9 +76,18 @@ class Task:
     stop: tuple[str, ...] = ()  # ends an answer of a model without a chat template
     num_samples: int = setting(1, low=1)  # answers to each question, to be averaged
     temperature: float = setting(0.0, low=0)
+    # lm_eval: filled in from lm-eval's own task file, which is ``file``; best_of: from its suite
+    measures: tuple[str, ...] = ()
+    definition: str | None = None  # digest of all its settings
 
     def __post_init__(self) -> None:
         self._check_verified()
+        if (self.kind in ("lm_eval", "best_of")) != bool(self.measures):
+            raise RecipeError(
+                "kind",
+                "a task of lm-eval has a file of its own: put that into the folder of "
+                "--include-path and name its task. The best of several is named in a suite.",
+            )
         if self.metric is not None and self.metric not in self.metrics:
             raise RecipeError(
                 "metric",
@@ -101,11 +123,14 @@ class Task:
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Task":
         """A task as an evaluation's folder keeps it."""
-        return cls(**(content | {"stop": tuple(content.get("stop", ()))}))
+        lists = {key: tuple(content.get(key, ())) for key in ("stop", "measures")}
+        return cls(**(content | lists))
 
     @property
     def metrics(self) -> tuple[str, ...]:
         """What is measured, the one shown in tables first unless ``metric`` says another."""
+        if self.measures:
+            return self.measures
         if self.kind != "verified":
             return METRICS[self.kind]
         assert self.verifier is not None
@@ -121,6 +146,20 @@ class Task:
         """The metric that tables, charts and comparisons show."""
         return self.metric or self.metrics[0]
 
+    @property
+    def judging_metric(self) -> str:
+        """The metric that says whether one answer is right, also where tables show another."""
+        accuracies = [name for name in self.metrics if name not in LOWER_IS_BETTER]
+        if self.main_metric in LOWER_IS_BETTER and accuracies:
+            return accuracies[0]
+        return self.main_metric
+
+    @property
+    def predicts_text(self) -> bool:
+        """Whether whole texts are predicted, and no question is asked."""
+        is_theirs = self.kind == "lm_eval" and self.measures[0] in TEXT_METRICS
+        return self.kind == "perplexity" or is_theirs
+
 
 @dataclass(frozen=True)
 class Suite:
@@ -130,10 +169,17 @@ class Suite:
     groups: dict[str, tuple[str, ...]]
     about: str = ""
     data_dir: str | None = None  # where its files are, if the evaluation does not say
+    # A name for tasks that put the same questions in several ways; the best of them counts.
+    best_of: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.groups or not all(self.groups.values()):
             raise RecipeError("groups", "needs at least one group, each with at least one task.")
+        for name, members in self.best_of.items():
+            if len(members) < 2:
+                raise RecipeError("best_of", f"{name} needs at least two tasks.")
+            if not any(name in group for group in self.groups.values()):
+                raise RecipeError("best_of", f"{name} is in no group.")
 
 
 @dataclass
@@ -143,12 +189,14 @@ class Catalogue:
     tasks: dict[str, Task] = field(default_factory=dict)
     suites: dict[str, Suite] = field(default_factory=dict)
     sources: dict[str, Path] = field(default_factory=dict)  # "tasks recall" -> its file
+    lm_eval_folder: Path | None = None  # where lm-eval's own task files are, if there are any
 
 
 def load_catalogue(include_path: str | None = None) -> Catalogue:
     """Read the task files that come with the code, then those of ``include_path``.
 
-    A name of the second replaces one of the first. Errors: UserError naming the file and key.
+    A name of the second replaces one of the first. Of lm-eval's task files, which may lie in
+    folders inside, only their being there is noted. Errors: UserError naming the file and key.
     """
     catalogue = Catalogue()
     folders = [Path(__file__).parent]
@@ -156,12 +204,20 @@ def load_catalogue(include_path: str | None = None) -> Catalogue:
         folders.append(Path(include_path))
         if not folders[-1].is_dir():
             raise UserError(f"include_path {include_path} is not a folder of task files (YAML).")
-        if not any(folders[-1].glob("*.yaml")):
+        if not any(folders[-1].rglob("*.yaml")):
             raise UserError(f"include_path {include_path} holds no task file (*.yaml).")
+        if any(map(_is_of_lm_eval, folders[-1].rglob("*.yaml"))):
+            catalogue.lm_eval_folder = folders[-1]
     for folder in folders:
         for path in sorted(folder.glob("*.yaml")):
-            _read_task_file(path, catalogue)
+            if not _is_of_lm_eval(path):
+                _read_task_file(path, catalogue)
     return catalogue
+
+
+def _is_of_lm_eval(path: Path) -> bool:
+    text = path.read_text(encoding="utf-8", errors="replace")  # they hold tags of their own
+    return LM_EVAL_FILE.search(text) is not None and OUR_FILE.search(text) is None
 
 
 def _read_task_file(path: Path, catalogue: Catalogue) -> None:
@@ -199,6 +255,7 @@ class Selection:
     suite: str | None
     data_dir: str | None  # the suite's own
     sources: tuple[Path, ...]  # the files that define them
+    best_of: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """For the evaluation's folder."""
@@ -206,6 +263,7 @@ class Selection:
             "suite": self.suite,
             "tasks": [dataclasses.asdict(task) for task in self.tasks],
             "groups": {group: list(members) for group, members in self.groups.items()},
+            "best_of": {name: list(members) for name, members in self.best_of.items()},
         }
 
 
@@ -224,24 +282,72 @@ def select(
         )
     groups: dict[str, tuple[str, ...]] = {}
     data_dir: str | None = None
-    if suite is not None:
+    best_of: dict[str, tuple[str, ...]] = {}
+    if suite is None:
+        members = _add_lm_eval_tasks(catalogue, names)
+        groups = {name: of_name for name, of_name in members.items() if len(of_name) > 1}
+        names = [member for name in names for member in members.get(name, (name,))]
+    else:
         found: Suite = _look_up("suite", suite, catalogue.suites)
-        groups, data_dir = found.groups, found.data_dir
-        of_suite = list(dict.fromkeys(name for group in groups.values() for name in group))
+        data_dir, best_of = found.data_dir, found.best_of
+        in_groups = [name for group in found.groups.values() for name in group]
+        members = best_of | _add_lm_eval_tasks(
+            catalogue, [member for name in in_groups for member in best_of.get(name, (name,))]
+        )
+        of_suite = list(dict.fromkeys(_expanded(in_groups, members)))
         for name in names:
-            _look_up(f"task of suite {suite}", name, dict.fromkeys(of_suite))
+            _look_up(f"task of suite {suite}", name, dict.fromkeys([*of_suite, *members]))
+        names = _expanded(names, members)
         names = [name for name in of_suite if not names or name in names]
-        groups = {
-            group: tuple(name for name in members if name in names)
-            for group, members in groups.items()
-            if any(name in names for name in members)
-        }
+        best_of = {name: kept for name, kept in best_of.items() if {*kept} <= {*names}}
+        known = {*names, *best_of}
+        for group, of_group in found.groups.items():
+            # The best of several stands for them where all of them are asked.
+            whole = {name: tasks for name, tasks in members.items() if name not in best_of}
+            if kept_names := [name for name in _expanded(of_group, whole) if name in known]:
+                groups[group] = tuple(kept_names)
     chosen = tuple(_look_up("task", name, catalogue.tasks) for name in dict.fromkeys(names))
-    _check_groups(groups, chosen)
+    _check_groups(groups, chosen, best_of)
     keys = [f"suites {suite}"] if suite is not None else []
     keys += [f"tasks {task.name}" for task in chosen]
     sources = tuple(dict.fromkeys(catalogue.sources[key] for key in keys))
-    return Selection(chosen, groups, suite, data_dir, sources)
+    return Selection(chosen, groups, suite, data_dir, sources, best_of)
+
+
+def _expanded(names: Iterable[str], members: dict[str, tuple[str, ...]]) -> list[str]:
+    return [member for name in names for member in members.get(name, (name,))]
+
+
+def _add_lm_eval_tasks(catalogue: Catalogue, names: list[str]) -> dict[str, tuple[str, ...]]:
+    """Add the tasks that only lm-eval's files define; the names of those that each name stands for.
+
+    A name of lm-eval may be a task, a group or a tag.
+    """
+    missing = [name for name in dict.fromkeys(names) if name not in catalogue.tasks]
+    if not missing or catalogue.lm_eval_folder is None:
+        return {}
+    read_tasks = lm_engine().read_tasks
+    members = {}
+    for name, tasks in read_tasks(catalogue.lm_eval_folder, missing, catalogue.tasks).items():
+        members[name] = tuple(task.name for task in tasks)
+        for task in tasks:
+            catalogue.tasks[task.name] = task
+            catalogue.sources[f"tasks {task.name}"] = Path(task.file)
+    return members
+
+
+def lm_engine() -> ModuleType:
+    """The module that runs lm-eval's tasks. Errors: UserError where lm-eval is not installed."""
+    try:
+        from eval import lm_engine  # importing lm-eval takes seconds, and it is an optional part
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "lm_eval":
+            raise
+        raise UserError(
+            "The task is one of lm-eval's, and lm-eval is not installed. "
+            "Install it: pip install 'open-instruct[eval]'."
+        ) from None
+    return lm_engine
 
 
 def _look_up(what: str, name: str, known: dict[str, Any]) -> Any:
@@ -252,8 +358,25 @@ def _look_up(what: str, name: str, known: dict[str, Any]) -> Any:
     return known[name]
 
 
-def _check_groups(groups: dict[str, tuple[str, ...]], tasks: tuple[Task, ...]) -> None:
+def best_of_task(name: str, members: tuple[str, ...]) -> Task:
+    """What a report knows the best of several tasks as."""
+    about = f"The better of {' and '.join(members)}, for each model by itself."
+    return Task(name, "best_of", file="", about=about, measures=("acc_best",))
+
+
+def _check_groups(
+    groups: dict[str, tuple[str, ...]],
+    tasks: tuple[Task, ...],
+    best_of: dict[str, tuple[str, ...]],
+) -> None:
     by_name = {task.name: task for task in tasks}
+    for name, members in best_of.items():
+        if name in by_name:
+            raise UserError(f"{name} is the name of a task, and of the best of {members}.")
+        for member in members:
+            if by_name[member].main_metric in LOWER_IS_BETTER:
+                raise UserError(f"The best of {members} cannot be told by a perplexity ({member}).")
+        by_name[name] = best_of_task(name, members)
     for group, members in groups.items():
         directions = {by_name[name].main_metric in LOWER_IS_BETTER for name in members}
         if len(directions) > 1:

@@ -6,6 +6,7 @@ K key/value heads, h channels of one head.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -204,6 +205,37 @@ class _Store:
         self.data = self.data[:, :, : len(rows)]
 
 
+class SharedPrefix:
+    """Keys and values of a beginning that all rows of later batches share: read once, as one row.
+
+    The first pass through the layers is kept; those after it look at what was kept as well.
+    """
+
+    def __init__(self) -> None:
+        self._layers: list[tuple[Tensor, Tensor]] = []
+
+    def append(self, layer: int, k_BKTh: Tensor, v_BKTh: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values that a row may look at, as BKSh."""
+        if layer == len(self._layers):
+            self._layers.append((k_BKTh, v_BKTh))
+            return k_BKTh, v_BKTh
+        kept_k, kept_v = (kept.expand(len(k_BKTh), -1, -1, -1) for kept in self._layers[layer])
+        return torch.cat([kept_k, k_BKTh], dim=2), torch.cat([kept_v, v_BKTh], dim=2)
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Rows that are not plain texts: several continuations may stand side by side in one.
+
+    ``may_attend`` is B1TS, S being the prefix and then the row; None for plain causality.
+    """
+
+    positions_BT: Tensor  # in the text that each token belongs to
+    length: int  # of the longest such text
+    may_attend: Tensor | None
+    prefix: SharedPrefix | None = None
+
+
 class Attention(nn.Module):
     """Multi-head attention with fewer key/value heads if asked (GQA), RoPE, and QK-norm.
 
@@ -242,7 +274,7 @@ class Attention(nn.Module):
         x_BTD: Tensor,
         rotation: tuple[Tensor, Tensor],
         may_attend: Tensor | None,
-        cache: KeyValueCache | None,
+        cache: KeyValueCache | SharedPrefix | None,
         layer: int,
     ) -> Tensor:
         """BTD to BTD. ``may_attend`` is B1TS or None for plain causality."""

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from olmo_base.model.attention import Attention, KeyValueCache, window_mask
+from olmo_base.model.attention import Attention, KeyValueCache, SharedPrefix, Tree, window_mask
 from olmo_base.model.feed_forward import (
     INIT_STD,
     Embedding,
@@ -275,7 +275,7 @@ class Block(nn.Module):
         x_BTD: Tensor,
         rotation: tuple[Tensor, Tensor],
         may_attend: Tensor | None,
-        cache: KeyValueCache | None,
+        cache: KeyValueCache | SharedPrefix | None,
         layer: int,
     ) -> Tensor:
         """BTD to BTD."""
@@ -323,14 +323,17 @@ class Transformer(nn.Module):
         *,
         document_ids_BT: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        tree: Tree | None = None,
     ) -> Tensor:
         """Hidden states after the final norm, BTD.
 
         ``document_ids_BT`` numbers the documents packed into a row; a position then sees only its
         own document (RoPE is relative, so positions need not start anew). ``cache`` continues what
-        it holds. Errors: UserError if there are more positions than the model was made for.
+        it holds. ``tree`` says where each token stands and what it sees, in a model without
+        windows. Errors: UserError if there are more positions than the model was made for.
         """
-        sights = self._sights(ids_BT, document_ids_BT, cache)
+        sights = self._sights(ids_BT, document_ids_BT, cache, tree)
+        kept = cache if tree is None else tree.prefix
         x_BTD = self.embed_tokens(ids_BT)
         for index, layer in enumerate(self.layers):
             rotation, may_attend = sights[self.windows[index]]
@@ -339,7 +342,7 @@ class Transformer(nn.Module):
                     layer, x_BTD, rotation, may_attend, None, index, use_reentrant=False
                 )
             else:
-                x_BTD = layer(x_BTD, rotation, may_attend, cache, index)
+                x_BTD = layer(x_BTD, rotation, may_attend, kept, index)
         if cache is not None:
             cache.advance(ids_BT.shape[1])
         return self.norm(x_BTD)
@@ -376,10 +379,19 @@ class Transformer(nn.Module):
         )
 
     def _sights(
-        self, ids_BT: Tensor, document_ids_BT: Tensor | None, cache: KeyValueCache | None
+        self,
+        ids_BT: Tensor,
+        document_ids_BT: Tensor | None,
+        cache: KeyValueCache | None,
+        tree: Tree | None,
     ) -> dict[int | None, Sight]:
         """By window."""
         num_positions = ids_BT.shape[1]
+        if tree is not None:
+            assert cache is None and document_ids_BT is None and set(self.windows) == {None}
+            self._check_length(tree.length)
+            turns = self.rotary_tables[None](tree.length, ids_BT.device)
+            return {None: Sight(_at(tree.positions_BT, *turns), tree.may_attend)}
         if cache is not None:
             assert document_ids_BT is None, "a cache holds one document per row"
             cache.reserve(num_positions)

@@ -9,9 +9,14 @@ from olmo_base.run.errors import UserError
 def test_every_shipped_suite_names_tasks_that_exist():
     catalogue = load_catalogue()
     assert {"quickstart", "real_small"} <= catalogue.suites.keys()
-    for name, suite in catalogue.suites.items():
-        selection = select(name)
-        members = {member for group in suite.groups.values() for member in group}
+    for suite_name, suite in catalogue.suites.items():
+        selection = select(suite_name)
+        members = {
+            member
+            for group in suite.groups.values()
+            for name in group
+            for member in suite.best_of.get(name, (name,))
+        }
         assert {task.name for task in selection.tasks} == members
         assert selection.groups == suite.groups
     for task in catalogue.tasks.values():
@@ -42,7 +47,11 @@ def test_a_suite_narrowed_to_some_tasks_keeps_their_groups():
         ("quickstrat", (), "no suite 'quickstrat'. Did you mean 'quickstart'?"),
         (None, ("recal",), "no task 'recal'. Did you mean 'recall'?"),
         ("quickstart", ("arc_easy",), "no task of suite quickstart 'arc_easy'"),
-        (None, (), "Say what to ask: a suite .generation, quickstart, real_small."),
+        (
+            None,
+            (),
+            "Say what to ask: a suite .generation, olmes, .*quickstart, real_small.",
+        ),
     ],
 )
 def test_an_unknown_name_is_refused_with_the_nearest_one(suite, tasks, message):
@@ -87,7 +96,8 @@ def test_an_unknown_name_is_refused_with_the_nearest_one(suite, tasks, message):
         ),
         ("tasks: {a: {kind: exact_match, file: f, stop: [x]}}", "stop: tasks of kind exact_match"),
         ("suites: {s: {groups: {}}}", "suite s.*at least one group"),
-        ("task: hellaswag\noutput_type: multiple_choice", "holds task, output_type"),
+        ("file: hellaswag\nkind: requests", "holds file, kind"),
+        ("tasks: {a: {kind: lm_eval, file: f}}", "a task of lm-eval has a file of its own"),
     ],
 )
 def test_a_broken_task_file_is_named(tmp_path, text, message):

@@ -1,5 +1,6 @@
 """Scores against a naive computation with transformers, against lm-eval, and as properties."""
 
+import copy
 import dataclasses
 import json
 import random
@@ -25,6 +26,7 @@ from olmo_base.model.transformer import ModelConfig, Transformer
 from olmo_base.scorer import (
     Score,
     continuation_logprobs,
+    reads_trees,
     rolling_logprob,
     rolling_logprobs,
     rolling_windows,
@@ -160,6 +162,7 @@ def test_requests_that_share_their_input_run_once():
 
 def test_head_runs_on_continuation_positions_only():
     model = random_model("llama")
+    assert reads_trees(model)  # found out with forward passes of its own
     num_scored = []
     model.lm_head.register_forward_hook(
         lambda module, arguments, output: num_scored.append(output.shape[:-1])
@@ -306,3 +309,120 @@ def test_accuracy_and_log_likelihoods_equal_lm_eval(tmp_path, word_tokenizer):
         for number, row in enumerate(rows)
     ) / len(rows)
     assert accuracy == pytest.approx(theirs["results"]["local_choice"]["acc,none"])
+
+
+# ---------------------------------------------------------------- what is shared is run once
+
+
+def questions(number: int, num_options: int, seed: int = 0) -> list[tuple[list[int], list[int]]]:
+    """Requests with a common beginning of 40 tokens, a question of their own, and options."""
+    chance = random.Random(seed)
+
+    def ids(length: int) -> list[int]:
+        return [chance.randrange(97) for _ in range(length)]
+
+    beginning = ids(40)
+    requests = []
+    for _ in range(number):
+        context = beginning + ids(chance.randint(1, 12))
+        requests += [(context, ids(chance.randint(1, 5))) for _ in range(num_options)]
+        requests.append((context, requests[-1][1][:1]))  # the beginning of another option
+    return requests
+
+
+def long_model(name: str) -> PreTrainedModel:
+    config = copy.deepcopy(CONFIGS[name])
+    setattr(config, "n_positions" if name == "gpt2" else "max_position_embeddings", 128)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    return model
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_questions_with_a_common_beginning_score_as_one_by_one(name, tmp_path):
+    model = long_model(name)
+    requests = questions(9, 4) + random_requests(12)
+    naive = torch.tensor([naive_score(model, *request)[0] for request in requests]).double()
+    model.save_pretrained(tmp_path)
+    models = [model] + ([load_native(tmp_path)] if name == "olmo2" else [])
+    for each in models:
+        assert reads_trees(each) == (name != "gemma2")  # whose layers see a window
+        for batch_tokens in (1, 90, 10_000):
+            scores = continuation_logprobs(each, requests, batch_tokens=batch_tokens, pad_id=3)
+            torch.testing.assert_close(logprobs(scores), naive, atol=2e-4, rtol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_sharing_depends_on_neither_batch_nor_order_beyond_rounding(seed):
+    torch.manual_seed(seed)
+    sizes = {**SIZES, "max_position_embeddings": 128}
+    model = Transformer(ModelConfig(**sizes, eos_token_id=0, pad_token_id=1))
+    requests = questions(8, 3, seed)
+    alone = [continuation_logprobs(model, [request])[0] for request in requests]
+    order = random.Random(seed).sample(range(len(requests)), len(requests))
+    for batch_tokens in (1, 60, 10_000):
+        together = continuation_logprobs(
+            model, [requests[index] for index in order], batch_tokens=batch_tokens
+        )
+        torch.testing.assert_close(
+            logprobs(together), logprobs([alone[index] for index in order]), atol=1e-5, rtol=0
+        )
+
+
+def test_a_common_beginning_and_a_context_are_run_once():
+    model = long_model("llama")
+    assert reads_trees(model)
+    num_read = []
+    model.model.register_forward_pre_hook(
+        lambda module, arguments, keywords: num_read.append(keywords["input_ids"].shape),
+        with_kwargs=True,
+    )
+    beginning = list(range(40))
+    requests = [
+        ([*beginning, 50 + n, 60], [option, option]) for n in range(4) for option in (1, 2, 3)
+    ]
+    continuation_logprobs(model, requests)
+    # The beginning by itself; then for each question two tokens and one of each option.
+    assert num_read == [(1, 40), (4, 5)]
+
+
+def test_a_context_cut_on_the_left_is_scored_like_the_rest_of_it():
+    model = long_model("olmo2")
+    chance = random.Random(5)
+    long = [chance.randrange(97) for _ in range(150)]
+    requests = [(long, [chance.randrange(97) for _ in range(number)]) for number in (2, 4, 2)]
+    scores = continuation_logprobs(model, requests)
+    naive = [naive_score(model, long[-129 + len(ids) :], ids)[0] for _, ids in requests]
+    torch.testing.assert_close(logprobs(scores), torch.tensor(naive).double(), atol=1e-4, rtol=1e-6)
+    assert [score.num_cut for score in scores] == [23, 25, 23]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_trees_are_read_under_both_kinds_of_attention(attention):
+    model = long_model("llama")
+    model.set_attn_implementation(attention)
+    assert reads_trees(model)
+    requests = questions(5, 3)
+    naive = torch.tensor([naive_score(model, *request)[0] for request in requests]).double()
+    torch.testing.assert_close(
+        logprobs(continuation_logprobs(model, requests)), naive, atol=2e-4, rtol=1e-6
+    )
+
+
+def test_a_model_that_mistakes_a_mask_is_found_out():
+    """One that ignores positions: its tree has other logits than its texts."""
+
+    class Careless(type(long_model("llama"))):  # type: ignore[misc]
+        def forward(self, *arguments, position_ids=None, **keywords):
+            return super().forward(*arguments, **keywords)
+
+    model = Careless(long_model("llama").config).eval()
+    assert not reads_trees(model)
+    requests = questions(5, 3)
+    naive = torch.tensor([naive_score(model, *request)[0] for request in requests]).double()
+    torch.testing.assert_close(
+        logprobs(continuation_logprobs(model, requests)), naive, atol=1e-4, rtol=1e-6
+    )

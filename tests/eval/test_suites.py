@@ -1,0 +1,199 @@
+"""The published suites: their tasks, their normalisations, and the better of two forms."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from eval.questions import Choice, read_items
+from eval.report.gather import gather
+from eval.scores import picked_option
+from eval.tasks import load_catalogue, select
+from olmo_base.run.errors import DataError, UserError
+
+DATA = Path(__file__).parents[3] / "shared" / "data"
+
+
+def test_core_tasks_are_normalised_as_in_the_olmo_paper():
+    metrics = {task.name: task.metric for task in select("olmo_core8").tasks}
+    by_metric = {
+        "acc_uncond": {"arc_challenge", "arc_easy", "openbookqa"},
+        "acc_per_token": {"hellaswag", "piqa", "winogrande"},
+        "acc": {"boolq", "sciq"},
+    }
+    assert metrics == {
+        f"core_{name}": metric for metric, names in by_metric.items() for name in names
+    }
+
+
+def test_olmes_counts_the_better_of_two_forms_of_each_task():
+    selection = select("olmes")
+    (members,) = selection.groups.values()
+    assert set(members) == set(selection.best_of)
+    for name in members:
+        assert selection.best_of[name] == (f"olmes_{name}_rc", f"olmes_{name}_mc")
+    metrics = {task.name: task.metric for task in selection.tasks}
+    assert {metrics[f"olmes_{name}_mc"] for name in members} == {"acc"}
+    names = ("arc_challenge", "csqa", "openbookqa")
+    assert {name for name in members if metrics[f"olmes_{name}_rc"] == "acc_uncond"} == set(names)
+
+
+def test_a_suite_narrowed_to_one_form_has_no_best_of_it():
+    selection = select("olmes", ["arc_easy", "olmes_piqa_rc"])
+    assert selection.groups == {"OLMES": ("arc_easy", "olmes_piqa_rc")}
+    assert list(selection.best_of) == ["arc_easy"]
+    assert len(selection.tasks) == 3
+
+
+def test_paloma_averages_bits_per_byte_of_eleven_sources():
+    (members,) = select("paloma").groups.values()
+    tasks = {task.name: task for task in select("paloma").tasks}
+    assert len(members) == 11
+    assert {tasks[name].main_metric for name in members} == {"bits_per_byte"}
+
+
+@pytest.mark.parametrize(
+    ("metric", "picked"),
+    [
+        ("acc", 0),  # -4 is the largest
+        ("acc_per_token", 3),  # -4, -5/2, -6/3, -9/6: the last is -1.5
+        ("acc_per_char", 1),  # -4/2, -5/8, -6/6, -9/12 : -0.625 is the largest
+        ("acc_per_byte", 2),  # -4/2, -5/8, -6/11, -9/12: -0.55
+        ("acc_uncond", 2),  # -4+4, -5+5.5, -6+8, -9+9
+    ],
+)
+def test_normalisations_are_hand_worked(metric, picked):
+    texts = (" a", " abcdefg", " ééééé", " abcdefghijk")
+    rows = zip(texts, (-4, -5, -6, -9), (-4, -5.5, -8, -9), (1, 2, 3, 6), strict=True)
+    options = [
+        {"text": text, "logprob": given, "logprob_alone": alone, "num_tokens": number}
+        for text, given, alone, number in rows
+    ]
+    assert len(texts[2]) == 6 and len(texts[2].encode()) == 11
+    assert picked_option({"options": options}, metric) == picked
+
+
+# ---------------------------------------------------------------- the better of two forms
+
+
+def write_rows(folder: Path, model: str, task: str, right: str, gold: int = 0) -> None:
+    """One row for each letter: "r" is answered right, "w" wrong."""
+    rows = []
+    for number, letter in enumerate(right):
+        logprobs = (-1.0, -2.0) if (letter == "r") == (gold == 0) else (-2.0, -1.0)
+        options = [
+            {"text": text, "logprob": value, "logprob_alone": None, "num_tokens": 1}
+            for text, value in zip((" yes", " no"), logprobs, strict=True)
+        ]
+        rows.append(
+            {
+                "doc_id": str(number),
+                "category": None,
+                "question": "Well?",
+                "prompt": "Well?",
+                "target": " yes",
+                "gold": gold,
+                "options": options,
+                "correct": letter == "r",
+            }
+        )
+    path = folder / "samples" / model / f"{task}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.with_suffix(".json").write_text(json.dumps({"seconds": 1.0}))
+
+
+def evaluation(folder: Path) -> Path:
+    tasks = [
+        {"name": name, "kind": "multiple_choice", "file": f"{name}.jsonl"} for name in ("rc", "mc")
+    ]
+    content = {
+        "suite": "s",
+        "tasks": tasks,
+        "groups": {"all": ["best"]},
+        "best_of": {"best": ["rc", "mc"]},
+        "models": [{"name": name, "path": str(folder / name)} for name in ("one", "two")],
+    }
+    folder.mkdir()
+    (folder / "evaluation.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_the_better_form_counts_for_each_model_and_is_compared_question_by_question(tmp_path):
+    folder = evaluation(tmp_path / "e")
+    for model, task, right in (
+        ("one", "rc", "rrww"),
+        ("one", "mc", "rwww"),
+        ("two", "rc", "rwww"),
+        ("two", "mc", "rrrw"),
+    ):
+        write_rows(folder, model, task, right)
+    report = gather([folder]).as_dict()
+    one, two = report["models"]
+    assert (one["forms"], two["forms"]) == ({"best": "rc"}, {"best": "mc"})
+    assert one["tasks"]["best"]["acc_best"]["value"] == one["groups"]["all"]["value"] == 0.5
+    assert two["tasks"]["best"]["acc_best"]["value"] == 0.75
+    (comparison,) = [item for item in report["comparisons"] if item.get("task") == "best"]
+    assert (comparison["wins"], comparison["losses"], comparison["ties"]) == (1, 0, 3)
+    assert report["tasks"]["best"]["chance"] == 0.5
+
+
+def test_forms_that_ask_other_questions_are_refused(tmp_path):
+    folder = evaluation(tmp_path / "e")
+    for model in ("one", "two"):
+        write_rows(folder, model, "rc", "rr")
+        write_rows(folder, model, "mc", "rr", gold=1)
+    with pytest.raises(DataError, match="rc and mc do not ask the same questions"):
+        gather([folder])
+
+
+@pytest.mark.parametrize(
+    ("suite", "message"),
+    [
+        ("{groups: {g: [b]}, best_of: {b: [core_boolq]}}", "b needs at least two tasks"),
+        (
+            "{groups: {g: [core_boolq]}, best_of: {b: [core_boolq, core_sciq]}}",
+            "b is in no group",
+        ),
+        ("{groups: {g: [b]}, best_of: {b: [core_boolq, nothing]}}", "no task 'nothing'"),
+        ("{groups: {g: [b]}, best_of: {b: [core_boolq, paloma_ptb]}}", "told by a perplexity"),
+    ],
+)
+def test_a_best_that_cannot_be_told_is_refused(tmp_path, suite, message):
+    (tmp_path / "a.yaml").write_text(f"suites: {{s: {suite}}}")
+    with pytest.raises(UserError, match=message):
+        select("s", include_path=str(tmp_path))
+
+
+# ---------------------------------------------------------------- request files
+
+
+def test_a_file_without_the_options_by_themselves_cannot_be_judged_against_them(tmp_path):
+    row = {"doc_id": 0, "label": 0, "request": {"context": "Answer:", "continuation": " yes"}}
+    rows = [{**row, "idx": 0}, {**row, "idx": 1}]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(item) + "\n" for item in rows))
+    task = load_catalogue().tasks["core_arc_easy"]
+    with pytest.raises(DataError, match="question 0 has no second copy without its text"):
+        read_items(task, tmp_path / "r.jsonl")
+
+
+@pytest.mark.parametrize("suite", ["olmo_core8", "olmes"])
+def test_the_official_request_files_are_read_as_they_are(suite):
+    if not (DATA / "olmes_requests").is_dir():
+        pytest.skip("no official request files on this machine")
+    read = 0
+    for task in select(suite).tasks:
+        path = DATA / task.file
+        if not path.is_file():
+            continue
+        items = read_items(task, path)
+        with gzip.open(path, "rt") as file:
+            first = json.loads(next(file))
+        item = items[0]
+        assert isinstance(item, Choice)
+        assert item.contexts[0] == first["request"]["context"]
+        assert item.options[0] == first["request"]["continuation"]
+        assert item.gold == first["label"]
+        read += 1
+    assert read >= {"olmo_core8": 6, "olmes": 18}[suite]
