@@ -51,9 +51,7 @@ def pairs(options: Namespace) -> list[EncodedPair]:
     rows = read_pairs([source], seed=SEED, on_bad_row="drop", counts=ExampleCounts())
     rows = rows[: options.rows]
     texts = [
-        message["content"]
-        for row in rows
-        for message in [*row.prompt, *row.chosen, *row.rejected]
+        message["content"] for row in rows for message in [*row.prompt, *row.chosen, *row.rejected]
     ]
     config = DataConfig(
         dataset_mixer=(source,),
@@ -89,10 +87,14 @@ def made_up_pairs(number: int, vocab_size: int) -> list[EncodedPair]:
     return made
 
 
-def run_ours(options: Namespace) -> None:
+def run_ours(options: Namespace, *, share_prompts: bool) -> None:
     """The step of the dpo stage: gradients, clipping, update."""
     workers = Workers(options.bf16)
     examples = Examples([(pair.chosen, pair.rejected) for pair in pairs(options)])
+    model = workers.place(small_olmo2(options.vocab_size))
+    if share_prompts:
+        assert model.share_prompts(examples) is None
+        examples = examples.sharing_prompts()
     config = TrainConfig(per_device_train_batch_size=options.batch_size, num_train_epochs=10**4)
     steps = steps_of(
         examples,
@@ -101,7 +103,6 @@ def run_ours(options: Namespace) -> None:
         seed=SEED,
         cost_of_cut=workers.cost_of_cut(),
     )
-    model = workers.place(small_olmo2(options.vocab_size))
     reference_P2 = compute_reference(model, examples, workers, options.batch_size, lambda _: None)
     summed_loss = loss_against(reference_P2, LossConfig())
     optimizer = build_optimizer(model.model, OptimConfig(learning_rate=1e-6))
@@ -124,7 +125,7 @@ def run_trl(options: Namespace) -> None:
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    class OnIds(DPOTrainer):  # type: ignore[misc]  # trl has no types
+    class OnIds(DPOTrainer):
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
             return dataset  # it would tokenise what is tokenised
 
@@ -152,7 +153,11 @@ def run_trl(options: Namespace) -> None:
         train_in_turns(trainer, lambda: trainer.num_pairs)
 
 
-CANDIDATES: dict[str, Callable[[Namespace], None]] = {"ours": run_ours, "TRL": run_trl}
+CANDIDATES: dict[str, Callable[[Namespace], None]] = {
+    "ours": lambda options: run_ours(options, share_prompts=True),
+    "ours, prompts read twice": lambda options: run_ours(options, share_prompts=False),
+    "TRL": run_trl,
+}
 
 
 def main() -> None:

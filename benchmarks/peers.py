@@ -198,9 +198,7 @@ def measure(module: str, names: Sequence[str], seconds: float) -> dict[str, Meas
         for _ in range(NUM_TURNS):
             for candidate in candidates:
                 turn = candidate.ask(f"{seconds / NUM_TURNS}\n")
-                found = Measured(
-                    turn["rate"], int(turn["peak_bytes"]), int(turn["training_bytes"])
-                )
+                found = Measured(turn["rate"], int(turn["peak_bytes"]), int(turn["training_bytes"]))
                 if candidate.name not in best or found.rate > best[candidate.name].rate:
                     best[candidate.name] = found
     return best

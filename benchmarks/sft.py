@@ -110,7 +110,7 @@ def run_trl(options: Namespace, *, packing: bool) -> None:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    class Counting(SFTTrainer):  # type: ignore[misc]  # trl has no types
+    class Counting(SFTTrainer):
         turns: Turns
 
         def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:

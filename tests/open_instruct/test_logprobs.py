@@ -22,6 +22,8 @@ from transformers import (
     MambaForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
 )
 
 from olmo_base.run.errors import UserError
@@ -232,3 +234,143 @@ def test_a_head_in_pieces_gives_the_same_statistics_and_gradients():
         assert head.weight.grad is not None
         found.append((scores_L2.detach(), head.weight.grad.clone()))
     torch.testing.assert_close(found[0], found[1])
+
+
+# ---------------------------------------------------------------- two answers behind one prompt
+
+
+def some_pairs(number=6):
+    """Prompts of 2 to 7 tokens; the answers of some begin alike."""
+    generator = torch.Generator().manual_seed(1)
+
+    def ids(length):
+        return torch.randint(3, 61, (length,), generator=generator).tolist()
+
+    pairs = []
+    for place in range(number):
+        prompt = ids(2 + place)
+        chosen, rejected = prompt + ids(3 + place % 3), prompt + ids(7 - place)
+        if place % 2:
+            rejected[len(prompt)] = chosen[len(prompt)]
+        pairs.append(
+            [
+                Encoded(row, [column >= len(prompt) for column in range(len(row))])
+                for row in (chosen, rejected)
+            ]
+        )
+    return Examples(pairs)
+
+
+SHARING = [
+    (olmo2, "boolean"),
+    (llama_with_tied_embeddings, "boolean"),
+    (gpt2_with_learnt_positions, "boolean"),
+    (gpt_neox, "boolean"),
+    (gemma2_with_capped_logits, "additive"),  # computes eagerly
+    (cohere_with_scaled_logits, "boolean"),
+]
+
+
+@pytest.mark.parametrize(
+    ("make_model", "mask"), SHARING, ids=lambda item: getattr(item, "__name__", "")
+)
+def test_answers_behind_one_prompt_have_the_log_probabilities_and_gradients_of_two_rows(
+    make_model, mask
+):
+    torch.manual_seed(0)
+    logprobs = LabelLogprobs(make_model().eval())
+    pairs = some_pairs()
+    assert logprobs.share_prompts(pairs) is None
+    assert logprobs.pair_mask == mask
+
+    def step(examples, groups):
+        logprobs.zero_grad()
+        found = []
+        for group in groups:  # one after the other, as under accumulation
+            batch = examples.batch(group)
+            sums_S = batch.sums_over_sequences(logprobs(batch))
+            margin_B = sums_S.view(-1, 2)[:, 0] - sums_S.view(-1, 2)[:, 1]
+            (-torch.nn.functional.logsigmoid(margin_B).sum() / len(examples)).backward()
+            found.append(sums_S.detach())
+        gradients: dict[str, Any] = {
+            name: weight.grad for name, weight in logprobs.named_parameters()
+        }
+        return torch.cat(found), gradients
+
+    apart_S, expected = step(pairs, [[0, 1, 2, 3, 4, 5]])
+    assert max(float(gradient.abs().max()) for gradient in expected.values()) > 1e-2
+    for groups in ([[0, 1, 2, 3, 4, 5]], [[0, 1], [2], [3, 4, 5]]):
+        shared_S, found = step(pairs.sharing_prompts(), groups)
+        torch.testing.assert_close(shared_S, apart_S, atol=1e-5, rtol=0)
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=0, msg=name)
+
+
+def test_statistics_are_the_same_behind_one_prompt():
+    torch.manual_seed(0)
+    logprobs = LabelLogprobs(olmo2().eval())
+    pairs = some_pairs()
+    assert logprobs.share_prompts(pairs) is None
+    apart = logprobs(pairs.batch([0, 3]), "log_sum_squares")
+    shared = logprobs(pairs.sharing_prompts().batch([0, 3]), "log_sum_squares")
+    torch.testing.assert_close(shared, apart, atol=1e-5, rtol=0)
+
+
+def sliding_olmo():
+    return Olmo3ForCausalLM(Olmo3Config(**(TINY | {"sliding_window": 8})))
+
+
+class SeesAll(Olmo2ForCausalLM):
+    """Takes no attention mask but its own."""
+
+    def forward(self, *args, attention_mask=None, **kwargs):
+        return super().forward(*args, **kwargs)
+
+    def get_decoder(self):
+        body = super().get_decoder()
+
+        def forward(input_ids, attention_mask=None, position_ids=None, **kwargs):
+            return body(input_ids=input_ids, position_ids=position_ids, **kwargs)
+
+        return Body(forward)
+
+
+class Body(torch.nn.Module):
+    def __init__(self, forward):
+        super().__init__()
+        self.forward = forward
+
+
+def deaf_olmo():
+    return SeesAll(Olmo2Config(**TINY))
+
+
+@pytest.mark.parametrize(
+    ("make_model", "words"),
+    [
+        (mamba_without_attention, "takes no position ids"),
+        (sliding_olmo, "reaches back 8 tokens"),
+        (deaf_olmo, "gives other log-probabilities"),
+    ],
+)
+def test_a_model_that_cannot_share_says_why_and_reads_prompts_twice(make_model, words):
+    torch.manual_seed(0)
+    logprobs = LabelLogprobs(make_model().eval())
+    reason = logprobs.share_prompts(some_pairs())
+    assert reason is not None and words in reason
+    assert logprobs.pair_mask is None
+    assert logprobs(some_pairs().batch([0])).shape == (3 + 7,)
+
+
+def test_a_sliding_window_longer_than_every_pair_does_not_matter():
+    torch.manual_seed(0)
+    model = Olmo3ForCausalLM(Olmo3Config(**(TINY | {"sliding_window": 40}))).eval()
+    logprobs = LabelLogprobs(model)
+    pairs = some_pairs()
+    assert logprobs.share_prompts(pairs) is None
+    torch.testing.assert_close(
+        logprobs(pairs.sharing_prompts().batch([5, 0])),
+        logprobs(pairs.batch([5, 0])),
+        atol=1e-5,
+        rtol=0,
+    )
