@@ -18,7 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
+from transformers import Olmo2ForCausalLM, Olmo3ForCausalLM, OlmoForCausalLM
 
+from olmo_base.model.hf_weights import hf_name, model_config_of
+from olmo_base.model.transformer import Branches, Transformer
 from olmo_base.run.errors import UserError
 from open_instruct.batches import Batch, Examples
 from open_instruct.control_tokens import Encoded
@@ -134,7 +137,63 @@ def model_everywhere(
     return label_scores(logits_LV, batch.label_ids_L, statistic)
 
 
-WAYS: dict[str, Callable[[nn.Module, Batch, Tensor | None, str | None], Tensor]] = {
+class NativeThenHead:
+    """The body of an OLMo as ``olmo_base`` computes it, then the head at the labels.
+
+    Its weights are those of the transformers model, so that whatever trains, keeps or writes the
+    latter knows nothing of it. It needs no mask from outside.
+    """
+
+    def __init__(self, native: Transformer) -> None:
+        self._native = native
+
+    def __call__(
+        self, model: nn.Module, batch: Batch, mask: Tensor | None, statistic: str | None = None
+    ) -> Tensor:
+        """As the other ways."""
+        body = model.get_decoder()  # type: ignore[operator]
+        self._native.gradient_checkpointing = model.training and body.gradient_checkpointing
+        positions_RT, may_attend_RTT = batch.position_ids(), batch.may_attend()
+        branches = None
+        if positions_RT is not None and may_attend_RTT is not None:
+            branches = Branches(positions_RT, may_attend_RTT)
+        hidden = self._native(batch.ids_RT, branches=branches)
+        hidden_LD = hidden.flatten(0, 1).index_select(0, batch.label_positions_L)
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        return head_logprobs(hidden_LD, batch.label_ids_L, head, MAX_LOGITS, statistic)
+
+
+def native_over(model: Any) -> Transformer | None:
+    """Our model over the weights of a transformers OLMo; None for any other model.
+
+    None also under adapters and quantisation, and where a recipe asks for another attention. The
+    embedding is transformers' module itself: noise is added there, and padding has no gradient.
+    """
+    config = getattr(model, "config", None)
+    if (
+        type(model) not in (OlmoForCausalLM, Olmo2ForCausalLM, Olmo3ForCausalLM)
+        or getattr(model, "is_quantized", False)
+        or config._attn_implementation != "sdpa"
+        or config.attention_dropout
+    ):
+        return None
+    try:
+        shape = model_config_of(config.to_dict(), "the model's configuration")
+    except UserError:
+        return None  # something that we do not build
+    with torch.device("meta"):
+        native = Transformer(shape)
+    anything: Any = native
+    anything.embed_tokens = model.get_input_embeddings()
+    for name, _ in list(native.named_parameters()):
+        module, _, leaf = name.rpartition(".")
+        setattr(native.get_submodule(module), leaf, model.get_parameter(hf_name(name)))
+    return native
+
+
+Way = Callable[[nn.Module, Batch, Tensor | None, str | None], Tensor]
+NATIVE = "the native OLMo, head at the labels"
+WAYS: dict[str, Way] = {
     "head at the labels": hidden_then_head,
     "the model's own logits at the labels": model_at_labels,
     "the model's own logits at every position": model_everywhere,
@@ -172,7 +231,9 @@ class LabelLogprobs(Wrapped):
         super().__init__()
         self.model = model
         self._precision = precision
-        self.way, self.needs_mask = find_way(model, precision, tolerance)
+        native = native_over(model)
+        self.ways = WAYS if native is None else {NATIVE: NativeThenHead(native), **WAYS}
+        self.way, self.needs_mask = find_way(model, precision, tolerance, self.ways)
         self.pair_mask: str | None = None
 
     def forward(self, batch: Batch, statistic: str | None = None) -> Tensor:
@@ -185,7 +246,7 @@ class LabelLogprobs(Wrapped):
             assert self.pair_mask is not None, "share_prompts was not asked"
             mask = PAIR_MASKS[self.pair_mask](batch)
         with self._precision():
-            return WAYS[self.way](self.model, batch, mask, statistic)
+            return self.ways[self.way](self.model, batch, mask, statistic)
 
     def share_prompts(self, pairs: Examples) -> str | None:
         """Take rows that hold pairs from now on. If it cannot: why, in words.
@@ -205,7 +266,10 @@ def padding_mask(batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def find_way(
-    model: nn.Module, precision: Callable[[], AbstractContextManager[object]], tolerance: float
+    model: nn.Module,
+    precision: Callable[[], AbstractContextManager[object]],
+    tolerance: float,
+    ways: dict[str, Way],
 ) -> tuple[str, bool]:
     """The cheapest way that equals the model's own logits, and whether it needs a padding mask.
 
@@ -230,7 +294,7 @@ def find_way(
         expected = torch.cat(alone)
         for needs_mask in (False, True):
             mask_RT = padding_mask(probe) if needs_mask else None
-            for name, way in WAYS.items():
+            for name, way in ways.items():
                 try:
                     found = way(model, probe, mask_RT, None)
                 except (TypeError, AttributeError, IndexError):
@@ -319,7 +383,8 @@ def find_pair_mask(logprobs: LabelLogprobs, pairs: Examples) -> str:
     shared = pairs.sharing_prompts()
     longest = int(shared.positions_N.max())
     reach = _reach(model.config.get_text_config())
-    if reach is not None and longest > reach:
+    is_windowed = logprobs.way == NATIVE  # as if the two were apart
+    if reach is not None and longest > reach and not is_windowed:
         return f"its attention reaches back {reach:,} tokens, and the longest pair has {longest:,}"
     farthest = [int(shared.positions_N.argmax())]
     made_up = _pair_probe(model)
@@ -356,7 +421,7 @@ def _agree(
 
     ``is_blind``: as if nobody had said where the answers begin.
     """
-    model, way = logprobs.model, WAYS[logprobs.way]
+    model, way = logprobs.model, logprobs.ways[logprobs.way]
     device = next(model.parameters()).device
     apart = pairs.batch(numbers).to(device)
     shared = pairs.sharing_prompts().batch(numbers).to(device)

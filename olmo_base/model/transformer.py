@@ -248,6 +248,13 @@ class Sight(NamedTuple):
     may_attend: Tensor | None  # B1TS; None for plain causality
 
 
+class Branches(NamedTuple):
+    """Where the tokens of a row stand in their own sequences, and which others belong to those."""
+
+    positions_BT: Tensor
+    may_attend_BTT: Tensor  # query by key; windows are added to it
+
+
 class Block(nn.Module):
     """One layer: attention, then feed-forward, each normed on its way in (OLMo-1) or out."""
 
@@ -322,15 +329,22 @@ class Transformer(nn.Module):
         ids_BT: Tensor,
         *,
         document_ids_BT: Tensor | None = None,
+        branches: Branches | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
         """Hidden states after the final norm, BTD.
 
         ``document_ids_BT`` numbers the documents packed into a row; a position then sees only its
-        own document (RoPE is relative, so positions need not start anew). ``cache`` continues what
-        it holds. Errors: UserError if there are more positions than the model was made for.
+        own document (RoPE is relative, so positions need not start anew). ``branches`` are for rows
+        in which several sequences go on from one beginning. ``cache`` continues what it holds.
+        Errors: UserError if there are more positions than the model was made for; of branches the
+        caller has to know the lengths.
         """
-        sights = self._sights(ids_BT, document_ids_BT, cache)
+        if branches is None:
+            sights = self._sights(ids_BT, document_ids_BT, cache)
+        else:
+            assert document_ids_BT is None and cache is None
+            sights = self._sights_of_branches(branches)
         x_BTD = self.embed_tokens(ids_BT)
         for index, layer in enumerate(self.layers):
             rotation, may_attend = sights[self.windows[index]]
@@ -406,6 +420,20 @@ class Transformer(nn.Module):
             if near_TT is not None:
                 may_attend = near_TT[None, None] if may_attend is None else may_attend & near_TT
             sights[window] = Sight((cos_Sh[:num_positions], sin_Sh[:num_positions]), may_attend)
+        return sights
+
+    def _sights_of_branches(self, branches: Branches) -> dict[int | None, Sight]:
+        """By window, which counts positions of a sequence and not columns of the row."""
+        positions_BT, may_attend_BTT = branches
+        num_positions = positions_BT.shape[1]
+        distance_BTT = positions_BT[:, :, None] - positions_BT[:, None, :]
+        sights = {}
+        for window, table in self.rotary_tables.items():
+            sees_BTT = may_attend_BTT
+            if window is not None and window < num_positions:
+                sees_BTT = sees_BTT & (distance_BTT < window)
+            rotation = _at(positions_BT, *table(num_positions, positions_BT.device))
+            sights[window] = Sight(rotation, sees_BTT[:, None])
         return sights
 
     def _check_length(self, num_positions: int) -> None:
