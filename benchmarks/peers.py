@@ -25,7 +25,7 @@ from transformers import Olmo2Config, Olmo2ForCausalLM, PreTrainedTokenizerFast
 from open_instruct.encode import ChatEncoder, find_template
 
 SPECIAL = ["<|endoftext|>", "<|pad|>"]
-WARM_UP_STEPS = 3
+WARM_UP_STEPS = 2
 NUM_TURNS = 4
 MAX_LENGTH = 512
 SEED = 0
