@@ -169,10 +169,11 @@ def native_over(model: Any) -> Transformer | None:
     None also under adapters and quantisation, and where a recipe asks for another attention. The
     embedding is transformers' module itself: noise is added there, and padding has no gradient.
     """
-    config = getattr(model, "config", None)
+    if type(model) not in (OlmoForCausalLM, Olmo2ForCausalLM, Olmo3ForCausalLM):
+        return None
+    config = model.config
     if (
-        type(model) not in (OlmoForCausalLM, Olmo2ForCausalLM, Olmo3ForCausalLM)
-        or getattr(model, "is_quantized", False)
+        getattr(model, "is_quantized", False)
         or config._attn_implementation != "sdpa"
         or config.attention_dropout
     ):
@@ -232,7 +233,9 @@ class LabelLogprobs(Wrapped):
         self.model = model
         self._precision = precision
         native = native_over(model)
-        self.ways = WAYS if native is None else {NATIVE: NativeThenHead(native), **WAYS}
+        self.ways: dict[str, Way] = dict(WAYS)
+        if native is not None:
+            self.ways = {NATIVE: NativeThenHead(native), **WAYS}
         self.way, self.needs_mask = find_way(model, precision, tolerance, self.ways)
         self.pair_mask: str | None = None
 

@@ -3,6 +3,7 @@ import math
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -443,7 +444,9 @@ def test_shared_prompts_change_what_is_read_and_nothing_else(folder):
 
 
 def test_a_model_that_cannot_share_is_named_or_refused(folder):
-    shape = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    shape: dict[str, Any] = dict(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
     config = MistralConfig(
         **shape, vocab_size=261, num_key_value_heads=2, eos_token_id=256, sliding_window=8
     )
