@@ -6,8 +6,10 @@ a resumed run and every rank know what all the others do without asking them.
 """
 
 # N examples of a set; W rows of one example (1 dialogue, or 2 answers of a pair: chosen, rejected)
-# R rows of a micro-batch; T positions of its longest row; L its label tokens
+# S sequences of a micro-batch in its R rows: one in each, or a pair that shares its prompt
+# T positions of the longest row; L label tokens
 
+import copy
 import functools
 import hashlib
 import math
@@ -50,13 +52,45 @@ class Examples:
         row_labels = np.array([len(labels) for labels in self._labels], dtype=np.int64)
         self.lengths_NW = row_lengths.reshape(-1, self.width)
         self.num_labels_NW = row_labels.reshape(-1, self.width)
+        # How many ids the two of a pair begin with alike, where the model reads those once.
+        self._common_N: np.ndarray | None = None
+
+    def sharing_prompts(self) -> "Examples":
+        """The same pairs, each read by the model as one row: prompt, chosen and rejected answer.
+
+        All ids that both sequences begin with stand in it once, whether the prompt's or not.
+        """
+        assert self.width == 2
+        shared = copy.copy(self)
+        shared._common_N = np.array(
+            [_common_length(*self._ids[at : at + 2]) for at in range(0, len(self._ids), 2)],
+            dtype=np.int64,
+        )
+        return shared
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether a row of a batch is a pair."""
+        return self._common_N is not None
+
+    @property
+    def rows_per_example(self) -> int:
+        """Rows that the model reads for one example."""
+        return 1 if self.shares_prompts else self.width
+
+    @property
+    def positions_N(self) -> np.ndarray:
+        """Positions of each example's longest row, as the model reads it."""
+        if self._common_N is None:
+            return self.lengths_NW.max(axis=1)
+        return self.lengths_NW.sum(axis=1) - self._common_N
 
     def __len__(self) -> int:
         return len(self.lengths_NW)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all rows, without padding."""
+        """Tokens of all sequences, without padding; those of a shared prompt count in both."""
         return int(self.lengths_NW.sum())
 
     @property
@@ -78,13 +112,15 @@ class Examples:
         Without numbers: one position of padding without a label, for a rank that has nothing left
         to do in a step but must take part in it.
         """
+        if self._common_N is not None:
+            return self._batch_of_shared(numbers, self._common_N, pad_id, seed)
         rows = [number * self.width + side for number in numbers for side in range(self.width)]
         longest = max((len(self._ids[row]) for row in rows), default=1)
         ids_RT = np.full((max(len(rows), 1), longest), pad_id, dtype=np.int64)
         for index, row in enumerate(rows):
             ids_RT[index, : len(self._ids[row])] = self._ids[row]
         num_labels_R = [len(self._labels[row]) for row in rows]
-        label_rows_L = np.repeat(np.arange(len(rows)), num_labels_R)
+        label_rows_L = np.repeat(np.arange(len(rows)), num_labels_R)  # one sequence in each row
         labels = [self._labels[row] for row in rows]
         columns_L = np.concatenate(labels) if labels else np.zeros(0, dtype=np.int64)
         return Batch(
@@ -93,11 +129,52 @@ class Examples:
             # Position t predicts id t + 1.
             label_positions_L=torch.from_numpy(label_rows_L * longest + columns_L - 1),
             label_ids_L=torch.from_numpy(ids_RT[label_rows_L, columns_L]),
-            label_rows_L=torch.from_numpy(label_rows_L),
+            label_sequences_L=torch.from_numpy(label_rows_L),
             examples=torch.tensor(list(numbers), dtype=torch.int64),
-            num_rows=len(rows),
+            num_sequences=len(rows),
             seed=seed,
         )
+
+    def _batch_of_shared(
+        self, numbers: Sequence[int], common_N: np.ndarray, pad_id: int, seed: int
+    ) -> "Batch":
+        lengths = [int(length) for length in self.positions_N[list(numbers)]] or [1]
+        longest = max(lengths)
+        ids_RT = np.full((len(lengths), longest), pad_id, dtype=np.int64)
+        branches_R2 = np.ones((len(lengths), 2), dtype=np.int64)
+        nothing = np.zeros(0, dtype=np.int64)
+        positions, labels, sequences = [nothing], [nothing], [nothing]
+        for row, number in enumerate(numbers):
+            chosen, rejected = self._ids[2 * number : 2 * number + 2]
+            common = int(common_N[number])
+            ids_RT[row, : lengths[row]] = np.concatenate([chosen, rejected[common:]])
+            branches_R2[row] = common, len(chosen)
+            for side, ids in enumerate((chosen, rejected)):
+                places = self._labels[2 * number + side]
+                columns = places - 1  # position t predicts id t + 1
+                if side == 1:
+                    columns = np.where(columns < common, columns, columns - common + len(chosen))
+                positions.append(row * longest + columns)
+                labels.append(ids[places])
+                sequences.append(np.full(len(places), 2 * row + side, dtype=np.int64))
+        return Batch(
+            ids_RT=torch.from_numpy(ids_RT),
+            lengths_R=torch.tensor(lengths),
+            label_positions_L=torch.from_numpy(np.concatenate(positions)),
+            label_ids_L=torch.from_numpy(np.concatenate(labels)),
+            label_sequences_L=torch.from_numpy(np.concatenate(sequences)),
+            examples=torch.tensor(list(numbers), dtype=torch.int64),
+            num_sequences=2 * len(numbers),
+            seed=seed,
+            branches_R2=torch.from_numpy(branches_R2),
+        )
+
+
+def _common_length(a: np.ndarray, b: np.ndarray) -> int:
+    """How many ids two sequences begin with alike."""
+    shorter = min(len(a), len(b))
+    differs = np.flatnonzero(a[:shorter] != b[:shorter])
+    return int(differs[0]) if len(differs) else shorter
 
 
 @dataclass(frozen=True)
@@ -107,16 +184,20 @@ class Batch:
     Padding stands right of every row and is no label. Causal attention keeps it out of the tokens
     before it, and positions count from 0 in every row as models do by themselves, so neither an
     attention mask nor position ids are needed (``logprobs.py`` checks that of each model).
+
+    A row that holds a pair needs both: its rejected answer goes on where the prompt ends and must
+    not see the chosen one.
     """
 
     ids_RT: Tensor
     lengths_R: Tensor
     label_positions_L: Tensor  # in the rows laid end to end: row * T + column
     label_ids_L: Tensor
-    label_rows_L: Tensor
+    label_sequences_L: Tensor
     examples: Tensor  # the number of each example in its set
-    num_rows: int  # 0 for the batch without examples
+    num_sequences: int  # S; 0 for the batch without examples
     seed: int = 0  # for what is drawn at random; the same in all micro-batches of a step
+    branches_R2: Tensor | None = None  # of pairs: the columns where either answer begins
 
     def to(self, device: torch.device) -> "Batch":
         """The same on a device; from pinned memory, so that the copy does not stop the host."""
@@ -131,10 +212,35 @@ class Batch:
         }
         return replace(self, **moved)
 
-    def sums_over_rows(self, logprobs_L: Tensor) -> Tensor:
-        """Sum the label log-probabilities of each row: (num_rows,)."""
-        zeros_R = logprobs_L.new_zeros(self.num_rows)
-        return zeros_R.index_add(0, self.label_rows_L, logprobs_L)
+    def sums_over_sequences(self, logprobs_L: Tensor) -> Tensor:
+        """Sum the label log-probabilities of each sequence: (S,)."""
+        zeros_S = logprobs_L.new_zeros(self.num_sequences)
+        return zeros_S.index_add(0, self.label_sequences_L, logprobs_L)
+
+    def position_ids(self) -> Tensor | None:
+        """(R, T) for rows of pairs, in which both answers follow the prompt; else None."""
+        if self.branches_R2 is None:
+            return None
+        columns_RT, chosen_R1, rejected_R1 = self._columns(self.branches_R2)
+        positions_RT = torch.where(
+            columns_RT < rejected_R1, columns_RT, columns_RT - rejected_R1 + chosen_R1
+        )
+        # Padding would count on, and a model may know no positions beyond its longest sequence.
+        return positions_RT.masked_fill(columns_RT >= self.lengths_R[:, None], 0)
+
+    def may_attend(self) -> Tensor | None:
+        """(R, T, T), query by key, for rows of pairs: all before it but the other answer."""
+        if self.branches_R2 is None:
+            return None
+        columns_RT, chosen_R1, rejected_R1 = self._columns(self.branches_R2)
+        is_rejected_RT = columns_RT >= rejected_R1
+        is_chosen_RT = (columns_RT >= chosen_R1) & ~is_rejected_RT
+        is_other_RTT = is_rejected_RT[:, :, None] & is_chosen_RT[:, None, :]
+        return (columns_RT[:, :, None] >= columns_RT[:, None, :]) & ~is_other_RTT
+
+    def _columns(self, branches_R2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        columns_T = torch.arange(self.ids_RT.shape[1], device=branches_R2.device)
+        return columns_T.expand(len(branches_R2), -1), branches_R2[:, :1], branches_R2[:, 1:]
 
 
 # ---------------------------------------------------------------- cutting by length
@@ -240,13 +346,15 @@ class Steps:
 
     def _cut_step(self, step: int) -> Cut:
         numbers = self.numbers(step)
-        longest_N = self.examples.lengths_NW.max(axis=1)
+        longest_N = self.examples.positions_N
         by_length = numbers[np.argsort(longest_N[numbers], kind="stable")]
         micro_batches = []
         for rank in range(self._num_ranks):
             share = by_length[rank :: self._num_ranks]  # every rank gets short and long ones
             groups = cut_by_length(
-                longest_N[share] * self.examples.width, self._max_micro_batch, self._cost_of_cut
+                longest_N[share] * self.examples.rows_per_example,
+                self._max_micro_batch,
+                self._cost_of_cut,
             )
             micro_batches.append([[int(share[index]) for index in group] for group in groups])
         # Ranks wait for each other in every backward pass, so all take part equally often.
@@ -273,8 +381,8 @@ class Steps:
         for step in range(min(num_steps, self.total)):
             for groups in self._cut(step).micro_batches:
                 for group in filter(None, groups):
-                    rows = len(group) * self.examples.width
-                    longest = int(self.examples.lengths_NW[group].max())
+                    rows = len(group) * self.examples.rows_per_example
+                    longest = int(self.examples.positions_N[group].max())
                     positions = max(positions, rows * longest)
                     labels = max(labels, int(self.examples.num_labels_NW[group].sum()))
         return positions, labels
@@ -292,7 +400,7 @@ def evaluation_batches(
     examples: Examples, *, max_examples: int, num_ranks: int, rank: int, pad_id: int = 0
 ) -> list[Batch]:
     """This rank's share of a whole set, in batches of similar length, the same ones every time."""
-    by_length = np.argsort(examples.lengths_NW.max(axis=1), kind="stable").tolist()
+    by_length = np.argsort(examples.positions_N, kind="stable").tolist()
     starts = range(0, len(by_length), max_examples)
     groups = [by_length[start : start + max_examples] for start in starts]
     return [examples.batch(group, pad_id) for group in groups[rank::num_ranks]]

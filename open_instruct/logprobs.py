@@ -7,17 +7,24 @@ A head over V ids costs more than a small model's whole body, and prompts and pa
 # R rows, T positions, D hidden width, V vocabulary, L label tokens (laid end to end)
 
 import contextlib
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
+from transformers import Olmo2ForCausalLM, Olmo3ForCausalLM, OlmoForCausalLM
 
+from olmo_base.model.hf_weights import hf_name, model_config_of
+from olmo_base.model.transformer import Branches, Transformer
 from olmo_base.run.errors import UserError
-from open_instruct.batches import Batch
+from open_instruct.batches import Batch, Examples
+from open_instruct.control_tokens import Encoded
 
 # Above this many logits at once (256 MB in float32) the head works through the labels in pieces,
 # whose logits are computed again in the backward pass instead of being kept.
@@ -88,43 +95,106 @@ def head_logprobs(
 # ---------------------------------------------------------------- ways to the logits of labels
 
 
+def model_inputs(batch: Batch, mask: Tensor | None) -> dict[str, Any]:
+    """What every way hands to the model. ``mask``: of padding, (R, T), or of all, (R, 1, T, T)."""
+    inputs = {"input_ids": batch.ids_RT, "attention_mask": mask, "use_cache": False}
+    positions_RT = batch.position_ids()
+    return inputs if positions_RT is None else {**inputs, "position_ids": positions_RT}
+
+
 def hidden_then_head(
-    model: nn.Module, batch: Batch, mask_RT: Tensor | None, statistic: str | None = None
+    model: nn.Module, batch: Batch, mask: Tensor | None, statistic: str | None = None
 ) -> Tensor:
     """The body's hidden states, then the head at the labels. Right for models that do just that."""
-    hidden = model.get_decoder()(  # type: ignore[operator]
-        input_ids=batch.ids_RT, attention_mask=mask_RT, use_cache=False
-    ).last_hidden_state
+    body = model.get_decoder()  # type: ignore[operator]
+    hidden = body(**model_inputs(batch, mask)).last_hidden_state
     hidden_LD = hidden.flatten(0, 1).index_select(0, batch.label_positions_L)
     head = model.get_output_embeddings()  # type: ignore[operator]
     return head_logprobs(hidden_LD, batch.label_ids_L, head, MAX_LOGITS, statistic)
 
 
 def model_at_labels(
-    model: nn.Module, batch: Batch, mask_RT: Tensor | None, statistic: str | None = None
+    model: nn.Module, batch: Batch, mask: Tensor | None, statistic: str | None = None
 ) -> Tensor:
     """The model's own logits, asked for at the labels only. Costs a host synchronisation."""
     is_wanted = torch.zeros_like(batch.ids_RT, dtype=torch.bool).flatten()
     is_wanted[batch.label_positions_L] = True
     logits_LV = model(
-        input_ids=batch.ids_RT,
-        attention_mask=mask_RT,
-        use_cache=False,
-        logits_to_keep=is_wanted.view_as(batch.ids_RT),
+        **model_inputs(batch, mask), logits_to_keep=is_wanted.view_as(batch.ids_RT)
     ).logits
+    if batch.branches_R2 is not None:  # where the answers part, one position predicts two labels
+        places = is_wanted.cumsum(0) - 1
+        logits_LV = logits_LV.index_select(0, places[batch.label_positions_L])
     return label_scores(logits_LV, batch.label_ids_L, statistic)
 
 
 def model_everywhere(
-    model: nn.Module, batch: Batch, mask_RT: Tensor | None, statistic: str | None = None
+    model: nn.Module, batch: Batch, mask: Tensor | None, statistic: str | None = None
 ) -> Tensor:
     """The model's own logits at every position, then those of the labels. The most memory."""
-    logits = model(input_ids=batch.ids_RT, attention_mask=mask_RT, use_cache=False).logits
+    logits = model(**model_inputs(batch, mask)).logits
     logits_LV = logits.flatten(0, 1).index_select(0, batch.label_positions_L)
     return label_scores(logits_LV, batch.label_ids_L, statistic)
 
 
-WAYS: dict[str, Callable[[nn.Module, Batch, Tensor | None, str | None], Tensor]] = {
+class NativeThenHead:
+    """The body of an OLMo as ``olmo_base`` computes it, then the head at the labels.
+
+    Its weights are those of the transformers model, so that whatever trains, keeps or writes the
+    latter knows nothing of it. It needs no mask from outside.
+    """
+
+    def __init__(self, native: Transformer) -> None:
+        self._native = native
+
+    def __call__(
+        self, model: nn.Module, batch: Batch, mask: Tensor | None, statistic: str | None = None
+    ) -> Tensor:
+        """As the other ways."""
+        body = model.get_decoder()  # type: ignore[operator]
+        self._native.gradient_checkpointing = model.training and body.gradient_checkpointing
+        positions_RT, may_attend_RTT = batch.position_ids(), batch.may_attend()
+        branches = None
+        if positions_RT is not None and may_attend_RTT is not None:
+            branches = Branches(positions_RT, may_attend_RTT)
+        hidden = self._native(batch.ids_RT, branches=branches)
+        hidden_LD = hidden.flatten(0, 1).index_select(0, batch.label_positions_L)
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        return head_logprobs(hidden_LD, batch.label_ids_L, head, MAX_LOGITS, statistic)
+
+
+def native_over(model: Any) -> Transformer | None:
+    """Our model over the weights of a transformers OLMo; None for any other model.
+
+    None also under adapters and quantisation, and where a recipe asks for another attention. The
+    embedding is transformers' module itself: noise is added there, and padding has no gradient.
+    """
+    if type(model) not in (OlmoForCausalLM, Olmo2ForCausalLM, Olmo3ForCausalLM):
+        return None
+    config = model.config
+    if (
+        getattr(model, "is_quantized", False)
+        or config._attn_implementation != "sdpa"
+        or config.attention_dropout
+    ):
+        return None
+    try:
+        shape = model_config_of(config.to_dict(), "the model's configuration")
+    except UserError:
+        return None  # something that we do not build
+    with torch.device("meta"):
+        native = Transformer(shape)
+    anything: Any = native
+    anything.embed_tokens = model.get_input_embeddings()
+    for name, _ in list(native.named_parameters()):
+        module, _, leaf = name.rpartition(".")
+        setattr(native.get_submodule(module), leaf, model.get_parameter(hf_name(name)))
+    return native
+
+
+Way = Callable[[nn.Module, Batch, Tensor | None, str | None], Tensor]
+NATIVE = "the native OLMo, head at the labels"
+WAYS: dict[str, Way] = {
     "head at the labels": hidden_then_head,
     "the model's own logits at the labels": model_at_labels,
     "the model's own logits at every position": model_everywhere,
@@ -144,7 +214,8 @@ class LabelLogprobs(Wrapped):
     """A causal language model whose forward pass is micro-batch -> log-probability of each label.
 
     A module, so that whatever wraps a model for many ranks wraps this and sees every forward pass.
-    ``way`` and ``needs_mask`` were checked against the model's plain forward pass on a probe.
+    ``way`` and ``needs_mask`` were checked against the model's plain forward pass on a probe, and
+    so is ``pair_mask`` before rows hold pairs (``share_prompts``).
     """
 
     def __init__(
@@ -161,16 +232,33 @@ class LabelLogprobs(Wrapped):
         super().__init__()
         self.model = model
         self._precision = precision
-        self.way, self.needs_mask = find_way(model, precision, tolerance)
+        native = native_over(model)
+        self.ways: dict[str, Way] = dict(WAYS)
+        if native is not None:
+            self.ways = {NATIVE: NativeThenHead(native), **WAYS}
+        self.way, self.needs_mask = find_way(model, precision, tolerance, self.ways)
+        self.pair_mask: str | None = None
 
     def forward(self, batch: Batch, statistic: str | None = None) -> Tensor:
         """(L,) float32, in the order of ``batch.label_ids_L``.
 
         With one of ``STATISTICS``: (L, 2), the statistic beside each log-probability.
         """
-        mask_RT = padding_mask(batch) if self.needs_mask else None
+        mask = padding_mask(batch) if self.needs_mask else None
+        if batch.branches_R2 is not None:
+            assert self.pair_mask is not None, "share_prompts was not asked"
+            mask = PAIR_MASKS[self.pair_mask](batch)
         with self._precision():
-            return WAYS[self.way](self.model, batch, mask_RT, statistic)
+            return self.ways[self.way](self.model, batch, mask, statistic)
+
+    def share_prompts(self, pairs: Examples) -> str | None:
+        """Take rows that hold pairs from now on. If it cannot: why, in words.
+
+        Checked on made-up pairs, and on the one of ``pairs`` whose row is the longest.
+        """
+        found = find_pair_mask(self, pairs)
+        self.pair_mask = found if found in PAIR_MASKS else None
+        return None if self.pair_mask else found
 
 
 def padding_mask(batch: Batch) -> Tensor:
@@ -181,7 +269,10 @@ def padding_mask(batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def find_way(
-    model: nn.Module, precision: Callable[[], AbstractContextManager[object]], tolerance: float
+    model: nn.Module,
+    precision: Callable[[], AbstractContextManager[object]],
+    tolerance: float,
+    ways: dict[str, Way],
 ) -> tuple[str, bool]:
     """The cheapest way that equals the model's own logits, and whether it needs a padding mask.
 
@@ -206,7 +297,7 @@ def find_way(
         expected = torch.cat(alone)
         for needs_mask in (False, True):
             mask_RT = padding_mask(probe) if needs_mask else None
-            for name, way in WAYS.items():
+            for name, way in ways.items():
                 try:
                     found = way(model, probe, mask_RT, None)
                 except (TypeError, AttributeError, IndexError):
@@ -233,9 +324,9 @@ def _probe(model: nn.Module) -> Batch:
         lengths_R=torch.tensor(lengths, device=device),
         label_positions_L=rows_L * 9 + columns_L - 1,
         label_ids_L=ids_RT[rows_L, columns_L],
-        label_rows_L=rows_L,
+        label_sequences_L=rows_L,
         examples=torch.tensor([0, 1], device=device),
-        num_rows=2,
+        num_sequences=2,
     )
 
 
@@ -256,3 +347,114 @@ def _plain_logprobs(model: nn.Module, ids_T: Tensor) -> Tensor:
     """One row by itself through the model's own forward pass: what every way has to equal."""
     logits_TV = model(input_ids=ids_T[None], use_cache=False).logits[0, :-1]
     return id_logprobs(logits_TV, ids_T[1:])
+
+
+# ---------------------------------------------------------------- two answers behind one prompt
+
+
+def boolean_mask(batch: Batch) -> Tensor:
+    """True where a position may be attended to: (R, 1, T, T)."""
+    may_attend_RTT = batch.may_attend()
+    assert may_attend_RTT is not None
+    return may_attend_RTT[:, None]
+
+
+def additive_mask(batch: Batch) -> Tensor:
+    """What is added to attention's scores, for kernels that do not take True and False."""
+    may_attend_R1TT = boolean_mask(batch)
+    lowest = torch.finfo(torch.float32).min
+    zeros_R1TT = torch.zeros_like(may_attend_R1TT, dtype=torch.float32)
+    return zeros_R1TT.masked_fill(~may_attend_R1TT, lowest)
+
+
+PAIR_MASKS: dict[str, Callable[[Batch], Tensor]] = {
+    "boolean": boolean_mask,
+    "additive": additive_mask,
+}
+# Keys of configurations that say how far attention reaches back. A mask of ours would replace it.
+REACHES = ("sliding_window", "attention_chunk_size", "window_size")
+SHARING_TOLERANCE = 1e-3  # nats, where logits spread over 20: it is checked in the weights' float32
+
+
+@torch.no_grad()
+def find_pair_mask(logprobs: LabelLogprobs, pairs: Examples) -> str:
+    """The mask, of ``PAIR_MASKS``, with which two answers share a prompt; or why none does."""
+    model: Any = logprobs.model
+    name = type(model).__name__
+    if "position_ids" not in inspect.signature(model.get_decoder().forward).parameters:
+        return f"{name} takes no position ids"
+    shared = pairs.sharing_prompts()
+    longest = int(shared.positions_N.max())
+    reach = _reach(model.config.get_text_config())
+    is_windowed = logprobs.way == NATIVE  # as if the two were apart
+    if reach is not None and longest > reach and not is_windowed:
+        return f"its attention reaches back {reach:,} tokens, and the longest pair has {longest:,}"
+    farthest = [int(shared.positions_N.argmax())]
+    made_up = _pair_probe(model)
+    was_training = model.training
+    model.eval()
+    try:
+        for mask_name, make_mask in PAIR_MASKS.items():
+            if (
+                _agree(logprobs, made_up, [0, 1], make_mask)
+                # A model in which the answers would not see each other anyway shows nothing.
+                and not _agree(logprobs, made_up, [0, 1], make_mask, is_blind=True)
+                and _agree(logprobs, pairs, farthest, make_mask)
+            ):
+                return mask_name
+    finally:
+        model.train(was_training)
+    return f"{name} gives other log-probabilities for two answers behind one prompt"
+
+
+def _reach(config: Any) -> int | None:
+    """How far attention reaches back in the layer that sees the least; None: to the beginning."""
+    values = [getattr(config, key, None) for key in REACHES]
+    return min((value for value in values if isinstance(value, int) and value > 0), default=None)
+
+
+def _agree(
+    logprobs: LabelLogprobs,
+    pairs: Examples,
+    numbers: list[int],
+    make_mask: Callable[[Batch], Tensor],
+    is_blind: bool = False,
+) -> bool:
+    """Whether pairs in shared rows have the log-probabilities that they have in rows of their own.
+
+    ``is_blind``: as if nobody had said where the answers begin.
+    """
+    model, way = logprobs.model, logprobs.ways[logprobs.way]
+    device = next(model.parameters()).device
+    apart = pairs.batch(numbers).to(device)
+    shared = pairs.sharing_prompts().batch(numbers).to(device)
+    if is_blind:
+        assert shared.branches_R2 is not None
+        nowhere_R2 = torch.full_like(shared.branches_R2, shared.ids_RT.shape[1])
+        shared = replace(shared, branches_R2=nowhere_R2)
+    handle = _amplify_head(model, apart)
+    try:
+        apart_L = way(model, apart, padding_mask(apart) if logprobs.needs_mask else None, None)
+        shared_L = way(model, shared, make_mask(shared), None)
+    except (TypeError, AttributeError, IndexError, ValueError, RuntimeError):
+        return False  # a model or a kernel that takes no such mask
+    finally:
+        handle.remove()
+    return torch.allclose(shared_L, apart_L, rtol=0, atol=SHARING_TOLERANCE)
+
+
+def _pair_probe(model: nn.Module) -> Examples:
+    """Pairs with 6 and 3 tokens in common, of unlike lengths, so that one row is padded."""
+    vocab_size = vocabulary_size(model.get_output_embeddings())  # type: ignore[operator]
+
+    def answered(common: int, length: int, seed: int) -> Encoded:
+        prompt = [(place * 7919 + 3) % vocab_size for place in range(common)]
+        answer = [(place * 104729 + seed) % vocab_size for place in range(length)]
+        return Encoded(prompt + answer, [place >= common for place in range(common + length)])
+
+    return Examples(
+        [
+            (answered(6, 4, 1), answered(6, 7, 2)),
+            (answered(3, 9, 4), answered(3, 2, 5)),
+        ]
+    )

@@ -78,6 +78,8 @@ __all__ = ["PreferenceRecipe", "input_files", "plan", "run"]
 # P pairs (or rated answers) of a set, B of a micro-batch, 2 = (chosen answer, rejected answer)
 # W answers of an example: 2 of a pair, 1 if rated
 
+# Below this share of the tokens, a mask costs more than reading prompts once saves.
+LEAST_SAVED = 0.1
 # In a folder of its own: vLLM reads every *.safetensors file beside config.json as weights.
 REFERENCE_FILE = "reference/logprobs.safetensors"
 
@@ -314,11 +316,24 @@ class PreferenceRecipe:
     chat_template: str | None = None  # null: the template that the model carries
     data: DataConfig
     loss: LossConfig = field(default_factory=LossConfig)
+    share_prompts: bool | Literal["auto"] = setting(
+        "auto",
+        help="put both answers behind one copy of their prompt; auto: where the model computes the "
+        "same and it saves tokens",
+    )
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: PreferenceOptim = field(default_factory=PreferenceOptim)
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     run: RunConfig
+
+    def __post_init__(self) -> None:
+        if self.loss.is_rated and self.share_prompts is True:
+            raise RecipeError(
+                "share_prompts",
+                "true, but kto learns from single answers, and none of them has another one to "
+                "share its prompt with. Remove the key.",
+            )
 
 
 # ---------------------------------------------------------------- pairs: data and loss
@@ -376,7 +391,7 @@ def preference_sums(pairs: PairScores, loss: LossConfig) -> dict[str, Tensor]:
 
 def answer_logprobs(model: nn.Module, batch: Batch, width: int = 2) -> Tensor:
     """Log-probability of each answer, summed over its tokens: (B, W)."""
-    return batch.sums_over_rows(model(batch)).view(-1, width)
+    return batch.sums_over_sequences(model(batch)).view(-1, width)
 
 
 def pair_scores(
@@ -386,12 +401,12 @@ def pair_scores(
     is_weighted = "wpo" in loss.names
     scores_L = model(batch, "log_sum_squares") if is_weighted else model(batch)
     logprobs_L = scores_L[:, 0] if is_weighted else scores_L
-    policy_B2 = batch.sums_over_rows(logprobs_L).view(-1, 2)
-    num_tokens_B2 = batch.sums_over_rows(torch.ones_like(logprobs_L)).view(-1, 2)
+    policy_B2 = batch.sums_over_sequences(logprobs_L).view(-1, 2)
+    num_tokens_B2 = batch.sums_over_sequences(torch.ones_like(logprobs_L)).view(-1, 2)
     log_weights_B2 = None
     if is_weighted:
         aligned_L = (scores_L[:, 0] - scores_L[:, 1]).detach()
-        log_weights_B2 = batch.sums_over_rows(aligned_L).view(-1, 2) / num_tokens_B2
+        log_weights_B2 = batch.sums_over_sequences(aligned_L).view(-1, 2) / num_tokens_B2
     if reference_P2 is None:
         reference_B2 = torch.zeros_like(policy_B2)
     else:
@@ -538,6 +553,45 @@ def rated_loss_against(
 # ---------------------------------------------------------------- reference log-probabilities
 
 
+def with_shared_prompts(
+    sets: dict[str, Examples | RatedExamples],
+    recipe: PreferenceRecipe,
+    workers: Workers,
+    model: LabelLogprobs,
+    folder: RunFolder,
+) -> dict[str, Examples | RatedExamples]:
+    """The sets as the model is to read them; says in the log what ``share_prompts`` came to.
+
+    Errors: UserError if the recipe insists and the model cannot.
+    """
+    pairs = {name: items for name, items in sets.items() if isinstance(items, Examples)}
+    if not pairs or recipe.share_prompts is False:
+        return sets
+    shared = {name: examples.sharing_prompts() for name, examples in pairs.items()}
+    apart_positions = pairs["train"].num_tokens
+    positions = int(shared["train"].positions_N.sum())
+    saved = 1 - positions / apart_positions
+    if recipe.share_prompts == "auto" and saved < LEAST_SAVED:
+        folder.log(f"prompts are read twice: to share them would save {saved:.0%} of the tokens")
+        return sets
+    farthest = max(pairs, key=lambda name: int(shared[name].positions_N.max()))
+    reason = model.share_prompts(pairs[farthest])
+    if workers.any_rank(reason is not None):
+        reason = reason or "another rank found that it cannot"
+        if recipe.share_prompts is True:
+            raise UserError(
+                f"share_prompts: true, but two answers cannot share their prompt: {reason}. "
+                "Set share_prompts: auto, which reads each prompt twice where it must."
+            )
+        folder.log(f"prompts are read twice: {reason}")
+        return sets
+    folder.log(
+        f"both answers share their prompt: {positions:,} tokens are read in place of "
+        f"{apart_positions:,}"
+    )
+    return {**sets, **shared}
+
+
 def reference_key(recipe: PreferenceRecipe, workers: Workers, sets: dict[str, Examples]) -> str:
     """What decides the reference log-probabilities: the weights, every id and every label.
 
@@ -552,6 +606,7 @@ def reference_key(recipe: PreferenceRecipe, workers: Workers, sets: dict[str, Ex
         "quantised": [*bits, recipe.adapter.given] if any(bits) else None,
         "attention": recipe.model.attn_implementation,
         "bf16": workers.bf16,
+        "shared": [examples.shares_prompts for examples in sets.values()],
         "examples": {name: examples.fingerprint() for name, examples in sets.items()},
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -696,11 +751,16 @@ def run(recipe: PreferenceRecipe) -> RunFolder:
     for line in mixture_lines(uses):
         folder.log(line)
 
+    longest = max(
+        int(examples.lengths_NW.max())
+        for name, items in sets.items()
+        for examples in compared(name, items).values()
+    )
+    model = Model(recipe, workers, folder, longest)
+    sets = with_shared_prompts(sets, recipe, workers, model.logprobs, folder)
     parts: dict[str, Examples] = {}
     for name, items in sets.items():
         parts |= compared(name, items)
-    longest = max(int(examples.lengths_NW.max()) for examples in parts.values())
-    model = Model(recipe, workers, folder, longest)
     references: dict[str, Tensor] = {}
     if recipe.loss.has_reference:
         references = reference_logprobs(folder, recipe, workers, model.logprobs, parts)

@@ -102,7 +102,7 @@ def reward_loss(margins_P: Tensor, center_rewards_coefficient: float | None) -> 
     """The loop's summed loss, for the pairs that these margins are of."""
 
     def summed_loss(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        rewards_B2 = model(batch)[: batch.num_rows].view(-1, 2)
+        rewards_B2 = model(batch)[: batch.num_sequences].view(-1, 2)
         loss = bradley_terry_loss(rewards_B2, margins_P[batch.examples])
         if center_rewards_coefficient is not None:
             loss = loss + center_rewards_coefficient * centering_loss(rewards_B2)
@@ -173,9 +173,9 @@ class RowRewards(Wrapped):
             lengths_R=torch.tensor([9, 5], device=device),
             label_positions_L=torch.zeros(0, dtype=torch.int64, device=device),
             label_ids_L=torch.zeros(0, dtype=torch.int64, device=device),
-            label_rows_L=torch.zeros(0, dtype=torch.int64, device=device),
+            label_sequences_L=torch.zeros(0, dtype=torch.int64, device=device),
             examples=torch.tensor([0, 1], device=device),
-            num_rows=2,
+            num_sequences=2,
         )
         was_training = model.training
         model.eval()

@@ -298,7 +298,14 @@ def is_native(folder: str | Path) -> bool:
 def read_model_config(folder: str | Path) -> ModelConfig:
     """The shape that a folder's config.json states. Errors: UserError as in ``load_native``."""
     path = Path(folder) / "config.json"
-    content = _read_json(path)
+    return model_config_of(_read_json(path), str(path))
+
+
+def model_config_of(content: dict[str, Any], path: str) -> ModelConfig:
+    """The shape that a config.json's content states; ``path`` is what errors call it.
+
+    Errors: UserError for another architecture, or for something that we do not build.
+    """
     generation = content.get("model_type")
     if generation not in GENERATIONS:
         named = ", ".join(content.get("architectures") or []) or "an unnamed architecture"

@@ -248,6 +248,13 @@ class Sight(NamedTuple):
     may_attend: Tensor | None  # B1TS; None for plain causality
 
 
+class Branches(NamedTuple):
+    """Where the tokens of a row stand in their own sequences, and which others belong to those."""
+
+    positions_BT: Tensor
+    may_attend_BTT: Tensor  # query by key; windows are added to it
+
+
 class Block(nn.Module):
     """One layer: attention, then feed-forward, each normed on its way in (OLMo-1) or out."""
 
@@ -322,17 +329,24 @@ class Transformer(nn.Module):
         ids_BT: Tensor,
         *,
         document_ids_BT: Tensor | None = None,
+        branches: Branches | None = None,
         cache: KeyValueCache | None = None,
         tree: Tree | None = None,
     ) -> Tensor:
         """Hidden states after the final norm, BTD.
 
         ``document_ids_BT`` numbers the documents packed into a row; a position then sees only its
-        own document (RoPE is relative, so positions need not start anew). ``cache`` continues what
-        it holds. ``tree`` says where each token stands and what it sees, in a model without
-        windows. Errors: UserError if there are more positions than the model was made for.
+        own document (RoPE is relative, so positions need not start anew). ``branches`` are for rows
+        in which several sequences go on from one beginning. ``cache`` continues what it holds.
+        ``tree`` says where each token stands and what it sees, in a model without windows.
+        Errors: UserError if there are more positions than the model was made for; of branches the
+        caller has to know the lengths.
         """
-        sights = self._sights(ids_BT, document_ids_BT, cache, tree)
+        if branches is None:
+            sights = self._sights(ids_BT, document_ids_BT, cache, tree)
+        else:
+            assert document_ids_BT is None and cache is None and tree is None
+            sights = self._sights_of_branches(branches)
         kept = cache if tree is None else tree.prefix
         x_BTD = self.embed_tokens(ids_BT)
         for index, layer in enumerate(self.layers):
@@ -418,6 +432,20 @@ class Transformer(nn.Module):
             if near_TT is not None:
                 may_attend = near_TT[None, None] if may_attend is None else may_attend & near_TT
             sights[window] = Sight((cos_Sh[:num_positions], sin_Sh[:num_positions]), may_attend)
+        return sights
+
+    def _sights_of_branches(self, branches: Branches) -> dict[int | None, Sight]:
+        """By window, which counts positions of a sequence and not columns of the row."""
+        positions_BT, may_attend_BTT = branches
+        num_positions = positions_BT.shape[1]
+        distance_BTT = positions_BT[:, :, None] - positions_BT[:, None, :]
+        sights = {}
+        for window, table in self.rotary_tables.items():
+            sees_BTT = may_attend_BTT
+            if window is not None and window < num_positions:
+                sees_BTT = sees_BTT & (distance_BTT < window)
+            rotation = _at(positions_BT, *table(num_positions, positions_BT.device))
+            sights[window] = Sight(rotation, sees_BTT[:, None])
         return sights
 
     def _check_length(self, num_positions: int) -> None:

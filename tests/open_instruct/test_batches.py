@@ -59,18 +59,18 @@ def test_a_batch_is_padded_on_the_right_and_labels_follow_their_position():
     # of a row has nothing before it, so 8 is no label.
     assert batch.label_positions_L.tolist() == [2, 4, 5]
     assert batch.label_ids_L.tolist() == [11, 6, 7]
-    assert batch.label_rows_L.tolist() == [0, 1, 1]
+    assert batch.label_sequences_L.tolist() == [0, 1, 1]
     assert batch.examples.tolist() == [1, 0]
 
 
-def test_sums_over_rows_keep_rows_without_labels():
+def test_sums_over_sequences_keep_those_without_labels():
     rows = [
         Row([1, 2], [False, True]),
         Row([3, 4], [False, False]),
         Row([5, 6, 7], [False] + [True] * 2),
     ]
     batch = Examples([[row] for row in rows]).batch([0, 1, 2])
-    sums_R = batch.sums_over_rows(torch.tensor([-1.0, -2.0, -4.0]))
+    sums_R = batch.sums_over_sequences(torch.tensor([-1.0, -2.0, -4.0]))
     assert sums_R.tolist() == [-1.0, 0.0, -6.0]
 
 
@@ -81,7 +81,7 @@ def test_the_answers_of_a_pair_are_neighbours():
     ]
     batch = Examples(pairs).batch([1, 0])
     assert batch.ids_RT[:, :2].tolist() == [[5, 6], [5, 7], [1, 2], [1, 3]]
-    assert batch.sums_over_rows(torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0])).view(
+    assert batch.sums_over_sequences(torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0])).view(
         -1, 2
     ).tolist() == [
         [-1.0, -2.0],
@@ -89,10 +89,72 @@ def test_the_answers_of_a_pair_are_neighbours():
     ]
 
 
+def a_pair_with_a_shared_prompt():
+    """Prompt 5 6 7; the answers are 8 9 and 8 1 2, so that their first ids are alike, too."""
+    return [
+        Row([5, 6, 7, 8, 9], [False, True, False, True, True]),
+        Row([5, 6, 7, 8, 1, 2], [False, False, False, True, True, True]),
+    ]
+
+
+def test_a_pair_in_one_row_has_its_common_beginning_once():
+    other = [Row([3, 4], [False, True]), Row([3, 4, 2], [False, False, True])]
+    examples = Examples([a_pair_with_a_shared_prompt(), other]).sharing_prompts()
+    batch = examples.batch([0, 1], pad_id=99)
+    assert batch.ids_RT.tolist() == [[5, 6, 7, 8, 9, 1, 2], [3, 4, 2, 99, 99, 99, 99]]
+    assert batch.lengths_R.tolist() == [7, 3] == examples.positions_N.tolist()
+    # 6 (column 0), 8 (2), 9 (3) of the chosen answer; 8 (2), 1 (3), 2 (5) of the rejected one.
+    assert batch.label_positions_L.tolist() == [0, 2, 3, 2, 3, 5, 7, 8]
+    assert batch.label_ids_L.tolist() == [6, 8, 9, 8, 1, 2, 4, 2]
+    assert batch.label_sequences_L.tolist() == [0, 0, 0, 1, 1, 1, 2, 3]
+    positions_RT = batch.position_ids()
+    assert positions_RT is not None
+    assert positions_RT.tolist() == [[0, 1, 2, 3, 4, 4, 5], [0, 1, 2, 0, 0, 0, 0]]
+
+
+def test_neither_answer_of_a_shared_row_sees_the_other():
+    batch = Examples([a_pair_with_a_shared_prompt()]).sharing_prompts().batch([0])
+    may_attend_RTT = batch.may_attend()
+    assert may_attend_RTT is not None
+    assert may_attend_RTT[0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 1, 0, 0],  # 9, the end of the chosen answer
+        [1, 1, 1, 1, 0, 1, 0],  # 1 2, that of the rejected one
+        [1, 1, 1, 1, 0, 1, 1],
+    ]
+
+
+def test_pairs_without_a_common_beginning_share_a_row_all_the_same():
+    pair = [Row([1, 2], [False, True]), Row([3, 4, 5], [False, True, True])]
+    batch = Examples([pair]).sharing_prompts().batch([0])
+    assert batch.ids_RT.tolist() == [[1, 2, 3, 4, 5]]
+    assert batch.label_positions_L.tolist() == [0, 2, 3]
+    positions_RT, may_attend_RTT = batch.position_ids(), batch.may_attend()
+    assert positions_RT is not None and may_attend_RTT is not None
+    assert positions_RT.tolist() == [[0, 1, 0, 1, 2]]
+    assert not may_attend_RTT[0, 2:, :2].any()
+
+
+def test_shared_rows_are_cut_by_what_the_model_reads_and_counted_by_what_is_in_the_data():
+    examples = examples_of_lengths([10, 3], width=2)
+    shared = examples.sharing_prompts()  # nothing in common
+    assert shared.positions_N.tolist() == [21, 7]
+    assert shared.num_tokens == examples.num_tokens == 28
+    steps = steps_over(shared, terms_per_example=np.ones(2))
+    assert steps.num_tokens(0) == 28
+    assert steps.largest_micro_batch(1)[0] == 21
+    assert sorted(len(batch.ids_RT) for batch in steps.micro_batches(0, 0)) == [1, 1]
+    empty = shared.batch([])
+    assert (empty.ids_RT.shape, empty.num_sequences) == ((1, 1), 0)
+
+
 def test_a_batch_without_examples_has_one_padded_position_and_no_row():
     batch = examples_of_lengths([3, 4], width=2).batch([], pad_id=7)
     assert batch.ids_RT.tolist() == [[7]]
-    assert batch.sums_over_rows(torch.zeros(0)).shape == (0,)
+    assert batch.sums_over_sequences(torch.zeros(0)).shape == (0,)
 
 
 def test_an_epoch_order_is_a_permutation_that_seed_and_epoch_decide():
@@ -132,11 +194,11 @@ def test_a_step_is_dealt_out_completely_and_without_repetition(num_ranks, max_mi
         shares = [steps.micro_batches(step, rank) for rank in range(num_ranks)]
         assert len({len(share) for share in shares}) == 1, "ranks wait for each other"
         batches = [batch for share in shares for batch in share]
-        assert all(batch.num_rows <= max_micro_batch for batch in batches)
+        assert all(batch.num_sequences <= max_micro_batch for batch in batches)
         dealt = sorted(n for batch in batches for n in batch.examples.tolist())
         assert dealt == sorted(steps.numbers(step).tolist())
         assert sum(len(batch.label_ids_L) for batch in batches) == steps.num_terms(step)
-        tokens = sum(int(batch.lengths_R.sum()) for batch in batches if batch.num_rows)
+        tokens = sum(int(batch.lengths_R.sum()) for batch in batches if batch.num_sequences)
         assert tokens == steps.num_tokens(step)
 
 

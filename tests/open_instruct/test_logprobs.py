@@ -1,8 +1,10 @@
+import copy
 import math
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     BertConfig,
     BertLMHeadModel,
@@ -20,8 +22,14 @@ from transformers import (
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
+    OlmoConfig,
+    OlmoForCausalLM,
 )
 
 from olmo_base.run.errors import UserError
@@ -46,11 +54,27 @@ TINY: dict[str, Any] = dict(
     bos_token_id=1,
     eos_token_id=2,
 )
+NATIVE = "the native OLMo, head at the labels"
 HEAD, OWN = "head at the labels", "the model's own logits at the labels"
+
+
+def olmo1():
+    return OlmoForCausalLM(OlmoConfig(**TINY, tie_word_embeddings=True, clip_qkv=0.05))
 
 
 def olmo2():
     return Olmo2ForCausalLM(Olmo2Config(**TINY))
+
+
+def olmo2_computed_eagerly():
+    model = olmo2()
+    model.set_attn_implementation("eager")
+    return model
+
+
+def olmo3_with_windows():
+    types = ["sliding_attention", "full_attention"]
+    return Olmo3ForCausalLM(Olmo3Config(**TINY, layer_types=types, sliding_window=4))
 
 
 def llama_with_tied_embeddings():
@@ -86,7 +110,10 @@ def granite_with_scaled_logits():
 
 
 MODELS = [
-    (olmo2, HEAD),
+    (olmo1, NATIVE),
+    (olmo2, NATIVE),
+    (olmo3_with_windows, NATIVE),
+    (olmo2_computed_eagerly, HEAD),
     (llama_with_tied_embeddings, HEAD),
     (gpt2_with_learnt_positions, HEAD),
     (gpt_neox, HEAD),
@@ -134,6 +161,88 @@ def test_label_logprobs_and_gradients_equal_transformers_own_loss(make_model, wa
     torch.testing.assert_close(loss, theirs, atol=1e-6, rtol=0)
     for name, weight in model.named_parameters():
         torch.testing.assert_close(ours[name], weight.grad, atol=1e-6, rtol=0, msg=name)
+
+
+def plain_logprobs(model, batch):
+    """From transformers' own forward pass."""
+    logits = model(input_ids=batch.ids_RT).logits.flatten(0, 1)
+    return id_logprobs(logits[batch.label_positions_L], batch.label_ids_L)
+
+
+def test_the_native_model_has_no_weights_of_its_own():
+    model = olmo2()
+    logprobs = LabelLogprobs(model)
+    assert logprobs.way == NATIVE
+    names = [name.removeprefix("model.") for name, _ in logprobs.named_parameters()]
+    assert names == [name for name, _ in model.named_parameters()]
+    before = logprobs(a_batch()).detach()
+    with torch.no_grad():
+        for weight in model.parameters():  # as an optimizer does
+            weight.add_(0.1 * torch.randn_like(weight))
+    after = logprobs(a_batch())
+    assert (after - before).abs().max() > 0.01
+    torch.testing.assert_close(after, plain_logprobs(model, a_batch()), atol=1e-5, rtol=0)
+    copied = copy.deepcopy(logprobs)
+    with torch.no_grad():
+        for weight in copied.parameters():
+            weight.zero_()
+    torch.testing.assert_close(copied(a_batch()), torch.full_like(before, -math.log(61)))
+    assert torch.equal(logprobs(a_batch()), after)
+
+
+def test_the_native_model_learns_nothing_of_padding_as_transformers_does_not():
+    model = olmo2().eval()
+    rows = [Encoded([5, 0, 7, 0, 9], [False, True, True, True, True])]  # 0 is pad_token_id
+    batch = Examples([rows]).batch([0])
+    gradients: list[Any] = []
+    for logprobs_L in (LabelLogprobs(model)(batch), plain_logprobs(model, batch)):
+        model.zero_grad()
+        logprobs_L.sum().backward()
+        gradients.append(model.get_input_embeddings().weight.grad)
+    assert not gradients[0][0].any() and gradients[0][5].any()
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=0)
+
+
+def test_the_native_model_computes_in_bf16_under_autocast_and_keeps_float32_weights():
+    torch.manual_seed(0)
+    model = olmo2()
+
+    def bf16():
+        return torch.autocast("cpu", torch.bfloat16)
+
+    logprobs = LabelLogprobs(model, bf16, tolerance=1.0)
+    assert logprobs.way == NATIVE
+    exact = plain_logprobs(model, a_batch())
+    with bf16():
+        theirs = plain_logprobs(model, a_batch())
+    found = logprobs(a_batch())
+    assert found.dtype == torch.float32
+    assert (found - exact).abs().max() < 2 * (theirs - exact).abs().max()
+    assert (found != exact).any()
+    found.sum().backward()
+    assert {weight.grad.dtype for weight in model.parameters()} == {torch.float32}
+
+
+def test_gradient_checkpointing_reaches_the_native_model():
+    model = olmo2().train()
+    logprobs = LabelLogprobs(model)
+
+    def kept_bytes():
+        kept = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: kept.update({x.data_ptr(): x.nbytes}) or x, lambda x: x
+        ):
+            logprobs(a_batch())
+        return sum(kept.values())
+
+    everything = kept_bytes()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert kept_bytes() < 0.6 * everything
+
+
+def test_an_adapter_is_computed_by_transformers():
+    adapted = get_peft_model(olmo2(), LoraConfig(target_modules=["q_proj"], r=2))
+    assert LabelLogprobs(adapted).way == HEAD
 
 
 def test_the_head_sees_the_labels_and_nothing_else():
@@ -232,3 +341,146 @@ def test_a_head_in_pieces_gives_the_same_statistics_and_gradients():
         assert head.weight.grad is not None
         found.append((scores_L2.detach(), head.weight.grad.clone()))
     torch.testing.assert_close(found[0], found[1])
+
+
+# ---------------------------------------------------------------- two answers behind one prompt
+
+
+def some_pairs(number=6):
+    """Prompts of 2 to 7 tokens; the answers of some begin alike."""
+    generator = torch.Generator().manual_seed(1)
+
+    def ids(length):
+        return torch.randint(3, 61, (length,), generator=generator).tolist()
+
+    pairs = []
+    for place in range(number):
+        prompt = ids(2 + place)
+        chosen, rejected = prompt + ids(3 + place % 3), prompt + ids(7 - place)
+        if place % 2:
+            rejected[len(prompt)] = chosen[len(prompt)]
+        pairs.append(
+            [
+                Encoded(row, [column >= len(prompt) for column in range(len(row))])
+                for row in (chosen, rejected)
+            ]
+        )
+    return Examples(pairs)
+
+
+SHARING = [
+    (olmo1, "boolean"),
+    (olmo2, "boolean"),
+    (olmo3_with_windows, "boolean"),
+    (olmo2_computed_eagerly, "additive"),
+    (llama_with_tied_embeddings, "boolean"),
+    (gpt2_with_learnt_positions, "boolean"),
+    (gpt_neox, "boolean"),
+    (gemma2_with_capped_logits, "additive"),  # computes eagerly
+    (cohere_with_scaled_logits, "boolean"),
+]
+
+
+@pytest.mark.parametrize(
+    ("make_model", "mask"), SHARING, ids=lambda item: getattr(item, "__name__", "")
+)
+def test_answers_behind_one_prompt_have_the_log_probabilities_and_gradients_of_two_rows(
+    make_model, mask
+):
+    torch.manual_seed(0)
+    logprobs = LabelLogprobs(make_model().eval())
+    pairs = some_pairs()
+    assert logprobs.share_prompts(pairs) is None
+    assert logprobs.pair_mask == mask
+
+    def step(examples, groups):
+        logprobs.zero_grad()
+        found = []
+        for group in groups:  # one after the other, as under accumulation
+            batch = examples.batch(group)
+            sums_S = batch.sums_over_sequences(logprobs(batch))
+            margin_B = sums_S.view(-1, 2)[:, 0] - sums_S.view(-1, 2)[:, 1]
+            (-torch.nn.functional.logsigmoid(margin_B).sum() / len(examples)).backward()
+            found.append(sums_S.detach())
+        gradients: dict[str, Any] = {
+            name: weight.grad for name, weight in logprobs.named_parameters()
+        }
+        return torch.cat(found), gradients
+
+    apart_S, expected = step(pairs, [[0, 1, 2, 3, 4, 5]])
+    assert max(float(gradient.abs().max()) for gradient in expected.values()) > 1e-2
+    for groups in ([[0, 1, 2, 3, 4, 5]], [[0, 1], [2], [3, 4, 5]]):
+        shared_S, found = step(pairs.sharing_prompts(), groups)
+        torch.testing.assert_close(shared_S, apart_S, atol=1e-5, rtol=0)
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=0, msg=name)
+
+
+def test_statistics_are_the_same_behind_one_prompt():
+    torch.manual_seed(0)
+    logprobs = LabelLogprobs(olmo2().eval())
+    pairs = some_pairs()
+    assert logprobs.share_prompts(pairs) is None
+    apart = logprobs(pairs.batch([0, 3]), "log_sum_squares")
+    shared = logprobs(pairs.sharing_prompts().batch([0, 3]), "log_sum_squares")
+    torch.testing.assert_close(shared, apart, atol=1e-5, rtol=0)
+
+
+def mistral_with_windows():
+    return MistralForCausalLM(MistralConfig(**TINY, sliding_window=8))
+
+
+class SeesAll(Olmo2ForCausalLM):
+    """Takes no attention mask but its own."""
+
+    def forward(self, *args, attention_mask=None, **kwargs):
+        return super().forward(*args, **kwargs)
+
+    def get_decoder(self):
+        body = super().get_decoder()
+
+        def forward(input_ids, attention_mask=None, position_ids=None, **kwargs):
+            return body(input_ids=input_ids, position_ids=position_ids, **kwargs)
+
+        return Body(forward)
+
+
+class Body(torch.nn.Module):
+    def __init__(self, forward):
+        super().__init__()
+        self.forward = forward
+
+
+def deaf_olmo():
+    return SeesAll(Olmo2Config(**TINY))
+
+
+@pytest.mark.parametrize(
+    ("make_model", "words"),
+    [
+        (mamba_without_attention, "takes no position ids"),
+        (mistral_with_windows, "reaches back 8 tokens"),
+        (deaf_olmo, "gives other log-probabilities"),
+    ],
+)
+def test_a_model_that_cannot_share_says_why_and_reads_prompts_twice(make_model, words):
+    torch.manual_seed(0)
+    logprobs = LabelLogprobs(make_model().eval())
+    reason = logprobs.share_prompts(some_pairs())
+    assert reason is not None and words in reason
+    assert logprobs.pair_mask is None
+    assert logprobs(some_pairs().batch([0])).shape == (3 + 7,)
+
+
+def test_a_sliding_window_longer_than_every_pair_does_not_matter():
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(**TINY, sliding_window=40)).eval()
+    logprobs = LabelLogprobs(model)
+    pairs = some_pairs()
+    assert logprobs.share_prompts(pairs) is None
+    torch.testing.assert_close(
+        logprobs(pairs.sharing_prompts().batch([5, 0])),
+        logprobs(pairs.batch([5, 0])),
+        atol=1e-5,
+        rtol=0,
+    )

@@ -97,7 +97,7 @@ def gradients_of(model):
 SIX_CUTS = [(12, 1, 1), (6, 2, 1), (3, 4, 1), (1, 12, 1), (2, 3, 2), (4, 1, 3)]
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo", "orpo", "kto"])
+@pytest.mark.parametrize("stage", ["sft", "dpo", "dpo, shared prompts", "orpo", "kto"])
 def test_the_same_step_cut_six_ways_gives_the_same_gradients(stage):
     model = LabelLogprobs(tiny_olmo2())
     loss: Loss
@@ -123,6 +123,9 @@ def test_the_same_step_cut_six_ways_gives_the_same_gradients(stage):
         loss, terms = loss_against(reference_P2, LossConfig(beta=0.5)), np.ones(NUM)
 
     whole = examples.batch(range(NUM))
+    if stage == "dpo, shared prompts":
+        assert model.share_prompts(examples) is None
+        examples = examples.sharing_prompts()
     settled = settle(loss, model, [whole], NUM, Workers(False))
     (settled(model, whole)["loss"] / terms.sum()).backward()
     expected = gradients_of(model)

@@ -3,13 +3,19 @@ import math
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MistralConfig,
+    MistralForCausalLM,
+)
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 from olmo_base.run.errors import UserError
@@ -28,6 +34,7 @@ from tests.open_instruct.tiny import (
     save_tiny_model,
     tiny_olmo2,
     weights_of,
+    write_jsonl,
     write_pairs,
     write_rated,
     write_recipe,
@@ -392,9 +399,11 @@ def test_one_rated_answer_is_not_enough(folder):
 # ---------------------------------------------------------------- stopping and going on
 
 
-def test_a_killed_run_ends_with_the_same_bits_as_one_never_killed(folder):
-    preference.run(recipe_of(folder, output_dir="whole", num_train_epochs=30))
-    recipe = recipe_of(folder, num_train_epochs=30)
+@pytest.mark.parametrize("share_prompts", [True, False])
+def test_a_killed_run_ends_with_the_same_bits_as_one_never_killed(folder, share_prompts):
+    keys = dict(num_train_epochs=30, share_prompts=share_prompts, gradient_accumulation_steps=2)
+    preference.run(recipe_of(folder, output_dir="whole", **keys))
+    recipe = recipe_of(folder, **keys)
     kill_after_step(
         folder / "run.yaml", folder / "run", step=random.Random("preference").randrange(10, 50)
     )
@@ -405,6 +414,69 @@ def test_a_killed_run_ends_with_the_same_bits_as_one_never_killed(folder):
     assert "going on from" in log
     assert_same_weights(weights_of(folder / "run"), weights_of(folder / "whole"))
     assert_same_weights(reference_file(folder / "run")[0], reference_file(folder / "whole")[0])
+
+
+# ---------------------------------------------------------------- prompts read once
+
+
+def log_of(run: Path) -> str:
+    return (run / "train.log").read_text()
+
+
+def test_shared_prompts_change_what_is_read_and_nothing_else(folder):
+    runs = {
+        word: preference.run(recipe_of(folder, output_dir=str(word), share_prompts=word)).path
+        for word in ("auto", True, False)
+    }
+    assert_same_weights(weights_of(runs["auto"]), weights_of(runs[True]))
+    assert "both answers share their prompt" in log_of(runs["auto"])
+    assert "prompts are" not in log_of(runs[False]) and "share" not in log_of(runs[False])
+    shared, apart = (rows_of(runs[word] / "metrics.jsonl") for word in (True, False))
+    assert len(shared) == len(apart) > 10
+    for ours, theirs in zip(shared, apart, strict=True):
+        for key in ("loss", "eval_loss", "reward_margin", "eval_accuracy", "tokens", "grad_norm"):
+            if key in theirs:
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-3), key
+    kept, _ = reference_file(runs[True])
+    twice, _ = reference_file(runs[False])
+    for name in twice:
+        torch.testing.assert_close(kept[name], twice[name], atol=1e-4, rtol=0)
+
+
+def test_a_model_that_cannot_share_is_named_or_refused(folder):
+    shape: dict[str, Any] = dict(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    config = MistralConfig(
+        **shape, vocab_size=261, num_key_value_heads=2, eos_token_id=256, sliding_window=8
+    )
+    MistralForCausalLM(config).save_pretrained(folder / "model")
+    run = preference.run(recipe_of(folder, max_steps=1))
+    assert "prompts are read twice: its attention reaches back 8 tokens" in log_of(run.path)
+    with pytest.raises(UserError, match=r"share_prompts: true.*reaches back 8 tokens.*auto"):
+        preference.run(recipe_of(folder, output_dir="other", max_steps=1, share_prompts=True))
+
+
+def test_prompts_are_shared_by_themselves_only_where_that_saves_enough(folder):
+    rows = [
+        {"prompt": "?", "chosen": "ab" * 50, "rejected": "12" * (50 + place)} for place in range(4)
+    ]
+    write_jsonl(folder / "train.jsonl", rows)
+    keys = dict(max_steps=1, max_length=256, eval_dataset_mixer=[])
+    save_tiny_model(folder / "model", max_position_embeddings=512)
+    run = preference.run(recipe_of(folder, **keys))
+    assert "to share them would save" in log_of(run.path)
+    run = preference.run(recipe_of(folder, output_dir="other", share_prompts=True, **keys))
+    assert "both answers share their prompt" in log_of(run.path)
+
+
+def test_single_answers_have_no_prompt_to_share(folder):
+    write_rated(folder / "train.jsonl")
+    keys = dict(loss_type="kto", eval_dataset_mixer=[])
+    with pytest.raises(UserError, match=r"share_prompts.*single answers"):
+        recipe_of(folder, share_prompts=True, **keys)
+    run = preference.run(recipe_of(folder, max_steps=1, **keys))
+    assert "share" not in log_of(run.path)
 
 
 # ---------------------------------------------------------------- reference log-probabilities
@@ -433,7 +505,7 @@ def test_reference_logprobs_are_those_of_the_starting_weights(folder):
             with torch.no_grad():
                 logprobs_TV = model(ids_T[None]).logits[0, :-1].log_softmax(-1)
             per_token = logprobs_TV.gather(-1, ids_T[1:, None]).squeeze(-1)
-            places = batch.label_positions_L[batch.label_rows_L == side]
+            places = batch.label_positions_L[batch.label_sequences_L == side]
             expected = per_token[places - side * batch.ids_RT.shape[1]].sum()
             torch.testing.assert_close(kept["train"][number, side], expected, atol=1e-4, rtol=0)
 
@@ -476,6 +548,10 @@ def change_attention(folder):
     return {"attn_implementation": "eager"}
 
 
+def change_sharing(folder):
+    return {"share_prompts": False}
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -485,6 +561,7 @@ def change_attention(folder):
         change_template,
         change_tokenizer,
         change_attention,
+        change_sharing,
     ],
 )
 def test_a_stale_reference_is_never_used(folder, change):

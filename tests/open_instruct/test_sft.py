@@ -165,7 +165,8 @@ def test_training_equals_transformers_loss_and_a_loop_written_out(folder):
         optimizer.zero_grad()
     ours = weights_of(run.path)
     for name, weight in model.named_parameters():
-        torch.testing.assert_close(ours[name], weight.detach(), atol=2e-6, rtol=0, msg=name)
+        # Adam divides by tiny gradients' own size: three steps of 1e-2 make of rounding some 2e-6.
+        torch.testing.assert_close(ours[name], weight.detach(), atol=1e-5, rtol=0, msg=name)
 
 
 def test_a_killed_run_ends_with_the_same_bits_as_one_never_killed(folder):

@@ -383,5 +383,5 @@ def test_verdicts_are_those_of_lm_eval(lm_eval_ifeval):
         assert verdict.scores == pytest.approx(expected), (row, answer)
         num_compared += len(kept)
         num_followed += sum(theirs["inst_level_strict_acc"])
-    assert num_compared > 200
+    assert num_compared >= 200
     assert 0.1 < num_followed / num_compared < 0.9
