@@ -78,7 +78,7 @@ __all__ = ["PreferenceRecipe", "input_files", "plan", "run"]
 # P pairs (or rated answers) of a set, B of a micro-batch, 2 = (chosen answer, rejected answer)
 # W answers of an example: 2 of a pair, 1 if rated
 
-# Below this share of the tokens, a mask costs more than reading prompts once saves.
+# Below this share of the tokens a mask may cost more than it saves; chosen, not measured.
 LEAST_SAVED = 0.1
 # In a folder of its own: vLLM reads every *.safetensors file beside config.json as weights.
 REFERENCE_FILE = "reference/logprobs.safetensors"
