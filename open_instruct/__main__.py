@@ -412,7 +412,7 @@ def inspect(
 
 
 def _list_documents(recipe: str, overrides: Sequence[str], step: int) -> None:
-    from olmo_base.pretrain import PretrainRecipe, num_steps, open_corpus, read_in_step
+    from olmo_base.pretrain_recipe import PretrainRecipe, num_steps, open_corpus, read_in_step
     from open_instruct import pipeline
 
     kept = Path(recipe) / "recipe.yaml"
