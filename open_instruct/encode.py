@@ -165,7 +165,8 @@ class ChatEncoder:
                 self._layout(roles, is_learnt=True)
         # A sequence cut from the left keeps the token that opens every document.
         openers = {tokenizer.bos_token, tokenizer.eos_token} - {None}
-        self.opens_with_bos = any(frames[0][0].startswith(str(opener)) for opener in openers)
+        self._opener = next((str(item) for item in openers if frames[0][0].startswith(item)), "")
+        self.opens_with_bos = bool(self._opener)
 
     def _sample_role_sequences(self) -> list[tuple[str, ...]]:
         """Short dialogues that the template can write; the first must be among them."""
@@ -191,11 +192,31 @@ class ChatEncoder:
         """A whole dialogue. Every assistant turn is learnt, with the token that ends it."""
         return self.encode_many([messages])[0]
 
-    def encode_many(self, dialogues: Sequence[Sequence[Message]]) -> list[Encoded]:
-        """``encode_dialogue`` for many, in one call of the tokenizer."""
+    def encode_many(self, dialogues: Sequence[Sequence[Message] | str]) -> list[Encoded]:
+        """``encode_dialogue`` for many, in one call of the tokenizer.
+
+        A text among them is a document without turns, learnt from its first token to its end.
+        """
         return self._control_tokens.encode(
-            [self._rendered(turns, learn_from=0) for turns in dialogues]
+            [
+                self._document(turns)
+                if isinstance(turns, str)
+                else self._rendered(turns, learn_from=0)
+                for turns in dialogues
+            ]
         )
+
+    def _document(self, text: str) -> Rendered:
+        """A text between the tokens that open and end every document, all of it learnt."""
+        opener, end = self._opener, self.tokenizer.eos_token
+        if end is None:
+            raise CannotEncode(
+                "this tokenizer has no eos token to end a text with. Use one that has.",
+                "no end of text",
+            )
+        whole = opener + text + end
+        controls = [(0, len(opener)), (len(whole) - len(end), len(whole))]
+        return Rendered(whole, [(len(opener), len(whole))], controls if opener else controls[1:])
 
     def encode_prompt(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True
@@ -449,7 +470,7 @@ def encode_whole_dialogues(
     encoder.check_can_be_learnt()
     return _encode_each(
         dialogues,
-        lambda batch: encoder.encode_many([item.messages for item in batch]),
+        lambda batch: encoder.encode_many([item.text or item.messages for item in batch]),
         config,
         counts,
     )

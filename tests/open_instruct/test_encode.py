@@ -725,3 +725,21 @@ def test_a_broken_tokenizer_is_refused_with_its_folder(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model": 3}')
     with pytest.raises(UserError, match=f"tokenizer in {tmp_path} cannot be loaded"):
         load_chat_encoder(tmp_path, "tulu")
+
+
+def test_plain_text_stands_between_the_tokens_of_a_document_and_is_learnt(train_tokenizer):
+    tokenizer = train_tokenizer(bos=True)
+    text = "Hello <|user|> world"
+    for name, opener in (("tulu", []), ("olmo", [tokenizer.bos_token_id])):
+        encoder = ChatEncoder(tokenizer, find_template(name).read_text())
+        settings = config(max_length=50)
+        given = [Dialogue([], "x", 1, text), Dialogue(DIALOGUE, "x", 2)]
+        sequence, dialogue = encode_dialogues(given, encoder, settings, ExampleCounts())
+        assert sequence.ids[: len(opener)] == opener
+        assert sequence.ids[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(sequence.ids[len(opener) : -1]) == text
+        assert encoder.control_ids.isdisjoint(sequence.ids[len(opener) : -1])
+        assert sequence.is_learnt == [False] * len(opener) + [True] * (
+            len(sequence.ids) - len(opener)
+        )
+        assert dialogue == encoder.encode_dialogue(DIALOGUE)
