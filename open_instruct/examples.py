@@ -30,7 +30,15 @@ from open_instruct.formats import (
     select_pairs,
 )
 from open_instruct.sources import Row, Source, read_rows, rows_of, source_files
-from open_instruct.turns import BadRow, Message, check_dialogue, checked_text, kind_of
+from open_instruct.turns import (
+    BadRow,
+    Message,
+    Tools,
+    check_dialogue,
+    checked_text,
+    kind_of,
+    read_tools,
+)
 
 __all__ = [
     "BadRow",
@@ -62,6 +70,7 @@ class DataConfig:
     dataset_mixer: tuple[Source, ...] = setting()
     eval_dataset_mixer: tuple[Source, ...] = ()  # held out; its loss is logged
     max_length: int = setting(2048, low=2, help="tokens")
+    learn_turns: Literal["all", "last"] = "all"  # of the assistant's; a turn may opt out by itself
     on_bad_row: OnBadRow = setting("error")
     on_too_long: OnTooLong = setting("error")
     max_too_long_fraction: float = setting(0.01, low=0, high=1)
@@ -85,6 +94,7 @@ class Dialogue:
     source: str
     line: int
     text: str | None = None
+    tools: Tools | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +107,7 @@ class Pair:
     source: str
     line: int
     margin: float = 0.0  # by how much the first is better, if the row says it
+    tools: Tools | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +119,7 @@ class Rated:
     is_desirable: bool
     source: str
     line: int
+    tools: Tools | None = None
 
 
 @dataclass(frozen=True)
@@ -155,7 +167,7 @@ def read_dialogues(
             return [Dialogue([], row.source, row.line, text)]
         messages = form.read(row.value)
         check_dialogue(messages)
-        return [Dialogue(messages, row.source, row.line)]
+        return [Dialogue(messages, row.source, row.line, tools=read_tools(row.value))]
 
     return _read(sources, DIALOGUE_FORMATS, dialogue, seed, on_bad_row, counts, uses)
 
@@ -179,7 +191,8 @@ def read_pairs(
         selected = select_pairs(form.read(row.value), source.scored_pairs)
         for sides in selected:
             check_pair(*sides)
-        return [Pair(*sides, row.source, row.line, margin) for sides in selected]
+        tools = read_tools(row.value)
+        return [Pair(*sides, row.source, row.line, margin, tools) for sides in selected]
 
     return _read(sources, PAIR_FORMATS, pairs, seed, on_bad_row, counts, uses)
 
@@ -197,7 +210,8 @@ def read_rated(
     def rated(row: Row, form: Format[Rating], source: Source) -> list[Rated]:
         prompt, answer, is_desirable = form.read(row.value)
         check_rated(prompt, answer)
-        return [Rated(prompt, answer, is_desirable, row.source, row.line)]
+        tools = read_tools(row.value)
+        return [Rated(prompt, answer, is_desirable, row.source, row.line, tools)]
 
     return _read(sources, RATED_FORMATS, rated, seed, on_bad_row, counts, uses)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 from open_instruct.turns import (
+    ASKING,
     BadRow,
     Message,
     assistant_turn,
@@ -20,7 +21,6 @@ from open_instruct.turns import (
     field,
     kind_of,
     listed_keys,
-    not_supported,
     read_turns,
     user_turn,
     with_article,
@@ -49,11 +49,6 @@ def _instruction(row: dict[str, Any], extra_key: str) -> Message:
     return user_turn(f"{instruction}\n\n{extra_text}")
 
 
-def _refuse_tools(row: dict[str, Any]) -> None:
-    if row.get("tools") not in (None, "", "[]", []):
-        raise not_supported("tool calls", "the row holds 'tools'")
-
-
 def _from_messages(row: dict[str, Any]) -> list[Message]:
     if isinstance(row.get("label"), bool):
         raise BadRow(
@@ -62,19 +57,21 @@ def _from_messages(row: dict[str, Any]) -> list[Message]:
             "one, and a bad one must not be learnt by heart.",
             "Train on such rows with stage: dpo and loss_type: kto.",
         )
-    _refuse_tools(row)
     return read_turns(field(row, "messages"), "'messages'")
 
 
 def _from_sharegpt(row: dict[str, Any]) -> list[Message]:
     messages = read_turns(field(row, "conversations"), "'conversations'")
-    _refuse_tools(row)
     return _with_system(row, messages)
 
 
 def _from_alpaca(row: dict[str, Any]) -> list[Message]:
     if row.get("history"):
-        raise not_supported("earlier turns in 'history'", "the row holds 'history'")
+        raise BadRow(
+            "earlier turns in 'history'",
+            "the row holds 'history', earlier turns that this format does not read.",
+            "Write them as messages, or set on_bad_row: drop.",
+        )
     answer = assistant_turn(checked_text(field(row, "output"), "'output'"))
     return _with_system(row, [_instruction(row, "input"), answer])
 
@@ -122,7 +119,6 @@ def _from_prompt_pair(row: dict[str, Any]) -> list[Sides]:
 
 
 def _from_sharegpt_pair(row: dict[str, Any]) -> list[Sides]:
-    _refuse_tools(row)
     prompt = _with_system(row, read_turns(field(row, "conversations"), "'conversations'"))
     chosen, rejected = (_answer(field(row, key), repr(key)) for key in ("chosen", "rejected"))
     return [Sides(prompt, chosen, rejected)]
@@ -277,7 +273,7 @@ def check_pair(prompt: list[Message], chosen: list[Message], rejected: list[Mess
     if not prompt:
         raise BadRow("no shared prompt", "chosen and rejected share no prompt.", "Remove the row.")
     check_order(prompt, "the prompt")
-    if prompt[-1]["role"] != "user":
+    if prompt[-1]["role"] not in ASKING:
         raise BadRow(
             "prompt does not end with the user",
             f"the prompt ends with {with_article(prompt[-1]['role'])} turn; an answer follows a "
@@ -314,7 +310,6 @@ def _from_rated_completion(row: dict[str, Any]) -> Rating:
 
 
 def _from_rated_messages(row: dict[str, Any]) -> Rating:
-    _refuse_tools(row)
     messages = read_turns(field(row, "messages"), "'messages'")
     return messages[:-1], messages[-1:], _label(row)
 
@@ -323,7 +318,7 @@ def check_rated(prompt: list[Message], answer: list[Message]) -> None:
     if not prompt:
         raise BadRow("no prompt", "there is no turn before the answer.", "Add the question.")
     check_order(prompt, "the prompt")
-    if prompt[-1]["role"] != "user":
+    if prompt[-1]["role"] not in ASKING:
         raise BadRow(
             "prompt does not end with the user",
             f"the prompt ends with {with_article(prompt[-1]['role'])} turn; an answer follows a "
@@ -391,10 +386,11 @@ RATED_FORMATS: tuple[Format[Rating], ...] = (
 )
 
 
+_ALL_FORMATS: tuple[Format[Any], ...] = (*DIALOGUE_FORMATS, *PAIR_FORMATS, *RATED_FORMATS)
 # What ``columns`` of a source may name.
-COLUMNS = frozenset(
-    key for form in (*DIALOGUE_FORMATS, *PAIR_FORMATS, *RATED_FORMATS) for key in form.keys
-) | {"system", "input", "context", "tools", "margin", "scores"}
+COLUMNS = {"system", "input", "context", "tools", "margin", "scores"}.union(
+    *(form.keys for form in _ALL_FORMATS)
+)
 
 
 def recognise(row: dict[str, Any], formats: Sequence[Format[Made]]) -> Format[Made]:

@@ -9,7 +9,7 @@ from olmo_base.run.errors import DataError
 from olmo_base.run.recipe import RecipeError
 from open_instruct.examples import Dialogue, Pair, Source, read_pairs, read_rated
 from open_instruct.formats import ScoredPairs
-from open_instruct.turns import Message
+from open_instruct.turns import Message, Tools
 from tests.open_instruct.rows import GOOD, SYSTEM, assistant, dialogues, pairs, turns, user, write
 
 # ---------------------------------------------------------------- formats
@@ -62,6 +62,55 @@ ROWS = {
         [user("q\n\nx"), assistant("a")],
     ),
 }
+
+
+CALL: Message = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}],
+}
+TOOLS: Tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+CALLS = {
+    "ShareGPT": {
+        "conversations": [
+            {"from": "human", "value": "q"},
+            {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+            {"from": "observation", "value": "r"},
+            {"from": "gpt", "value": "a"},
+        ],
+        "tools": '[{"name": "f", "parameters": {}}]',
+    },
+    "messages": {
+        "messages": [
+            user("q"),
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [
+                    {"id": "1", "function": {"name": "f", "arguments": '{"x": 1}'}},
+                ],
+            },
+            {"role": "tool", "content": "r", "tool_call_id": "1"},
+            assistant("a"),
+        ],
+        "tools": TOOLS,
+    },
+}
+
+
+@pytest.mark.parametrize("name", sorted(CALLS))
+def test_tool_calls_of_each_format_are_read_as_templates_expect_them(name, tmp_path):
+    path = write(tmp_path / "rows.jsonl", CALLS[name])
+    result: Message = {"role": "tool", "content": "r"}
+    messages = [user("q"), CALL, result, assistant("a")]
+    assert dialogues(path) == [Dialogue(messages, path, 1, tools=TOOLS)]
+
+
+@pytest.mark.parametrize("key, value", [("weight", 0), ("train", False), ("training", False)])
+def test_a_turn_says_by_itself_that_it_is_not_learnt(key, value, tmp_path):
+    row = turns(user("q"), {**assistant("a"), key: value}, user("r"), assistant("b"))
+    (dialogue,) = dialogues(write(tmp_path / "rows.jsonl", row))
+    assert [turn.get("train") for turn in dialogue.messages] == [None, False, None, None]
 
 
 @pytest.mark.parametrize("name", sorted(ROWS))
@@ -197,18 +246,54 @@ BAD_ROWS: dict[str, tuple[Any, str, str]] = {  # row, its message, what it is co
     "no assistant turn": (turns(user("q")), "no assistant turn", "no assistant turn"),
     "unknown role": (
         turns(user("q"), {"role": "robot", "content": "a"}),
-        "turn 2 .* role 'robot'.*Known roles: system, user",
+        "turn 2 .* role 'robot'.*Known roles: system, dev",
         "unknown role",
     ),
-    "tool turn": (
-        turns(user("q"), {"role": "tool", "content": "a"}),
-        "'tool': tool calls are not supported yet",
-        "tool calls not supported yet",
+    "a result that nobody asked for": (
+        turns(user("q"), assistant("a"), {"role": "tool", "content": "a"}),
+        "turn 3 of .* answers a tool call that nobody made",
+        "turns do not alternate",
+    ),
+    "a call that nobody answers": (
+        turns(user("q"), {"role": "tool_call", "content": '{"name": "f", "arguments": {}}'}, GOOD),
+        "turn 3 .* has no key 'role'",
+        "missing key",
     ),
     "tool calls": (
         turns(user("q"), {**assistant("a"), "tool_calls": [{"id": 1}]}),
-        "'tool_calls': tool calls are not supported yet",
-        "tool calls not supported yet",
+        'a tool call in turn 2 of .* names no function: {"id": 1}',
+        "tool call without a name",
+    ),
+    "a call by the user": (
+        turns({**user("q"), "tool_calls": [{"name": "f", "arguments": {}}]}, assistant("a")),
+        "turn 1 .* calls tools, but is a user turn",
+        "tool calls of others",
+    ),
+    "a call that is not JSON": (
+        turns(user("q"), {"role": "tool_call", "content": "f(x)"}),
+        "the call in turn 2 .* is not JSON",
+        "broken JSON in a tool call",
+    ),
+    "arguments that are a list": (
+        turns(user("q"), {"role": "tool_call", "content": '{"name": "f", "arguments": [1]}'}),
+        "the arguments of 'f' in turn 2 .* are a list",
+        "arguments of a tool call are no object",
+    ),
+    "tools that are a text": (
+        {**GOOD, "tools": '"f"'},
+        "'tools' is a text",
+        "tools are not a list",
+    ),
+    "a tool without a name": ({**GOOD, "tools": [{}]}, "item 1 of 'tools'", "tool without a name"),
+    "a weight of a half": (
+        turns(user("q"), {**assistant("a"), "weight": 0.5}),
+        "'weight' of turn 2 .* is 0.5",
+        "weight is not 0 or 1",
+    ),
+    "nothing learnt": (
+        turns(user("q"), {**assistant("a"), "weight": 0}),
+        "every assistant turn of the dialogue says that it is not to be learnt",
+        "no turn is learnt",
     ),
     "label": (
         {**GOOD, "label": False},
@@ -291,16 +376,6 @@ def test_a_row_of_no_known_format_says_its_keys_and_the_known_formats(tmp_path):
         dialogues(path)
 
 
-def test_function_calls_of_sharegpt_are_not_supported_yet_and_named(tmp_path):
-    for role in ("function_call", "observation"):
-        row = {
-            "conversations": [{"from": "human", "value": "q"}, {"from": role, "value": "x"}],
-        }
-        path = write(tmp_path / "rows.jsonl", row)
-        with pytest.raises(DataError, match=f"'{role}': tool calls are not supported yet"):
-            dialogues(path)
-
-
 BAD_PAIRS = {
     "same answers": ({"prompt": "q", "chosen": "a", "rejected": "a"}, "are the same"),
     "same dialogues": ({"chosen": GOOD["messages"], "rejected": GOOD["messages"]}, "are the same"),
@@ -352,7 +427,7 @@ BAD_PAIRS = {
 @pytest.mark.parametrize("name", sorted(BAD_PAIRS))
 def test_a_bad_pair_is_one_message_with_file_and_line_or_is_dropped(name, tmp_path):
     row, message = BAD_PAIRS[name]
-    good = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    good: dict[str, Any] = {"prompt": "q", "chosen": "a", "rejected": "b"}
     if "completions" in row or "responses" in row:
         good = {**row, next(iter(row.keys() - {"prompt", "scores"})): ["a", "b"], "scores": [1, 2]}
     elif isinstance(row["chosen"], str) and "prompt" not in row:
