@@ -18,9 +18,10 @@ from typing import Any, Literal
 import torch
 
 from eval.asking import OnProgress, Subject, ask, load_encoders, load_subject
+from eval.contamination import note_overlaps, question_texts, refuse_unreadable
 from eval.questions import Document, Foreign, Item, data_file, drawn, examples_file, read_items
 from eval.report import write_report
-from eval.report.gather import EVALUATION, SAMPLES
+from eval.report.gather import EVALUATION, SAMPLES, read_samples
 from eval.report.training import model_facts
 from eval.tasks import Selection, Task, lm_engine, select
 from olmo_base.run.artefact import (
@@ -60,6 +61,8 @@ class EvalRecipe:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: as the weights are stored
     batch_tokens: int = setting(8192, low=1, changes_result=False)
     generation_batch_size: int = setting(64, low=1, changes_result=False)
+    # Training files or token shards, in which the questions are looked for.
+    contamination: tuple[str, ...] = setting((), changes_result=False)
 
     def __post_init__(self) -> None:
         if not self.models:
@@ -147,6 +150,7 @@ def run(recipe: EvalRecipe) -> RunFolder:
     folder = RunFolder.open(recipe, input_files(recipe))
     if folder.is_finished:
         if folder.is_main:
+            _note_overlaps(recipe, folder)
             write_report([folder.path], show=True)
         return folder
     if not folder.is_main:
@@ -173,6 +177,8 @@ def _evaluate(recipe: EvalRecipe, folder: RunFolder) -> None:
                 f"{model} has no chat template, which apply_chat_template needs. Leave it out, or "
                 "give a model that was tuned on dialogues."
             )
+    for training_path in recipe.contamination:
+        refuse_unreadable(Path(training_path))
     for task in selection.tasks:
         if task.verifier is not None:
             VERIFIERS[task.verifier].check_ready()
@@ -197,6 +203,7 @@ def _evaluate(recipe: EvalRecipe, folder: RunFolder) -> None:
                 progress.update(done)
             del subject
             gc.collect()  # one model's weights, before the next one's are loaded
+    _note_overlaps(recipe, folder)
     folder.note_time()
     path = write_report([folder.path], show=True)
     report = json.loads((folder.path / "report.json").read_text(encoding="utf-8"))
@@ -208,6 +215,20 @@ def _evaluate(recipe: EvalRecipe, folder: RunFolder) -> None:
             for item in report["models"]
         },
     )
+
+
+def _note_overlaps(recipe: EvalRecipe, folder: RunFolder) -> None:
+    """Look for the questions in the training text that the recipe names, if it names any."""
+    if not recipe.contamination:
+        return
+    selection = _selection(recipe)
+    first_model, _ = _named(recipe.models)[0]
+    texts = {}
+    for name, items in _read_questions(recipe, selection).items():
+        theirs = any(isinstance(item, Foreign) for item in items)
+        samples = folder.path / SAMPLES / first_model / f"{name}.jsonl"
+        texts[name] = question_texts(items, read_samples(samples) if theirs else ())
+    note_overlaps(folder.path, recipe.contamination, texts, folder.log)
 
 
 @dataclass(frozen=True)
@@ -371,6 +392,7 @@ def evaluate(
     batch_tokens: int = 8192,
     generation_batch_size: int = 64,
     seed: int = 42,
+    contamination: Sequence[str] = (),
 ) -> RunFolder:
     """Compare models on a suite or on tasks: the verb ``open-instruct eval``.
 
@@ -392,5 +414,6 @@ def evaluate(
         system_prompt=system_prompt,
         batch_tokens=batch_tokens,
         generation_batch_size=generation_batch_size,
+        contamination=tuple(contamination),
     )
     return run(recipe)

@@ -280,6 +280,12 @@ def serve(models: tuple[str, ...], votes: str, **options: Any) -> None:
 @click.option("--apply-chat-template", is_flag=True, help="Put lm-eval's tasks as dialogues.")
 @click.option("--system-prompt", help="What lm-eval's dialogues begin with.")
 @click.option("--seed", type=click.IntRange(min=0), default=42, show_default=True)
+@click.option(
+    "--contamination",
+    metavar="PATH",
+    multiple=True,
+    help="Training files or token shards to look for the questions in; may be given again.",
+)
 @click.option("--baseline", metavar="FILE", help="report.json of an earlier evaluation.")
 @click.option(
     "--fail-if-worse",
