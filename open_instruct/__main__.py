@@ -259,7 +259,7 @@ def serve(models: tuple[str, ...], votes: str, **options: Any) -> None:
             f"serve needs {error.name}, which is not installed. "
             "Install the extra: pip install 'open-instruct[serve]'"
         ) from None
-    from open_instruct.chat.server import Settings
+    from open_instruct.chat.guard import Settings
     from open_instruct.chat.server import serve as run_server
 
     run_server(models, Settings(votes=Path(votes), **options))
