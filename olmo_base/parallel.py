@@ -143,7 +143,12 @@ class Ranks:
         if self.num_ranks == 1:
             return row
         rows = [torch.empty_like(row) for _ in range(self.num_ranks)]
-        dist.all_gather(rows, row)
+        try:
+            dist.all_gather(rows, row)
+        except RuntimeError as error:
+            if "onnection" not in str(error):
+                raise
+            raise UserError("Another rank has ended; what it said is the reason.") from None
         return torch.cat(rows)
 
     def total(self, value: Tensor) -> Tensor:

@@ -136,8 +136,15 @@ def run(recipe: PretrainRecipe) -> RunFolder:
 def _run(recipe: PretrainRecipe, ranks: Ranks) -> RunFolder:
     with ranks.main_first():
         folder = RunFolder.open(recipe, input_files(recipe))
-    if folder.is_finished:
-        return folder
+    if not folder.is_finished:
+        try:
+            _pretrain(recipe, ranks, folder)
+        finally:
+            folder.release()
+    return folder
+
+
+def _pretrain(recipe: PretrainRecipe, ranks: Ranks, folder: RunFolder) -> None:
     corpus = open_corpus(recipe, verify=folder.is_main)
     config = model_config(recipe, corpus)
     refuse_uneven_shape(recipe.parallel, config, recipe.max_length)
@@ -164,7 +171,6 @@ def _run(recipe: PretrainRecipe, ranks: Ranks) -> RunFolder:
         atomic_write(folder.path / "README.md", model_card(recipe, corpus, config, results))
         folder.finish(**results)
     ranks.wait()
-    return folder
 
 
 def _model(
