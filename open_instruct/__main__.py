@@ -72,7 +72,8 @@ def run(recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:
     folder = stage.run(resolved)
     was_finished = before is not None and before.get("status") == "finished"
     done = "was finished before; nothing was done" if was_finished else "is finished"
-    click.echo(f"{folder.path} {done}", err=True)
+    if folder.is_main:
+        click.echo(f"{folder.path} {done}", err=True)
 
 
 class Terminated(BaseException):
@@ -522,6 +523,12 @@ def _machine_error(error: BaseException) -> str | None:
     return None
 
 
+def _rank_prefix() -> str:
+    from olmo_base.run.launch import rank_prefix
+
+    return rank_prefix()
+
+
 def _complain(message: str) -> None:
     click.secho(message, fg="red" if sys.stderr.isatty() else None, err=True)
 
@@ -548,10 +555,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGTERM
     except Stopped as error:
         where = f": {error.where}" if error.where else ""
-        _complain(f"Stopped{where}. {GO_ON}")
+        if os.environ.get("RANK", "0") == "0":  # of several ranks, one tells
+            _complain(f"Stopped{where}. {GO_ON}")
         return error.exit_code
     except UserError as error:
-        _complain(str(error))
+        _complain(_rank_prefix() + str(error))
         return 2
     except Exception as error:
         problem = _machine_error(error)
