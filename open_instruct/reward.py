@@ -26,18 +26,24 @@ from olmo_base.run.artefact import (
     resolve_model,
 )
 from olmo_base.run.errors import UserError
-from olmo_base.run.launch import seed_everything
 from olmo_base.run.metrics import LogConfig
 from olmo_base.run.recipe import setting
 from olmo_base.run.resume import CheckpointConfig
 from open_instruct.batches import Batch, Examples
 from open_instruct.causal_lm import ModelConfig, check_lengths, load_config
-from open_instruct.encode import ChatEncoder, encode_pairs, load_chat_encoder
-from open_instruct.examples import DataConfig, Source, SourceUse, mixture_lines, read_pairs
+from open_instruct.encode import ChatEncoder, encode_pairs
+from open_instruct.examples import DataConfig, Source, SourceUse, read_pairs
 from open_instruct.logprobs import Wrapped, padding_mask
-from open_instruct.loop import HeldOut, SummedLoss, TrainConfig, Workers
+from open_instruct.loop import HeldOut, SummedLoss, TrainConfig
 from open_instruct.losses import bradley_terry_loss, centering_loss
-from open_instruct.tuning import input_files, plan_figures, steps_for, train_and_finish
+from open_instruct.tuning import (
+    input_files,
+    load_for_plan,
+    open_run,
+    plan_figures,
+    steps_for,
+    train_and_finish,
+)
 
 __all__ = ["RewardRecipe", "input_files", "plan", "run"]
 
@@ -270,9 +276,7 @@ def save_reward_model(
 
 def plan(recipe: RewardRecipe) -> dict[str, object]:
     """What a run would do, for --dry-run; touches nothing. Errors: as in ``run``."""
-    encoder = load_chat_encoder(recipe.model.model_name_or_path, recipe.chat_template)
-    counts = ExampleCounts()
-    examples, _ = pair_examples(recipe.data.dataset_mixer, encoder, recipe, counts, [])
+    (examples, _), counts = load_for_plan(recipe, pair_examples)
     return plan_figures(recipe, examples, np.ones(len(examples)), counts)
 
 
@@ -281,27 +285,16 @@ def run(recipe: RewardRecipe) -> RunFolder:
 
     Errors: UserError, DataError for what the user can mend; Stopped after a signal.
     """
-    workers = Workers(recipe.train.bf16)
-    with workers.main_first():
-        folder = RunFolder.open(recipe, input_files(recipe))
-    if folder.is_finished:
-        return folder
-    seed_everything(recipe.run.seed)
-
-    encoder = load_chat_encoder(recipe.model.model_name_or_path, recipe.chat_template)
-    uses: list[SourceUse] = []
-    examples, margins_P = pair_examples(
-        recipe.data.dataset_mixer, encoder, recipe, folder.counts, uses
-    )
+    opened = open_run(recipe, pair_examples)
+    if isinstance(opened, RunFolder):
+        return opened
+    workers, folder, encoder = opened.workers, opened.folder, opened.encoder
+    examples, margins_P = opened.train
     held_out = None
-    if recipe.data.eval_dataset_mixer:
-        held_out_examples, held_out_margins_P = pair_examples(
-            recipe.data.eval_dataset_mixer, encoder, recipe, ExampleCounts(), uses
-        )
+    if opened.held_out is not None:
+        pairs, held_out_margins_P = opened.held_out
         loss = reward_loss(held_out_margins_P.to(workers.device), None)
-        held_out = HeldOut(held_out_examples, len(held_out_examples), loss)
-    for line in mixture_lines(uses):
-        folder.log(line)
+        held_out = HeldOut(pairs, len(pairs), loss)
 
     model, stored_dtype = load_reward_model(recipe.model, encoder, recipe.run.seed)
     longest = int(examples.lengths_NW.max())
