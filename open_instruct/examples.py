@@ -114,6 +114,15 @@ class Rated:
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """Turns that end with the user's, and the row they came from."""
+
+    messages: list[Message]
+    source: str
+    line: int
+
+
+@dataclass(frozen=True)
 class SourceUse:
     """One line of the mixture's table: what was asked of a source and what it gave."""
 
@@ -740,7 +749,7 @@ def _recognise(row: dict[str, Any], formats: Sequence[Format[Made]]) -> Format[M
 
 # ---------------------------------------------------------------- rows -> the mixture
 
-Example = TypeVar("Example", Dialogue, Pair, Rated)
+Example = TypeVar("Example", Dialogue, Pair, Rated, Prompt)
 
 
 def read_dialogues(
@@ -872,8 +881,8 @@ def _asked(source: Source) -> str:
     return f"all {rows}"
 
 
-def _is_in_part(example: Dialogue | Pair | Rated, source: Source) -> bool:
-    turns = example.messages if isinstance(example, Dialogue) else example.prompt
+def _is_in_part(example: Dialogue | Pair | Rated | Prompt, source: Source) -> bool:
+    turns = example.messages if isinstance(example, Dialogue | Prompt) else example.prompt
     question = next(turn["content"] for turn in turns if turn["role"] == "user")
     digest = hashlib.blake2b(question.encode("utf-8"), digest_size=8).digest()
     is_held_out = int.from_bytes(digest, "big") < source.held_out_fraction * 2**64
@@ -904,3 +913,52 @@ def _take(examples: list[Example], source: Source, draw: random.Random) -> list[
         whole, rest = divmod(max(1, round(share * number)), number)
     drawn = sorted(draw.sample(range(number), rest))
     return examples * whole + [examples[index] for index in drawn]
+
+
+# ---------------------------------------------------------------- prompts of any row
+
+
+def _first_part(form: Format[Sides] | Format[Rating]) -> Format[list[Message]]:
+    """The same rows, of which only the prompt is read."""
+    return Format(form.name, form.keys, lambda row: form.read(row)[0])
+
+
+PROMPT_FORMATS: tuple[Format[list[Message]], ...] = (
+    *map(_first_part, (*PAIR_FORMATS, *RATED_FORMATS)),
+    *DIALOGUE_FORMATS,
+    Format("prompt", frozenset({"prompt"}), lambda row: _prompt(_field(row, "prompt"))),
+    Format(
+        "instruction",
+        frozenset({"instruction"}),
+        lambda row: _with_system(row, [_instruction(row, "input")]),
+    ),
+)
+
+
+def read_prompts(
+    sources: Sequence[Source],
+    *,
+    seed: int,
+    on_bad_row: OnBadRow,
+    counts: ExampleCounts,
+    uses: list[SourceUse] | None = None,
+) -> list[Prompt]:
+    """What is asked in a mixture of any rows: the turns before the last answer, if there is one.
+
+    Everything else as in ``read_dialogues``.
+    """
+
+    def prompt(row: Row, form: Format[list[Message]]) -> Prompt:
+        messages = form.read(row.value)
+        if messages and messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        _check_order(messages, "the prompt")
+        if not messages or messages[-1]["role"] != "user":
+            raise BadRow(
+                "prompt does not end with the user",
+                "the prompt does not end with a user turn, and nothing else can be answered.",
+                "End it with a user turn.",
+            )
+        return Prompt(messages, row.source, row.line)
+
+    return _read(sources, PROMPT_FORMATS, prompt, seed, on_bad_row, counts, uses)

@@ -165,7 +165,7 @@ class Model:
         name = recipe.model.model_name_or_path
         check_lengths(longest, self.language_model.config, name)
         if is_adapted(self.language_model):
-            folder.log(_about_adapter(self.language_model))
+            folder.log(about_adapter(self.language_model))
         self.logprobs: LabelLogprobs = workers.place(self.language_model)
 
     def save(self, folder: RunFolder, encoder: ChatEncoder) -> None:
@@ -173,7 +173,8 @@ class Model:
         save_causal_lm(folder, self.language_model, encoder, self._stored_dtype)
 
 
-def _about_adapter(adapted: Any) -> str:
+def about_adapter(adapted: Any) -> str:
+    """An adapter in words, for the log."""
     settings = adapted.peft_config["default"]
     trained = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
     targets = {name.rpartition(".")[2] for name in settings.target_modules}
