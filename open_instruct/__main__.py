@@ -488,8 +488,14 @@ def merge(models: tuple[str, ...], out: str, average: bool) -> None:
         return
     if len(models) > 1:
         raise UserError("Several models are merged with --average; without it, name one adapter.")
-    from open_instruct.causal_lm import merge_adapter
+    from olmo_base.run.artefact import adapter_base, resolve_model
+    from open_instruct.adapters import is_reward_adapter
 
+    folder = resolve_model(models[0])
+    if adapter_base(folder) is not None and is_reward_adapter(folder):
+        from open_instruct.reward import merge_reward_adapter as merge_adapter
+    else:
+        from open_instruct.causal_lm import merge_adapter
     click.echo(f"{merge_adapter(models[0], out)} is written", err=True)
 
 

@@ -246,7 +246,7 @@ def test_ids_and_mask_are_those_of_transformers_on_ordinary_text(usable):
     draw = random.Random(0)
     for name, tokenizer, encoder in usable:
         dialogues = [worded_for(name, random_dialogue(draw, ORDINARY)) for _ in range(25)]
-        many = encoder.encode_many([(messages, None) for messages in dialogues])
+        many = encoder.encode_many(dialogues)
         for messages, encoded in zip(dialogues, many, strict=True):
             theirs = tokenizer.apply_chat_template(
                 messages,
