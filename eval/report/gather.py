@@ -232,7 +232,10 @@ def gather(runs: Iterable[Path]) -> Report:
                     f"scores cannot stand side by side. Evaluate again with one definition."
                 )
         best_of = {name: tuple(of) for name, of in content.get("best_of", {}).items()}
-        tasks |= {name: best_of_task(name, members) for name, members in best_of.items()} | found
+        tasks |= {
+            name: best_of_task(name, [found[member] for member in members])
+            for name, members in best_of.items()
+        } | found
         groups |= {name: tuple(members) for name, members in content["groups"].items()}
         taken = {model.name for model in models}
         overlaps = read_overlaps(folder)
@@ -295,8 +298,9 @@ def _read_model(
     for best, members in best_of.items():
         if all(member in results for member in members):
             asked = {member: (tasks[member].main_metric, results[member]) for member in members}
-            results[best] = _best_result(folder, asked)
-            tasks = tasks | {best: best_of_task(best, members)}
+            task = best_of_task(best, [tasks[member] for member in members])
+            results[best] = _best_result(folder, asked, task.main_metric)
+            tasks = tasks | {best: task}
     averages = {
         group: macro_average(
             [results[member].metrics[tasks[member].main_metric] for member in members]
@@ -332,7 +336,9 @@ def _with_overlaps(
     return dataclasses.replace(model, tasks=results)
 
 
-def _best_result(folder: Path, asked: dict[str, tuple[str, TaskResult]]) -> TaskResult:
+def _best_result(
+    folder: Path, asked: dict[str, tuple[str, TaskResult]], best_metric: str
+) -> TaskResult:
     """The answers in the form in which a model scores best. Errors: DataError.
 
     The forms must put the same questions under the same numbers, or models that do best in
@@ -356,7 +362,7 @@ def _best_result(folder: Path, asked: dict[str, tuple[str, TaskResult]]) -> Task
     return TaskResult(
         record={"form": form},
         rows=rows,
-        metrics={"acc_best": estimate(rows, "acc_best")},
+        metrics={best_metric: estimate(rows, best_metric)},
         guessing=guessing_p_value(rows, "acc_best"),
     )
 
