@@ -11,9 +11,10 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from eval.asking import ask, encode_pairs, load_subject
+from eval.asking import ask
 from eval.harness import EvalRecipe, evaluate, input_files, model_names, plan, run
 from eval.questions import Choice, Document, Question
+from eval.subject import encode_pairs, load_subject
 from eval.tasks import Task
 from olmo_base.corpus.documents import DocumentSource
 from olmo_base.model.hf_weights import export_hf
@@ -381,7 +382,7 @@ def test_a_stop_signal_keeps_finished_tasks(models, data, tmp_path, monkeypatch)
         update(self, done, **shown)
 
     monkeypatch.setattr(Progress, "update", update_and_be_told_to_stop)
-    with pytest.raises(Stopped, match="finished tasks are kept") as stopped:
+    with pytest.raises(Stopped, match="what was computed is kept") as stopped:
         run(settings)
     assert stopped.value.signal_number == signal.SIGTERM
     assert kept == ["choices", "requests", "words"]
