@@ -279,6 +279,24 @@ class Selection:
     data_dir: str | None  # the suite's own
     sources: tuple[Path, ...]  # the files that define them
     best_of: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)  # tasks left out, and why
+
+    def without(self, skipped: dict[str, str]) -> "Selection":
+        """The same without some tasks, in groups and in the best of several too."""
+        tasks = tuple(task for task in self.tasks if task.name not in skipped)
+        best_of = {name: of for name, of in self.best_of.items() if not {*of} & {*skipped}}
+        known = {*best_of, *(task.name for task in tasks)}
+        groups = {
+            group: tuple(
+                name
+                for member in members
+                for name in ([member] if member in known else self.best_of.get(member, ()))
+                if name in known
+            )
+            for group, members in self.groups.items()
+        }
+        kept = {group: members for group, members in groups.items() if members}
+        return dataclasses.replace(self, tasks=tasks, groups=kept, best_of=best_of, skipped=skipped)
 
     def as_dict(self) -> dict[str, Any]:
         """For the evaluation's folder."""
@@ -287,6 +305,7 @@ class Selection:
             "tasks": [dataclasses.asdict(task) for task in self.tasks],
             "groups": {group: list(members) for group, members in self.groups.items()},
             "best_of": {name: list(members) for name, members in self.best_of.items()},
+            "skipped": self.skipped,
         }
 
 

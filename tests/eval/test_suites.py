@@ -171,6 +171,14 @@ def test_a_best_that_cannot_be_told_is_refused(tmp_path, suite, message):
         select("s", include_path=str(tmp_path))
 
 
+def test_a_suite_without_some_tasks_averages_the_others():
+    selection = select("olmes").without({"olmes_mmlu_rc": "why", "olmes_csqa_rc": "not"})
+    (members,) = selection.groups.values()
+    assert len(members) == 10 and "mmlu" not in members and "olmes_mmlu_mc" in members
+    assert set(selection.best_of) == {*members} - {"olmes_mmlu_mc", "olmes_csqa_mc"}
+    assert selection.skipped == {"olmes_mmlu_rc": "why", "olmes_csqa_rc": "not"}
+
+
 # ---------------------------------------------------------------- MMLU
 
 SUBJECTS = ("high_school_biology", "law")
