@@ -275,6 +275,7 @@ def serve(models: tuple[str, ...], votes: str, **options: Any) -> None:
 @click.option("--output-dir", required=True, help="The report's folder.")
 @click.option("--data-dir", help="Where tasks find their files.")
 @click.option("--include-path", metavar="DIR", help="A folder of further tasks (YAML).")
+@click.option("--skip-missing", is_flag=True, help="Leave tasks out whose files are not there.")
 @click.option("--cache-dir", metavar="DIR", help="Requests computed before, of any evaluation.")
 @click.option("--limit", type=click.IntRange(min=1), help="Questions of each task, not all.")
 @click.option("--samples-only-failures", is_flag=True, help="Keep no text of right answers.")
