@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import json
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from open_instruct.control_tokens import CannotEncode, ControlTokens, Encoded, R
 from open_instruct.examples import DataConfig, Dialogue, Message, Pair, Rated
 
 BATCH_SIZE = 512  # examples tokenised in one call
+MAX_LAYOUTS = 512  # kept; those longest unused go first, for a server meets roles without end
 
 
 class EncodedPair(NamedTuple):
@@ -151,7 +153,7 @@ class ChatEncoder:
         self.tokenizer = tokenizer
         self.template = template
         self._template = ChatTemplate(template, tokenizer.special_tokens_map, template_name)
-        self._layouts: dict[tuple[tuple[str, ...], bool, bool], Layout] = {}
+        self._layouts: OrderedDict[tuple[tuple[str, ...], bool, bool], Layout] = OrderedDict()
 
         samples = self._sample_role_sequences()
         frames = [self._template.frames(roles) for roles in samples]
@@ -285,6 +287,9 @@ class ChatEncoder:
                 for number, role in enumerate(roles)
             )
             self._layouts[key] = Layout(frames, controls, learnt)
+            if len(self._layouts) > MAX_LAYOUTS:
+                self._layouts.popitem(last=False)
+        self._layouts.move_to_end(key)
         return self._layouts[key]
 
     def _learnt_around(

@@ -194,7 +194,11 @@ class TransformersDecoder:
 
 
 class StopRule:
-    """The ids and the strings that end an answer."""
+    """The ids and the strings that end an answer.
+
+    Strings are looked for in what a reader sees, not inside the names of special tokens; the whole
+    name of one stands for that token.
+    """
 
     def __init__(
         self, token_ids: frozenset[int], strings: tuple[str, ...], tokenizer: Any = None
@@ -205,6 +209,8 @@ class StopRule:
         self.token_ids = token_ids
         self.strings = strings
         self.tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder.items() if strings else ()
+        self._special = {id_: item.content for id_, item in added if item.special}
         # A token has a byte at least; a few more, for the first may be cut inside a character.
         self._num_kept = 4 + max((len(string.encode()) for string in strings), default=0)
 
@@ -215,10 +221,12 @@ class StopRule:
         """
         if not self.strings:
             return False
+        if token in self._special:
+            return self._special[token] in self.strings
         tail.append(token)
         del tail[: -self._num_kept]
         text = self.tokenizer.decode(
-            tail, skip_special_tokens=False, clean_up_tokenization_spaces=False
+            tail, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return any(string in text for string in self.strings)
 
