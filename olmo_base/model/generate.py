@@ -454,10 +454,7 @@ def load_generator(
     """
     folder = resolve_model(str(folder_or_name))
     target = pick_device() if device is None else torch.device(device)
-    config = _read_if_there(folder / "config.json")
-    generation = _read_if_there(folder / "generation_config.json")
-    eos = generation.get("eos_token_id", config.get("eos_token_id"))
-    eos_token_ids = {eos} if isinstance(eos, int) else set(eos or ())
+    eos_token_ids = end_token_ids(folder)
     model: Any
     base = adapter_base(folder)
     if base is not None:
@@ -470,6 +467,14 @@ def load_generator(
         model = _load_with_transformers(folder, target, dtype, trust_remote_code)
         max_length = _max_length(model.config.get_text_config(decoder=True))
     return Generator(model, eos_token_ids=eos_token_ids, max_length=max_length, source=folder)
+
+
+def end_token_ids(folder: Path) -> set[int]:
+    """The tokens at which a model folder says that generation ends."""
+    config = _read_if_there(folder / "config.json")
+    generation = _read_if_there(folder / "generation_config.json")
+    eos = generation.get("eos_token_id", config.get("eos_token_id"))
+    return {eos} if isinstance(eos, int) else set(eos or ())
 
 
 def _load_with_transformers(
