@@ -25,7 +25,8 @@ from olmo_base.run.errors import UserError
 from open_instruct.chat.app import Server, new_app
 from open_instruct.chat.beside import beside
 from open_instruct.chat.engine import MAX_WAITING
-from open_instruct.chat.guard import Settings, is_loopback
+from open_instruct.chat.guard import Settings
+from open_instruct.chat.hosts import is_loopback
 from open_instruct.chat.served import Served
 from open_instruct.chat.voices import API_KEY_VARIABLE
 
