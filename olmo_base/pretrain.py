@@ -35,6 +35,7 @@ from olmo_base.pretrain_recipe import (
 )
 from olmo_base.run.artefact import RunFolder, atomic_write
 from olmo_base.run.launch import pick_device, seed_everything
+from olmo_base.run.trackers import refuse_missing_trackers
 from olmo_base.tokenizer import load_tokenizer, write_tokenizer_files
 
 PROCESS_BYTES = 320_000_000  # Python with torch, before any tensor
@@ -88,6 +89,7 @@ def expected_memory_bytes(
 
 def plan(recipe: PretrainRecipe) -> dict[str, object]:
     """What a run would do and need, for --dry-run."""
+    refuse_missing_trackers(recipe.log.report_to)
     corpus = open_corpus(recipe, verify=False)
     config = model_config(recipe, corpus)
     steps = num_steps(recipe, len(corpus.train))
@@ -120,6 +122,7 @@ def plan(recipe: PretrainRecipe) -> dict[str, object]:
 
 def run(recipe: PretrainRecipe) -> RunFolder:
     """Train the model and write it as a Hugging Face folder; goes on by itself after a stop."""
+    refuse_missing_trackers(recipe.log.report_to)
     folder = RunFolder.open(recipe, input_files(recipe))
     if folder.is_finished:
         return folder

@@ -163,7 +163,7 @@ def train(
     optimizer = build_optimizer(model, recipe.optim, bf16=bf16)
     guard = StepGuard(device, recipe.optim.skip_spike_sigma)
     at = resume(folder, model, optimizer, guard)
-    metrics = MetricsLog(folder, resume_step=at.step)
+    metrics = MetricsLog(folder, at.step, recipe.log)
     total_steps = num_steps(recipe, len(corpus.train))
     row_loss = torch.tensor(at.row_loss, dtype=widest(device), device=device)
     shown: dict[str, float] = {}
@@ -183,7 +183,11 @@ def train(
         shown.update(row)
         progress.update(at.step, **shown)
 
-    with stop_signals() as stop, Progress(folder, "pretrain", total_steps, at.step) as progress:
+    with (
+        metrics,
+        stop_signals() as stop,
+        Progress(folder, "pretrain", total_steps, at.step) as progress,
+    ):
         if at.step == 0:
             evaluate()
         while at.step < total_steps:
@@ -237,6 +241,7 @@ def train(
             if is_saved and not is_last:  # after the rows: those of a checkpoint's step are kept
                 at.row_loss = float(row_loss)
                 save(folder, recipe, model, optimizer, guard, at)
+                metrics.note_saved()
                 _stop_if_asked(stop, at)
     return {
         **shown,
