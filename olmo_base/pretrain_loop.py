@@ -13,6 +13,7 @@ from torch import Tensor
 from olmo_base.corpus.batches import Batch, TokenSequences, micro_batches
 from olmo_base.losses import next_token_loss
 from olmo_base.model.transformer import Transformer, flops_per_token
+from olmo_base.olmes_requests import RequestFile, load_requests, score_requests
 from olmo_base.optim import (
     StepGuard,
     build_optimizer,
@@ -37,6 +38,7 @@ from olmo_base.run.resume import (
     restore_random_state,
     save_checkpoint,
 )
+from olmo_base.tokenizer import load_tokenizer
 
 # Dense bf16 peak in FLOP/s, found by the first part of a name that matches.
 GPU_PEAKS = {
@@ -86,6 +88,35 @@ def held_out_loss(
     loss = float(total) / (num_sequences * sequences.max_length)
     tokens_per_byte = sequences.num_tokens / sequences.num_bytes
     return {"eval_loss": loss, "eval_bits_per_byte": loss / math.log(2) * tokens_per_byte}
+
+
+def evaluation(
+    model: Transformer,
+    recipe: PretrainRecipe,
+    corpus: Corpus,
+    questions: Sequence[RequestFile],
+    *,
+    bf16: bool,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The figures of all held-out text; and those of its sources and of the request files."""
+
+    def figures(sequences: TokenSequences) -> dict[str, float]:
+        return held_out_loss(
+            model,
+            sequences,
+            batch_size=recipe.per_device_eval_batch_size,
+            max_tokens=recipe.max_eval_tokens,
+            mask=recipe.mask_documents,
+            bf16=bf16,
+        )
+
+    row = {} if corpus.held_out is None else figures(corpus.held_out)
+    row_of_parts = {
+        f"{key}/{name}": value
+        for name, sequences in corpus.held_out_by_source.items()
+        for key, value in figures(sequences).items()
+    }
+    return row, row_of_parts | score_requests(model, questions, bf16=bf16)
 
 
 def widest(device: torch.device) -> torch.dtype:
@@ -168,18 +199,21 @@ def train(
     row_loss = torch.tensor(at.row_loss, dtype=widest(device), device=device)
     shown: dict[str, float] = {}
 
+    questions = load_requests(
+        recipe.eval_requests, load_tokenizer(corpus.tokenizer), recipe.max_eval_requests
+    )
+
     def evaluate() -> None:
-        if corpus.held_out is None:
+        row, row_of_parts = evaluation(model, recipe, corpus, questions, bf16=bf16)
+        if not row and not row_of_parts:
             return
-        row = held_out_loss(
-            model,
-            corpus.held_out,
-            batch_size=recipe.per_device_eval_batch_size,
-            max_tokens=recipe.max_eval_tokens,
-            mask=recipe.mask_documents,
-            bf16=bf16,
+        metrics.write(
+            at.step,
+            epoch=epoch_at(recipe, corpus, at.step),
+            tokens=at.tokens,
+            **row,
+            **row_of_parts,
         )
-        metrics.write(at.step, epoch=epoch_at(recipe, corpus, at.step), tokens=at.tokens, **row)
         shown.update(row)
         progress.update(at.step, **shown)
 

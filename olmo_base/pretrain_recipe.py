@@ -85,6 +85,9 @@ class PretrainRecipe:
     per_device_eval_batch_size: int = setting(8, low=1, changes_result=False)
     eval_steps: int = setting(0, low=0, changes_result=False)  # 0: at the start and the end only
     max_eval_tokens: int = setting(200_000, low=1)  # held-out tokens looked at each time
+    # Files or folders of OLMES requests, and how many questions of each file (0: all)
+    eval_requests: tuple[str, ...] = setting((), changes_result=False)
+    max_eval_requests: int = setting(200, low=0, changes_result=False)
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
@@ -133,6 +136,7 @@ class Corpus:
     train: TokenSequences | Mixture
     held_out: TokenSequences | None
     tokenizer: Path  # its folder, or the tokenizer.json
+    held_out_by_source: dict[str, TokenSequences]  # where there are several; their names
 
 
 def shards_of_source(source: TokenSource, split: str) -> list[Shard]:
@@ -195,7 +199,20 @@ def open_corpus(recipe: PretrainRecipe, *, verify: bool) -> Corpus:
             f"{path} is not the tokenizer that the shards beside it were made with. "
             "Run the tokenize stage again into a new folder."
         )
-    return Corpus(train, held_out, tokenizer_of(sources[0]))
+    return Corpus(train, held_out, tokenizer_of(sources[0]), _held_out_by_source(recipe))
+
+
+def _held_out_by_source(recipe: PretrainRecipe) -> dict[str, TokenSequences]:
+    """The held-out sequences of each source, if several have one at least."""
+    paths = [source.path for source in recipe.dataset_mixer]
+    names = [Path(path).name for path in paths]
+    found = {}
+    for source, name in zip(recipe.dataset_mixer, names, strict=True):
+        shards = shards_of_source(source, "eval")
+        if sum(shard.info.num_tokens for shard in shards) > recipe.max_length:
+            key = name if names.count(name) == 1 else source.path
+            found[key] = TokenSequences(shards, recipe.max_length)
+    return found if len(found) > 1 else {}
 
 
 def _mixture(

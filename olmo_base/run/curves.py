@@ -20,6 +20,7 @@ PANELS = {
     "tokens per second": ("tokens_per_second",),
     "held-out bits per byte": ("eval_bits_per_byte",),
     "accuracy": ("accuracy", "eval_accuracy", "requests_accuracy"),
+    "bits per byte of right answers": ("requests_bits_per_byte",),
 }
 
 
