@@ -1,7 +1,7 @@
 """Questions with given answers, as the JSONL requests of OLMES, scored while a model trains.
 
-Request files -> questions -> ids, once -> the log-probability of each answer (scorer.py) -> accuracy
-and bits per byte of the right answer, a row of metrics.jsonl. Needs no evaluation library.
+Request files -> questions -> ids, once -> the log-probability of each answer (scorer.py) ->
+accuracy and bits per byte of the right answer, a row of metrics.jsonl. Needs no evaluation library.
 """
 
 import gzip

@@ -202,8 +202,11 @@ class Generator:
         seed: int = 0,
         stop_token_ids: Iterable[int] = (),
         stop_strings: Sequence[str] = (),
+        places: Sequence[int] | None = None,
     ) -> list[list[int]]:
         """An answer for each prompt, in their order; batches of similar length are made inside.
+
+        ``places`` replaces the prompts' own (0, 1, …) in what decides a sampled answer.
 
         Errors: UserError for an empty or too long prompt, an unknown id, or a value out of range.
         """
@@ -214,7 +217,7 @@ class Generator:
         longest_first = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
         for start in range(0, len(prompts), MAX_ROWS):
             batch = {index: prompts[index] for index in longest_first[start : start + MAX_ROWS]}
-            for index, token in self._decode(batch, max_new_tokens, sampling, stop):
+            for index, token in self._decode(batch, max_new_tokens, sampling, stop, places):
                 answers[index].append(token)
         return answers
 
@@ -271,6 +274,7 @@ class Generator:
         max_new_tokens: int,
         sampling: Sampling,
         stop: StopRule,
+        places: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, int]]:
         """(key of the prompt, its next id), step by step for all rows; finished rows leave."""
         tails: dict[int, list[int]] = {key: [] for key in prompts}
@@ -279,7 +283,7 @@ class Generator:
             for key, prompt in prompts.items()
         }
         uniforms = {
-            key: _uniforms(limit, sampling.seed, key)
+            key: _uniforms(limit, sampling.seed, key if places is None else places[key])
             for key, limit in limits.items()
             if sampling.temperature > 0.0
         }

@@ -118,7 +118,7 @@ def test_a_step_cut_six_ways_gives_the_same_gradients(tokens, tmp_path, mask):
             corpus.train,
             3,
             micro_batch_size=size,
-            gradient_accumulation_steps=accumulation,
+            sequences_per_step=size * accumulation,
             seed=5,
             mask=mask,
         )
@@ -155,7 +155,7 @@ def test_the_whole_run_is_that_of_a_plain_loop_over_transformers(tokens, tmp_pat
             corpus.train,
             step,
             micro_batch_size=8,
-            gradient_accumulation_steps=1,
+            sequences_per_step=8,
             seed=42,
             mask=False,
         )
@@ -239,6 +239,28 @@ def test_held_out_figures_are_those_of_transformers(finished, tokens):
     tokens_per_byte = sidecar["num_tokens"] / sidecar["num_bytes"]
     bits_per_byte = expected / math.log(2) * tokens_per_byte
     assert row["eval_bits_per_byte"] == pytest.approx(bits_per_byte, rel=1e-5)
+
+
+def test_each_source_and_each_file_of_questions_is_scored_beside_the_whole(tokens, tmp_path):
+    shutil.copytree(tokens, tmp_path / "other")
+    question = {"context": "the red", "continuation": " cat"}
+    row = {"doc_id": 0, "idx": 0, "label": 0, "request": question}
+    (tmp_path / "likes.jsonl").write_text(json.dumps(row) + "\n")
+    recipe = recipe_for(
+        tokens,
+        tmp_path,
+        dataset_mixer=[{"path": str(tokens)}, {"path": str(tmp_path / "other")}],
+        eval_requests=[str(tmp_path / "likes.jsonl")],
+        eval_steps=4,
+        max_steps=4,
+    )
+    run(recipe)
+    first, last = (row for row in rows_of(tmp_path / "run") if "eval_loss" in row)
+    for row in (first, last):  # the same text twice: each source's figures are those of the whole
+        for key in ("eval_loss", "eval_bits_per_byte"):
+            assert row[f"{key}/tokens"] == row[f"{key}/other"] == pytest.approx(row[key], rel=0.05)
+        assert row["requests_accuracy/likes"] == 1.0  # of one answer
+    assert last["requests_bits_per_byte/likes"] < first["requests_bits_per_byte/likes"]
 
 
 def test_a_finished_run_is_not_done_again(finished):
@@ -375,7 +397,7 @@ def test_what_a_step_read_is_what_its_batches_hold(tokens, tmp_path):
     texts = [json.loads(line)["text"] for line in lines]
     tokenizer = load_tokenizer(tokens)
     batches = micro_batches(
-        corpus.train, 4, micro_batch_size=8, gradient_accumulation_steps=1, seed=42, mask=False
+        corpus.train, 4, micro_batch_size=8, sequences_per_step=8, seed=42, mask=False
     )
     for (_, places), ids in zip(
         read_in_step(recipe, corpus, 5), batches[0].ids_BT.tolist(), strict=True
