@@ -238,8 +238,10 @@ def train(
             agreed = agree(batches, stop, keeper, ranks)
             if agreed.has_failed:
                 keeper.finish(has_failed=True)
-            at.left_out += recipe.sequences_per_step - agreed.num_sequences
+            at.left_out += recipe.sizes.at(at.step) - agreed.num_sequences
             num_tokens = agreed.num_tokens
+            length = recipe.warmup.length_at(at.step, recipe.max_length)
+            batches = [batch.cut(length) for batch in batches]
             step_loss = add_gradients(
                 learner,
                 batches,
@@ -312,9 +314,8 @@ def batches_of_step(recipe: PretrainRecipe, corpus: Corpus, step: int, ranks: Ra
     """This rank's micro-batches of step 0, 1, …"""
     return micro_batches(
         corpus.train,
-        step,
+        recipe.places(step),
         micro_batch_size=recipe.per_device_train_batch_size,
-        sequences_per_step=recipe.sequences_per_step,
         seed=recipe.run.seed,
         mask=recipe.mask_documents,
         max_ngram_repeats=recipe.max_ngram_repeats,

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from olmo_base.corpus.batches import (
 )
 from olmo_base.corpus.foreign_shards import foreign_files, read_foreign_shards
 from olmo_base.corpus.shards import Place, Shard
+from olmo_base.corpus.warmup import StepSizes, WarmupConfig
 from olmo_base.model.hf_weights import read_model_config
 from olmo_base.model.presets import ModelShape, padded_vocab_size
 from olmo_base.model.transformer import ModelConfig
@@ -82,6 +82,7 @@ class PretrainRecipe:
     num_train_epochs: float = setting(1.0, above=0)
     max_steps: int = setting(-1, low=-1)  # above 0: instead of num_train_epochs
     max_tokens: int = setting(-1, low=-1)  # above 0: instead of num_train_epochs
+    warmup: WarmupConfig = field(default_factory=WarmupConfig)
     optim: PretrainOptim = field(default_factory=PretrainOptim)
     z_loss: float = setting(0.0, low=0)  # OLMo-2 used 1e-5
     bf16: bool | Literal["auto"] = "auto"
@@ -127,12 +128,32 @@ class PretrainRecipe:
                 if getattr(self.shape, item.name) != getattr(ModelShape(), item.name)
             )
             raise RecipeError(given, "the shape is that of init_from; leave this key out.")
+        self.warmup.refuse_misfits(self.sequences_per_step, self.max_length)
+        if self.warmup.length_warmup_steps and self.parallel.context_parallel > 1:
+            raise RecipeError(
+                "length_warmup_steps", "context_parallel cuts rows over ranks; keep one of them."
+            )
         longest = self.shape.max_position_embeddings
         if longest is not None and longest < self.max_length:
             raise RecipeError(
                 "max_position_embeddings",
                 f"{longest} is less than max_length {self.max_length}.",
             )
+
+    @property
+    def sizes(self) -> StepSizes:
+        """How many sequences each step reads."""
+        warmup = self.warmup
+        return StepSizes(
+            self.sequences_per_step,
+            warmup.batch_size_warmup_start,
+            warmup.batch_size_warmup_steps,
+        )
+
+    def places(self, step: int) -> range:
+        """Where the sequences of step 0, 1, … stand in the run's row."""
+        first = self.sizes.before(step)
+        return range(first, first + self.sizes.at(step))
 
     @property
     def sequences_per_step(self) -> int:
@@ -258,7 +279,7 @@ def _mixture(
         [len(source) for source in sources],
         [source.ratio or 0.0 for source in recipe.dataset_mixer],
         [source.max_repeats for source in recipe.dataset_mixer],
-        num_steps(recipe, 0) * recipe.sequences_per_step,
+        recipe.sizes.before(num_steps(recipe, 0)),
     )
     return Mixture(sources, shares)
 
@@ -334,23 +355,21 @@ def num_steps(recipe: PretrainRecipe, num_sequences: int) -> int:
     if recipe.max_steps > 0:
         return recipe.max_steps
     if recipe.max_tokens > 0:
-        return math.ceil(recipe.max_tokens / (recipe.sequences_per_step * recipe.max_length))
-    return max(1, int(recipe.num_train_epochs * num_sequences / recipe.sequences_per_step))
+        return recipe.sizes.steps_for(recipe.max_tokens / recipe.max_length)
+    return max(1, recipe.sizes.steps_within(recipe.num_train_epochs * num_sequences))
 
 
 def read_in_step(
     recipe: PretrainRecipe, corpus: Corpus, step: int
 ) -> list[tuple[int, list[Place]]]:
     """What step 1, 2, … reads: each sequence's number and the documents in it, in order."""
-    indices = corpus.train.of_step(
-        step - 1, sequences_per_step=recipe.sequences_per_step, seed=recipe.run.seed
-    )
+    indices = corpus.train.at(recipe.places(step - 1), seed=recipe.run.seed)
     return [(int(index), corpus.train.places(int(index))) for index in indices]
 
 
 def epoch_at(recipe: PretrainRecipe, corpus: Corpus, step: int) -> float:
     """Passes over the corpus after so many steps."""
-    return round(step * recipe.sequences_per_step / len(corpus.train), 4)
+    return round(recipe.sizes.before(step) / len(corpus.train), 4)
 
 
 def input_files(recipe: PretrainRecipe) -> list[Path]:
