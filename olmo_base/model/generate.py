@@ -8,13 +8,14 @@ B rows still being decoded, T positions, V vocabulary.
 
 import inspect
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from olmo_base.model.hf_weights import is_native, load_native
@@ -25,6 +26,8 @@ from olmo_base.run.launch import pick_device
 
 MAX_ROWS = 64  # prompts decoded together; more wins little on a CPU and costs cache
 FIRST_CAPACITY = 64  # new positions a cache has room for before it grows
+MIN_PREFIX = 32  # tokens that all prompts begin with, from which on they are run once
+MIN_PREFIX_ROWS = 4
 
 
 # ---------------------------------------------------------------- choosing the next token
@@ -105,6 +108,13 @@ class Decoder(Protocol):
     def keep_rows(self, rows: list[int]) -> None:
         """Only these rows go on, in this order."""
 
+    @property
+    def can_join(self) -> bool:
+        """Whether the cache can take in other rows: it keeps every position of every layer."""
+
+    def join(self, other: Any) -> None:
+        """Take in the rows of another decoder of the same kind, behind its own."""
+
 
 def _left_padded(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, list[int]]:
     """ids_BT ending in the prompts, and how much padding stands before each."""
@@ -120,11 +130,19 @@ def _left_padded(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor,
 class NativeDecoder:
     """Our model with a preallocated cache of keys and values."""
 
-    def __init__(self, model: Transformer, prompts: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        prompts: Sequence[Sequence[int]],
+        prefix: "NativeDecoder | None" = None,
+    ) -> None:
+        """``prefix`` has read, as its one row, what all prompts begin with."""
         ids_BT, padding_B = _left_padded(prompts, model.config.pad_token_id)
         self.model = model
-        self.prompt_ids_BT = ids_BT.to(model.device)
         self.cache = model.new_cache(padding_B, capacity=ids_BT.shape[1] + FIRST_CAPACITY)
+        if prefix is not None:
+            self.cache.begin_with(prefix.cache)
+        self.prompt_ids_BT = ids_BT[:, self.cache.length :].to(model.device)
 
     def prefill(self) -> Tensor:
         """See Decoder."""
@@ -142,16 +160,31 @@ class NativeDecoder:
         """See Decoder."""
         self.cache.keep_rows(rows)
 
+    @property
+    def can_join(self) -> bool:
+        """See Decoder."""
+        return set(self.model.windows) == {None}
+
+    def join(self, other: "NativeDecoder") -> None:
+        """See Decoder."""
+        self.cache.join(other.cache, room=FIRST_CAPACITY)
+
 
 class TransformersDecoder:
     """Any causal language model of transformers, with the cache of its own kind."""
 
-    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], pad_id: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        pad_id: int,
+        prefix: "TransformersDecoder | None" = None,
+    ) -> None:
+        """``prefix`` has read, as its one row, what all prompts begin with."""
         from transformers import DynamicCache  # heavy; the native engine needs none of it
 
         ids_BT, padding_B = _left_padded(prompts, pad_id)
         self.model = model
-        self.prompt_ids_BT = ids_BT.to(model.device)
         columns_T = torch.arange(ids_BT.shape[1], device=model.device)
         self.mask_BT = (columns_T >= torch.tensor(padding_B, device=model.device)[:, None]).long()
         self.cache: Any = DynamicCache(config=model.config.get_text_config(decoder=True))
@@ -165,6 +198,13 @@ class TransformersDecoder:
             )
         self.cache_name = names[0]
         self.extra = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        length = 0
+        if prefix is not None:
+            length = prefix.mask_BT.shape[1]
+            for index, layer in enumerate(prefix.cache.layers):
+                parts = [_shifted(part, padding_B) for part in (layer.keys, layer.values)]
+                self.cache.update(*parts, index)
+        self.prompt_ids_BT = ids_BT[:, length:].to(model.device)
 
     def prefill(self) -> Tensor:
         """See Decoder."""
@@ -188,6 +228,34 @@ class TransformersDecoder:
         kept = torch.tensor(rows, device=self.mask_BT.device)
         self.cache.reorder_cache(kept)  # named after beam search; it selects rows
         self.mask_BT = self.mask_BT[kept]
+
+    @property
+    def can_join(self) -> bool:
+        """See Decoder."""
+        from transformers.cache_utils import DynamicLayer  # as above
+
+        return self.takes_positions and all(type(x) is DynamicLayer for x in self.cache.layers)
+
+    def join(self, other: "TransformersDecoder") -> None:
+        """See Decoder."""
+        width = max(self.mask_BT.shape[1], other.mask_BT.shape[1])
+        for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
+            mine.keys = torch.cat([_widened(x.keys, width) for x in (mine, theirs)])
+            mine.values = torch.cat([_widened(x.values, width) for x in (mine, theirs)])
+        masks = [F.pad(x.mask_BT, (width - x.mask_BT.shape[1], 0)) for x in (self, other)]
+        self.mask_BT = torch.cat(masks)
+
+
+def _shifted(part_1KPh: Tensor, padding_B: list[int]) -> Tensor:
+    """The keys or values of a beginning, behind the padding of each row and cut at its own end."""
+    length = part_1KPh.shape[2]
+    rows = [F.pad(part_1KPh, (0, 0, padding, 0))[:, :, :length] for padding in padding_B]
+    return torch.cat(rows)
+
+
+def _widened(part_BKSh: Tensor, width: int) -> Tensor:
+    """Keys or values with padding before them."""
+    return F.pad(part_BKSh, (0, 0, width - part_BKSh.shape[2], 0))
 
 
 # ---------------------------------------------------------------- where an answer ends
@@ -261,6 +329,10 @@ class Generator:
         self.is_native = isinstance(model, Transformer)
         config = model.config if self.is_native else model.config.get_text_config(decoder=True)
         self.vocab_size: int = config.vocab_size
+        # Recurrent models let padding in: their prompts are read together if of equal length.
+        self.can_pad = self.is_native or (
+            "position_ids" in inspect.signature(model.forward).parameters
+        )
         pad_id = getattr(config, "pad_token_id", None)  # a transformers config may lack it
         self.pad_id: int = min(self.eos_token_ids, default=0) if pad_id is None else pad_id
 
@@ -294,10 +366,14 @@ class Generator:
         stop_token_ids: Iterable[int] = (),
         stop_strings: Sequence[str] = (),
         places: Sequence[int] | None = None,
+        max_rows: int = MAX_ROWS,
+        on_answer: Callable[[int, list[int]], None] = lambda index, ids: None,
     ) -> list[list[int]]:
-        """An answer for each prompt, in their order; batches of similar length are made inside.
+        """An answer for each prompt, in their order.
 
-        ``places`` replaces the prompts' own (0, 1, …) in what decides a sampled answer.
+        The longest prompts come first; when half of the ``max_rows`` rows have ended, others take
+        their places. ``places`` replaces the prompts' own (0, 1, …) in what decides a sampled
+        answer. ``on_answer`` is told each answer, and its prompt's index, as it ends.
 
         Errors: UserError for an empty or too long prompt, an unknown id, or a value out of range.
         """
@@ -306,9 +382,12 @@ class Generator:
         stop = self._stop_rule(stop_token_ids, stop_strings)
         answers: list[list[int]] = [[] for _ in prompts]
         longest_first = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-        for start in range(0, len(prompts), MAX_ROWS):
-            batch = {index: prompts[index] for index in longest_first[start : start + MAX_ROWS]}
-            for index, token in self._decode(batch, max_new_tokens, sampling, stop, places):
+        queue = {index: prompts[index] for index in longest_first}
+        decoded = self._decode(queue, max_new_tokens, sampling, stop, places, max_rows)
+        for index, token in decoded:
+            if token is None:
+                on_answer(index, answers[index])
+            else:
                 answers[index].append(token)
         return answers
 
@@ -333,7 +412,7 @@ class Generator:
         self._check([prompt], max_new_tokens)
         stop = self._stop_rule(stop_token_ids, stop_strings)
         decoded = self._decode({0: prompt}, max_new_tokens, sampling, stop)
-        return (token for _, token in decoded)
+        return (token for _, token in decoded if token is not None)
 
     def _stop_rule(self, token_ids: Iterable[int], strings: Sequence[str]) -> StopRule:
         tokenizer = self.tokenizer if strings else None
@@ -366,8 +445,9 @@ class Generator:
         sampling: Sampling,
         stop: StopRule,
         places: Sequence[int] | None = None,
-    ) -> Iterator[tuple[int, int]]:
-        """(key of the prompt, its next id), step by step for all rows; finished rows leave."""
+        max_rows: int = 1,
+    ) -> Iterator[tuple[int, int | None]]:
+        """(key of the prompt, its next id or None at its end), step by step for all rows."""
         tails: dict[int, list[int]] = {key: [] for key in prompts}
         limits = {
             key: min(max_new_tokens, self.max_length - len(prompt))
@@ -378,42 +458,71 @@ class Generator:
             for key, limit in limits.items()
             if sampling.temperature > 0.0
         }
-        keys = list(prompts)
-        decoder = self._new_decoder(list(prompts.values()))
-        logits_BV = decoder.prefill()
-        if not logits_BV.isfinite().all():
-            raise UserError(
-                "The model's logits are not finite numbers: its weights are damaged, or its "
-                "training diverged. Use an earlier checkpoint."
-            )
-        step = 0
-        while True:
+        steps = dict.fromkeys(prompts, 0)
+        prefix = self._run_prefix(list(prompts.values()))
+        waiting, keys = list(prompts), list[int]()
+        decoder: Decoder | None = None
+        while waiting or keys:
+            is_roomy = decoder is None or (len(keys) <= max_rows // 2 and decoder.can_join)
+            if waiting and (not keys or is_roomy):
+                entering = waiting[: max_rows - len(keys)]
+                if not self.can_pad:
+                    length = len(prompts[entering[0]])
+                    entering = [key for key in entering if len(prompts[key]) == length]
+                waiting = waiting[len(entering) :]
+                new = self._new_decoder([prompts[key] for key in entering], prefix)
+                new_BV = new.prefill()
+                if not new_BV.isfinite().all():
+                    raise UserError(
+                        "The model's logits are not finite numbers: its weights are damaged, or "
+                        "its training diverged. Use an earlier checkpoint."
+                    )
+                if decoder is None or not keys:
+                    decoder, logits_BV = new, new_BV
+                else:
+                    decoder.join(new)
+                    logits_BV = torch.cat([logits_BV, new_BV])
+                keys += entering
             uniform_B = None
             if uniforms:
-                drawn = [uniforms[key][step] for key in keys]
+                drawn = [uniforms[key][steps[key]] for key in keys]
                 uniform_B = torch.tensor(drawn, device=logits_BV.device)
             ids_B = next_ids(logits_BV, sampling, uniform_B)
-            step += 1
             kept = []
             for row, (key, token) in enumerate(zip(keys, ids_B.tolist(), strict=True)):
-                if token in stop.token_ids:
-                    continue
-                yield key, token
-                if step < limits[key] and not stop.is_complete(tails[key], token):
-                    kept.append(row)
-            if not kept:
-                return
-            if len(kept) < len(keys):
-                rows = _fill_holes(kept)
+                steps[key] += 1
+                if token not in stop.token_ids:
+                    yield key, token
+                    if steps[key] < limits[key] and not stop.is_complete(tails[key], token):
+                        kept.append(row)
+                        continue
+                yield key, None
+            rows = _fill_holes(kept)
+            assert decoder is not None
+            if kept and len(kept) < len(keys):
                 decoder.keep_rows(rows)
-                keys = [keys[row] for row in rows]
-                ids_B = ids_B[rows]
-            logits_BV = decoder.step(ids_B)
+            keys = [keys[row] for row in rows]
+            if kept:
+                logits_BV = decoder.step(ids_B[rows])
 
-    def _new_decoder(self, prompts: Sequence[Sequence[int]]) -> Decoder:
+    def _new_decoder(self, prompts: Sequence[Sequence[int]], prefix: Any = None) -> Decoder:
         if isinstance(self.model, Transformer):
-            return NativeDecoder(self.model, prompts)
-        return TransformersDecoder(self.model, prompts, self.pad_id)
+            return NativeDecoder(self.model, prompts, prefix)
+        return TransformersDecoder(self.model, prompts, self.pad_id, prefix)
+
+    def _run_prefix(self, prompts: Sequence[Sequence[int]]) -> Decoder | None:
+        """What all prompts begin with, read once; None where that is little or cannot be shared."""
+        if len(prompts) < MIN_PREFIX_ROWS:
+            return None
+        least, most = min(map(list, prompts)), max(map(list, prompts))
+        length = min(map(len, prompts)) - 1  # of each prompt something is left to read
+        while least[:length] != most[:length]:
+            length -= 1
+        if length < MIN_PREFIX:
+            return None
+        prefix = self._new_decoder([least[:length]])
+        prefix.prefill()
+        return prefix if prefix.can_join else None
 
 
 def _uniforms(number: int, seed: int, index: int) -> list[float]:
