@@ -20,10 +20,11 @@ import torch
 
 from eval.asking import ask
 from eval.cache import RequestCache, fingerprint
+from eval.contamination import note_overlaps, question_texts, refuse_unreadable
 from eval.questions import Document, Foreign, Item, data_file, drawn, examples_file, read_items
 from eval.ranks import end_ranks, gathered, is_first, start_ranks, wait_for_all
 from eval.report import write_report
-from eval.report.gather import EVALUATION, SAMPLES
+from eval.report.gather import EVALUATION, SAMPLES, read_samples
 from eval.report.training import model_facts
 from eval.subject import OnProgress, Subject, load_encoders, load_subject
 from eval.tasks import Selection, Task, lm_engine, select
@@ -60,6 +61,7 @@ class EvalRecipe:
     data_dir: str | None = setting(None, changes_result=False)  # where tasks find their files
     # Where requests are kept: in output_dir if null; evaluations may share a folder.
     cache_dir: str | None = setting(None, changes_result=False)
+    skip_missing: bool = False  # tasks without their files are left out, and the report says so
     limit: int | None = setting(None, low=1)  # questions of each task, drawn with the seed
     samples_only_failures: bool = False  # the texts of right answers are not kept
     max_new_tokens: int | None = setting(None, low=1)  # of an answer; the task's own if null
@@ -69,6 +71,8 @@ class EvalRecipe:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: as the weights are stored
     batch_tokens: int = setting(8192, low=1, changes_result=False)
     generation_batch_size: int = setting(64, low=1, changes_result=False)
+    # Training files or token shards, in which the questions are looked for.
+    contamination: tuple[str, ...] = setting((), changes_result=False)
 
     def __post_init__(self) -> None:
         if not self.models:
@@ -97,7 +101,27 @@ def model_names(models: Sequence[str]) -> list[str]:
 
 
 def _selection(recipe: EvalRecipe) -> Selection:
-    return select(recipe.suite, recipe.tasks, recipe.include_path)
+    """What is asked. Errors: UserError naming all tasks whose files are missing, unless skipped."""
+    selection = select(recipe.suite, recipe.tasks, recipe.include_path)
+    missing: dict[str, str] = {}
+    for task in selection.tasks:
+        if task.kind == "lm_eval":
+            continue
+        try:
+            _data_files(recipe, selection, task)
+        except UserError as error:
+            missing[task.name] = str(error)
+    if not missing:
+        return selection
+    first = next(iter(missing.values()))
+    if len(missing) == len(selection.tasks):
+        raise UserError(first)
+    if not recipe.skip_missing:
+        raise UserError(
+            f"{first} {len(missing)} of {len(selection.tasks)} tasks lack their files "
+            f"({', '.join(missing)}); skip_missing (--skip-missing) leaves them out."
+        )
+    return selection.without(missing)
 
 
 def input_files(recipe: EvalRecipe) -> list[Path]:
@@ -169,6 +193,7 @@ def _run(recipe: EvalRecipe) -> RunFolder:
         wait_for_all()
     if folder.is_finished:
         if is_first():
+            _note_overlaps(recipe, folder)
             write_report([folder.path], show=True)
         return folder
     try:
@@ -193,10 +218,14 @@ def _evaluate(recipe: EvalRecipe, folder: RunFolder) -> None:
                 f"{model} has no chat template, which apply_chat_template needs. Leave it out, or "
                 "give a model that was tuned on dialogues."
             )
+    for training_path in recipe.contamination:
+        refuse_unreadable(Path(training_path))
     for task in selection.tasks:
         if task.verifier is not None:
             VERIFIERS[task.verifier].check_ready()
     jobs = _jobs(recipe, folder, selection)
+    for name, reason in selection.skipped.items() if is_first() else ():
+        folder.log(f"{name} is left out: {reason}")
     models = [{"name": name, "path": model} for name, model in _named(recipe.models)]
     content = json.dumps(selection.as_dict() | {"models": models}, indent=2)
     if is_first():
@@ -227,6 +256,7 @@ def _evaluate(recipe: EvalRecipe, folder: RunFolder) -> None:
             gc.collect()  # one model's weights, before the next one's are loaded
     if not is_first():
         return
+    _note_overlaps(recipe, folder)
     folder.note_time()
     path = write_report([folder.path], show=True)
     report = json.loads((folder.path / "report.json").read_text(encoding="utf-8"))
@@ -238,6 +268,20 @@ def _evaluate(recipe: EvalRecipe, folder: RunFolder) -> None:
             for item in report["models"]
         },
     )
+
+
+def _note_overlaps(recipe: EvalRecipe, folder: RunFolder) -> None:
+    """Look for the questions in the training text that the recipe names, if it names any."""
+    if not recipe.contamination:
+        return
+    selection = _selection(recipe)
+    first_model, _ = _named(recipe.models)[0]
+    texts = {}
+    for name, items in _read_questions(recipe, selection).items():
+        theirs = any(isinstance(item, Foreign) for item in items)
+        samples = folder.path / SAMPLES / first_model / f"{name}.jsonl"
+        texts[name] = question_texts(items, read_samples(samples) if theirs else ())
+    note_overlaps(folder.path, recipe.contamination, texts, folder.log)
 
 
 @dataclass(frozen=True)
@@ -428,6 +472,7 @@ def evaluate(
     data_dir: str | None = None,
     include_path: str | None = None,
     cache_dir: str | None = None,
+    skip_missing: bool = False,
     limit: int | None = None,
     samples_only_failures: bool = False,
     max_new_tokens: int | None = None,
@@ -436,6 +481,7 @@ def evaluate(
     batch_tokens: int = 8192,
     generation_batch_size: int = 64,
     seed: int = 42,
+    contamination: Sequence[str] = (),
 ) -> RunFolder:
     """Compare models on a suite or on tasks: the verb ``open-instruct eval``.
 
@@ -452,6 +498,7 @@ def evaluate(
         data_dir=data_dir,
         include_path=include_path,
         cache_dir=cache_dir,
+        skip_missing=skip_missing,
         limit=limit,
         samples_only_failures=samples_only_failures,
         max_new_tokens=max_new_tokens,
@@ -459,5 +506,6 @@ def evaluate(
         system_prompt=system_prompt,
         batch_tokens=batch_tokens,
         generation_batch_size=generation_batch_size,
+        contamination=tuple(contamination),
     )
     return run(recipe)

@@ -4,10 +4,10 @@ import dataclasses
 import itertools
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from eval.tasks import Task
 from olmo_base.corpus.documents import DocumentSource, DocumentStream
@@ -16,6 +16,7 @@ from open_instruct.examples import BadRow, Message, read_rows
 from open_instruct.verifiers import VERIFIERS
 from open_instruct.verifiers.verdict import BadProblem, Problem
 
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 ROLES = ("system", "user", "assistant")
 # OLMES request files hold each question a second time, without its text ("Answer:" alone), to
 # measure how likely the options are by themselves; that copy's doc_id is larger by this much.
@@ -118,6 +119,8 @@ def read_items(
     """
     if task.kind == "verified":
         items = _read_problems(task, path, [] if examples is None else _read_turns(task, examples))
+    elif task.kind == "multiple_choice":
+        items = _read_choices(task, path, examples)
     else:
         items = READERS[task.kind](path)
     if task.main_metric == "acc_uncond":
@@ -289,35 +292,99 @@ def _read_turns(task: Task, path: Path) -> list[Message]:
     return turns
 
 
-def _read_choices(path: Path) -> list[Item]:
-    """Rows {"question": text, "options": [texts], "gold": index of the right one}."""
+def _read_choices(task: Task, path: Path, examples: Path | None) -> list[Item]:
+    """Questions with their options, after the task's instruction and examples.
+
+    Where the rows have categories, so must the examples, and a question is shown those of its own.
+    """
+    shown = {} if examples is None else _shown_examples(task, examples)
     items: list[Item] = []
     for number, (line, content) in _numbered(path):
-        row = _Row(path, line, content)
-        question = row.get("question", str, "text")
-        options = row.texts("options", "a list of texts")
-        gold = row.get("gold", int, "the number of the right option, counted from 0")
-        if len(options) < 2:
-            row.fail(f"there is {len(options)} option.", "A choice needs at least 2.")
-        if len(set(options)) < len(options):
-            row.fail("two options are the same.", "Make them differ.")
-        if not all(option.strip() for option in options):
-            row.fail("an option is empty.", "Nothing is always likely.")
-        if not 0 <= gold < len(options):
-            row.fail(f"'gold' is {gold}.", f"It counts from 0 to {len(options) - 1} here.")
-        context = f"Question: {question}\nAnswer:"
+        row = _choice_row(_Row(path, line, content))
+        before = []
+        if task.instruction is not None:
+            if "{category}" in task.instruction and row.category is None:
+                raise DataError(path, line, f"it has no category, which {task.name} names.")
+            words = (row.category or "").replace("_", " ")
+            before.append(task.instruction.replace("{category}", words))
+        if examples is not None:
+            kind = row.category if row.category in shown else None
+            if len(shown.get(kind, [])) < task.num_examples:
+                raise DataError(
+                    examples,
+                    None,
+                    f"it holds {len(shown.get(kind, []))} examples of the category "
+                    f"{row.category}; the task {task.name} shows {task.num_examples}.",
+                )
+            before += shown[kind]
+        context = "\n\n".join([*before, _asked(task, row)])
         items.append(
             Choice(
                 str(number),
-                question=question,
-                contexts=(context,) * len(options),
-                options=tuple(f" {option}" for option in options),
-                gold=gold,
-                category=row.text_or_none("category"),
-                cluster=row.text_or_none("cluster"),
+                question=row.question,
+                contexts=(context,) * len(row.options),
+                options=tuple(f" {option}" for option in _continuations(task, row)),
+                gold=row.gold,
+                category=row.category,
+                cluster=row.cluster,
             )
         )
     return items
+
+
+class _ChoiceRow(NamedTuple):
+    """A row {"question", "options" or "choices", "gold" or "answer", ...}."""
+
+    question: str
+    options: tuple[str, ...]
+    gold: int
+    category: str | None
+    cluster: str | None
+
+
+def _choice_row(row: _Row) -> _ChoiceRow:
+    """The right option is a number counted from 0, or a letter; a "subject" is a category too."""
+    question = row.get("question", str, "text")
+    options = row.texts("choices" if "choices" in row.row else "options", "a list of texts")
+    key = "answer" if "gold" not in row.row and "answer" in row.row else "gold"
+    needed = "the number of the right option, counted from 0, or its letter"
+    gold = row.get(key, (int, str), needed)
+    if isinstance(gold, str):
+        gold = LETTERS.find(gold) if len(gold) == 1 else -1
+    if len(options) < 2:
+        row.fail(f"there is {len(options)} option.", "A choice needs at least 2.")
+    if len(set(options)) < len(options):
+        row.fail("two options are the same.", "Make them differ.")
+    if not all(option.strip() for option in options):
+        row.fail("an option is empty.", "Nothing is always likely.")
+    if not 0 <= gold < len(options):
+        row.fail(f"{key!r} is {row.row[key]}.", f"It counts from 0 to {len(options) - 1} here.")
+    category = row.text_or_none("category") or row.text_or_none("subject")
+    return _ChoiceRow(question, options, gold, category, row.text_or_none("cluster"))
+
+
+def _continuations(task: Task, row: _ChoiceRow) -> Sequence[str]:
+    return row.options if task.form == "text" else LETTERS[: len(row.options)]
+
+
+def _asked(task: Task, row: _ChoiceRow) -> str:
+    """A question as OLMES writes it (arXiv:2406.08446), up to its answer."""
+    listed = ""
+    if task.form == "letters":
+        pairs = zip(LETTERS, row.options, strict=False)
+        listed = "".join(f"\n {letter}. {option}" for letter, option in pairs)
+    return f"Question: {row.question}{listed}\nAnswer:"
+
+
+def _shown_examples(task: Task, path: Path) -> dict[str | None, list[str]]:
+    """The first examples of each category, solved; of all rows, under None, if none has one."""
+    shown: dict[str | None, list[str]] = {}
+    for line, content in _rows(path):
+        row = _choice_row(_Row(path, line, content))
+        of_kind = shown.setdefault(row.category, [])
+        if len(of_kind) < task.num_examples:
+            of_kind.append(f"{_asked(task, row)} {_continuations(task, row)[row.gold]}")
+    return shown
 
 
 def _read_requests(path: Path) -> list[Item]:
@@ -394,7 +461,6 @@ def _numbered(path: Path) -> Iterator[tuple[int, tuple[int, dict[str, Any]]]]:
 
 READERS = {
     "exact_match": _read_questions,
-    "multiple_choice": _read_choices,
     "requests": _read_requests,
     "perplexity": _read_documents,
 }

@@ -10,6 +10,8 @@ from eval.statistics import (
     bootstrap_interval,
     chance_p_value,
     clustered_mean,
+    macro_average,
+    macro_difference,
     mean,
     paired_bootstrap,
     paired_clusters,
@@ -18,7 +20,7 @@ from eval.statistics import (
     proportion,
     ratio,
 )
-from eval.tasks import LOWER_IS_BETTER, METRICS
+from eval.tasks import LOWER_IS_BETTER, MACRO, METRICS
 
 Row = Mapping[str, Any]  # one sample
 
@@ -46,7 +48,7 @@ def picked_option(row: Row, metric: str) -> int | None:
 
     Under any other metric it is the likeliest.
     """
-    options = row["options"]
+    options, metric = row["options"], metric.removesuffix(MACRO)
     if any(option["logprob"] is None for option in options):
         return None
     if metric in UNCONDITIONAL:
@@ -59,6 +61,7 @@ def picked_option(row: Row, metric: str) -> int | None:
 
 def is_right(row: Row, metric: str) -> bool:
     """Whether the answer of one sample counts as correct under a metric that is an accuracy."""
+    metric = metric.removesuffix(MACRO)
     if metric == "exact_match":
         return bool(row["correct"])
     if "scores" in row:
@@ -89,6 +92,8 @@ def measured(kind: str, rows: Sequence[Row]) -> list[str]:
         ]
         if not read or any(option["logprob_alone"] is None for option in read):
             names.remove("acc_uncond")
+    if not all(row.get("category") for row in rows):
+        names = [name for name in names if not name.endswith(MACRO)]
     if not any(map(_is_readable, rows)):
         names = [name for name in names if name not in LOWER_IS_BETTER]
     return names
@@ -96,6 +101,10 @@ def measured(kind: str, rows: Sequence[Row]) -> list[str]:
 
 def estimate(rows: Sequence[Row], metric: str) -> Estimate:
     """One metric over the samples of a task."""
+    if metric.endswith(MACRO):
+        by_category = _by_category(rows)
+        found = [estimate(part, metric.removesuffix(MACRO)) for part in by_category.values()]
+        return macro_average(found)
     if metric in PER_PART and len({row["scores"][metric] for row in rows}) > 1:
         numbers = [row["num_parts"] for row in rows]
         followed = [row["scores"][metric] * row["num_parts"] for row in rows]
@@ -120,6 +129,13 @@ def estimate(rows: Sequence[Row], metric: str) -> Estimate:
         None if nats.high is None else math.exp(nats.high),
         nats.n,
     )
+
+
+def _by_category(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    parts: dict[str, list[Row]] = {}
+    for row in rows:
+        parts.setdefault(row["category"], []).append(row)
+    return parts
 
 
 def _within_one(item: Estimate) -> Estimate:
@@ -163,6 +179,15 @@ def compare(first: Sequence[Row], second: Sequence[Row], metric: str) -> Differe
     """
     if metric in PERPLEXITY_UNITS or ("scores" in first[0] and metric not in first[0]["scores"]):
         return None
+    if metric.endswith(MACRO):
+        before, after = _by_category(first), _by_category(second)
+        parts = [
+            compare(before[category], rows, metric.removesuffix(MACRO))
+            for category, rows in after.items()
+            if category in before
+        ]
+        differences = [part for part in parts if part is not None]
+        return macro_difference(differences) if differences else None
     of_first = {row["doc_id"]: row for row in first}
     pairs = [(of_first[row["doc_id"]], row) for row in second if row["doc_id"] in of_first]
     if metric in LOWER_IS_BETTER:
@@ -204,7 +229,11 @@ def chance_level(rows: Sequence[Row]) -> float | None:
 
 
 def guessing_p_value(rows: Sequence[Row], metric: str) -> float | None:
-    """How likely guessing is to score as much; None where there is nothing to guess from."""
+    """How likely guessing is to score as much; None where there is nothing to guess from.
+
+    Of a mean over categories, that of all questions together.
+    """
+    metric = metric.removesuffix(MACRO)
     if not rows or "options" not in rows[0] or metric in LOWER_IS_BETTER:
         return None
     if "scores" in rows[0] and (metric not in rows[0]["scores"] or _is_graded(rows, metric)):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from eval.contamination import Contamination, Overlap, read_overlaps
 from eval.report.training import ModelFacts, Stage, life_of, model_facts, read_stage
 from eval.scores import chance_level, compare, estimate, guessing_p_value, is_right, measured
 from eval.statistics import Difference, Estimate, holm, macro_average, macro_difference
@@ -19,6 +20,7 @@ from olmo_base.run.errors import DataError, UserError
 
 EVALUATION = "evaluation.json"
 SAMPLES = "samples"
+COSTS = ("seconds", "computed", "reused", "prompt_tokens", "answer_tokens")  # as the harness notes
 NEAR_TIE = 0.01  # a point of accuracy, or 0.01 bits: closer than this is as good as equal
 
 
@@ -30,6 +32,13 @@ class TaskResult:
     rows: Sequence[dict[str, Any]]
     metrics: dict[str, Estimate]
     guessing: float | None = None  # p-value of the main metric against guessing
+    overlap: Overlap | None = None  # with training text, where it was looked for
+    clean: Estimate | None = None  # the main metric on the questions that do not overlap
+
+    @property
+    def cost(self) -> dict[str, float | int | None]:
+        """Seconds, requests computed and found in the cache, and tokens read and written."""
+        return {key: self.record.get(key) for key in COSTS}
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,8 @@ class Report:
     stages: Sequence[Stage]
     evaluations: Sequence[Stage]  # the evaluations' own folders
     chance: dict[str, float] = field(default_factory=dict)
+    contamination: Sequence[Contamination] = ()  # of the evaluations that looked for it
+    skipped: dict[str, str] = field(default_factory=dict)  # tasks not asked, and why
 
     @property
     def seconds(self) -> float:
@@ -127,6 +138,12 @@ class Report:
                         for name, result in model.tasks.items()
                         if result.guessing is not None
                     },
+                    "without_overlap": {
+                        name: dataclasses.asdict(result.clean)
+                        for name, result in model.tasks.items()
+                        if result.clean is not None
+                    },
+                    "cost": {name: result.cost for name, result in model.tasks.items()},
                     "not_fitting": {
                         name: result.record["not_fitting"]
                         for name, result in model.tasks.items()
@@ -156,6 +173,8 @@ class Report:
                 }
                 for item in self.comparisons
             ],
+            "skipped": self.skipped,
+            "contamination": [item.as_dict() for item in self.contamination],
             "training": [
                 {
                     "name": stage.name,
@@ -183,6 +202,8 @@ def gather(runs: Iterable[Path]) -> Report:
     evaluations: list[Stage] = []
     extra_stages: list[Stage] = []
     suites: list[str] = []
+    contamination: list[Contamination] = []
+    skipped: dict[str, str] = {}
     for folder in runs:
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder. Give evaluation or training run folders.")
@@ -207,16 +228,21 @@ def gather(runs: Iterable[Path]) -> Report:
                     f"scores cannot stand side by side. Evaluate again with one definition."
                 )
         best_of = {name: tuple(of) for name, of in content.get("best_of", {}).items()}
-        tasks |= {name: best_of_task(name, members) for name, members in best_of.items()} | found
+        tasks |= {
+            name: best_of_task(name, [found[member] for member in members])
+            for name, members in best_of.items()
+        } | found
         groups |= {name: tuple(members) for name, members in content["groups"].items()}
         taken = {model.name for model in models}
+        skipped |= content.get("skipped", {})
+        overlaps = read_overlaps(folder)
+        contamination += [] if overlaps is None else [overlaps]
         for item in content["models"]:
             name = item["name"]
             while name in taken:
                 name = f"{folder.name}/{name}"
-            models.append(
-                _read_model(folder, item["name"], name, item["path"], found, groups, best_of)
-            )
+            model = _read_model(folder, item["name"], name, item["path"], found, groups, best_of)
+            models.append(model if overlaps is None else _with_overlaps(model, tasks, overlaps))
             taken.add(name)
     comparisons = _comparisons(models, tasks, groups)
     stages: dict[Path, Stage] = {}
@@ -231,6 +257,8 @@ def gather(runs: Iterable[Path]) -> Report:
         best=_best(models, tasks, groups),
         stages=list(stages.values()),
         evaluations=evaluations,
+        contamination=contamination,
+        skipped={name: reason for name, reason in skipped.items() if name not in tasks},
         chance={
             name: level
             for name in tasks
@@ -268,8 +296,9 @@ def _read_model(
     for best, members in best_of.items():
         if all(member in results for member in members):
             asked = {member: (tasks[member].main_metric, results[member]) for member in members}
-            results[best] = _best_result(folder, asked)
-            tasks = tasks | {best: best_of_task(best, members)}
+            task = best_of_task(best, [tasks[member] for member in members])
+            results[best] = _best_result(folder, asked, task.main_metric)
+            tasks = tasks | {best: task}
     averages = {
         group: macro_average(
             [results[member].metrics[tasks[member].main_metric] for member in members]
@@ -288,7 +317,26 @@ def _read_model(
     )
 
 
-def _best_result(folder: Path, asked: dict[str, tuple[str, TaskResult]]) -> TaskResult:
+def _with_overlaps(
+    model: ModelResult, tasks: dict[str, Task], contamination: Contamination
+) -> ModelResult:
+    """Its tasks with what training text holds of them, and their scores without that."""
+    results = {}
+    for name, result in model.tasks.items():
+        overlap = contamination.tasks.get(result.record.get("form", name))
+        clean = None
+        if overlap is not None:
+            rows = [row for row in result.rows if str(row["doc_id"]) not in overlap.overlapping]
+            metric = tasks[name].main_metric
+            is_told = bool(rows) and metric not in result.record.get("whole", {})
+            clean = estimate(rows, metric) if is_told else None
+        results[name] = dataclasses.replace(result, overlap=overlap, clean=clean)
+    return dataclasses.replace(model, tasks=results)
+
+
+def _best_result(
+    folder: Path, asked: dict[str, tuple[str, TaskResult]], best_metric: str
+) -> TaskResult:
     """The answers in the form in which a model scores best. Errors: DataError.
 
     The forms must put the same questions under the same numbers, or models that do best in
@@ -312,7 +360,7 @@ def _best_result(folder: Path, asked: dict[str, tuple[str, TaskResult]]) -> Task
     return TaskResult(
         record={"form": form},
         rows=rows,
-        metrics={"acc_best": estimate(rows, "acc_best")},
+        metrics={best_metric: estimate(rows, best_metric)},
         guessing=guessing_p_value(rows, "acc_best"),
     )
 

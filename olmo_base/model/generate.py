@@ -12,12 +12,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from olmo_base.model.decode import (
+    Decoder,
+    LaidOutDecoder,
+    LaidOutWeights,
+    NativeDecoder,
+    TransformersDecoder,
+    identity_of,
+    is_fast_alone,
+)
 from olmo_base.model.hf_weights import is_native, load_native
 from olmo_base.model.transformer import Transformer
 from olmo_base.run.artefact import adapter_base, refuse_changed_base, resolve_model
@@ -25,7 +33,6 @@ from olmo_base.run.errors import UserError
 from olmo_base.run.launch import pick_device
 
 MAX_ROWS = 64  # prompts decoded together; more wins little on a CPU and costs cache
-FIRST_CAPACITY = 64  # new positions a cache has room for before it grows
 MIN_PREFIX = 32  # tokens that all prompts begin with, from which on they are run once
 MIN_PREFIX_ROWS = 4
 
@@ -93,176 +100,15 @@ def _inverse_cdf(weights_BV: Tensor, uniform_B: Tensor) -> Tensor:
     return torch.searchsorted(cumulated_BV, target_B1, right=True).squeeze(-1).minimum(last_B)
 
 
-# ---------------------------------------------------------------- the two engines
-
-
-class Decoder(Protocol):
-    """A batch of rows on their way through a model: what both engines do."""
-
-    def prefill(self) -> Tensor:
-        """Read the prompts; the logits after each, BV."""
-
-    def step(self, ids_B: Tensor) -> Tensor:
-        """Read one more token of each row; the logits after it, BV."""
-
-    def keep_rows(self, rows: list[int]) -> None:
-        """Only these rows go on, in this order."""
-
-    @property
-    def can_join(self) -> bool:
-        """Whether the cache can take in other rows: it keeps every position of every layer."""
-
-    def join(self, other: Any) -> None:
-        """Take in the rows of another decoder of the same kind, behind its own."""
-
-
-def _left_padded(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, list[int]]:
-    """ids_BT ending in the prompts, and how much padding stands before each."""
-    width = max(map(len, prompts))
-    padding_B = [width - len(prompt) for prompt in prompts]
-    rows = [
-        [pad_id] * padding + list(prompt)
-        for padding, prompt in zip(padding_B, prompts, strict=True)
-    ]
-    return torch.tensor(rows), padding_B
-
-
-class NativeDecoder:
-    """Our model with a preallocated cache of keys and values."""
-
-    def __init__(
-        self,
-        model: Transformer,
-        prompts: Sequence[Sequence[int]],
-        prefix: "NativeDecoder | None" = None,
-    ) -> None:
-        """``prefix`` has read, as its one row, what all prompts begin with."""
-        ids_BT, padding_B = _left_padded(prompts, model.config.pad_token_id)
-        self.model = model
-        self.cache = model.new_cache(padding_B, capacity=ids_BT.shape[1] + FIRST_CAPACITY)
-        if prefix is not None:
-            self.cache.begin_with(prefix.cache)
-        self.prompt_ids_BT = ids_BT[:, self.cache.length :].to(model.device)
-
-    def prefill(self) -> Tensor:
-        """See Decoder."""
-        return self._last_logits(self.prompt_ids_BT)
-
-    def step(self, ids_B: Tensor) -> Tensor:
-        """See Decoder."""
-        return self._last_logits(ids_B[:, None])
-
-    def _last_logits(self, ids_BT: Tensor) -> Tensor:
-        hidden_BTD = self.model(ids_BT, cache=self.cache)
-        return self.model.logits(hidden_BTD[:, -1])
-
-    def keep_rows(self, rows: list[int]) -> None:
-        """See Decoder."""
-        self.cache.keep_rows(rows)
-
-    @property
-    def can_join(self) -> bool:
-        """See Decoder."""
-        return set(self.model.windows) == {None}
-
-    def join(self, other: "NativeDecoder") -> None:
-        """See Decoder."""
-        self.cache.join(other.cache, room=FIRST_CAPACITY)
-
-
-class TransformersDecoder:
-    """Any causal language model of transformers, with the cache of its own kind."""
-
-    def __init__(
-        self,
-        model: Any,
-        prompts: Sequence[Sequence[int]],
-        pad_id: int,
-        prefix: "TransformersDecoder | None" = None,
-    ) -> None:
-        """``prefix`` has read, as its one row, what all prompts begin with."""
-        from transformers import DynamicCache  # heavy; the native engine needs none of it
-
-        ids_BT, padding_B = _left_padded(prompts, pad_id)
-        self.model = model
-        columns_T = torch.arange(ids_BT.shape[1], device=model.device)
-        self.mask_BT = (columns_T >= torch.tensor(padding_B, device=model.device)[:, None]).long()
-        self.cache: Any = DynamicCache(config=model.config.get_text_config(decoder=True))
-        accepted = inspect.signature(model.forward).parameters
-        self.takes_positions = "position_ids" in accepted
-        names = [name for name in ("past_key_values", "cache_params") if name in accepted]
-        if not names:
-            raise UserError(
-                f"{type(model).__name__} keeps no cache that generation could use. "
-                "Choose a decoder-only model."
-            )
-        self.cache_name = names[0]
-        self.extra = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-        length = 0
-        if prefix is not None:
-            length = prefix.mask_BT.shape[1]
-            for index, layer in enumerate(prefix.cache.layers):
-                parts = [_shifted(part, padding_B) for part in (layer.keys, layer.values)]
-                self.cache.update(*parts, index)
-        self.prompt_ids_BT = ids_BT[:, length:].to(model.device)
-
-    def prefill(self) -> Tensor:
-        """See Decoder."""
-        return self._last_logits(self.prompt_ids_BT)
-
-    def step(self, ids_B: Tensor) -> Tensor:
-        """See Decoder."""
-        self.mask_BT = torch.cat([self.mask_BT, self.mask_BT.new_ones(len(ids_B), 1)], dim=-1)
-        return self._last_logits(ids_B[:, None])
-
-    def _last_logits(self, ids_BT: Tensor) -> Tensor:
-        inputs = {"input_ids": ids_BT, "attention_mask": self.mask_BT, **self.extra}
-        if self.takes_positions:
-            positions_BT = (self.mask_BT.cumsum(-1) - 1).clamp(min=0)
-            inputs["position_ids"] = positions_BT[:, -ids_BT.shape[1] :]
-        outputs = self.model(**inputs, **{self.cache_name: self.cache}, use_cache=True)
-        return outputs.logits[:, -1]
-
-    def keep_rows(self, rows: list[int]) -> None:
-        """See Decoder."""
-        kept = torch.tensor(rows, device=self.mask_BT.device)
-        self.cache.reorder_cache(kept)  # named after beam search; it selects rows
-        self.mask_BT = self.mask_BT[kept]
-
-    @property
-    def can_join(self) -> bool:
-        """See Decoder."""
-        from transformers.cache_utils import DynamicLayer  # as above
-
-        return self.takes_positions and all(type(x) is DynamicLayer for x in self.cache.layers)
-
-    def join(self, other: "TransformersDecoder") -> None:
-        """See Decoder."""
-        width = max(self.mask_BT.shape[1], other.mask_BT.shape[1])
-        for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
-            mine.keys = torch.cat([_widened(x.keys, width) for x in (mine, theirs)])
-            mine.values = torch.cat([_widened(x.values, width) for x in (mine, theirs)])
-        masks = [F.pad(x.mask_BT, (width - x.mask_BT.shape[1], 0)) for x in (self, other)]
-        self.mask_BT = torch.cat(masks)
-
-
-def _shifted(part_1KPh: Tensor, padding_B: list[int]) -> Tensor:
-    """The keys or values of a beginning, behind the padding of each row and cut at its own end."""
-    length = part_1KPh.shape[2]
-    rows = [F.pad(part_1KPh, (0, 0, padding, 0))[:, :, :length] for padding in padding_B]
-    return torch.cat(rows)
-
-
-def _widened(part_BKSh: Tensor, width: int) -> Tensor:
-    """Keys or values with padding before them."""
-    return F.pad(part_BKSh, (0, 0, width - part_BKSh.shape[2], 0))
-
-
 # ---------------------------------------------------------------- where an answer ends
 
 
 class StopRule:
-    """The ids and the strings that end an answer."""
+    """The ids and the strings that end an answer.
+
+    Strings are looked for in what a reader sees, not inside the names of special tokens; the whole
+    name of one stands for that token.
+    """
 
     def __init__(
         self, token_ids: frozenset[int], strings: tuple[str, ...], tokenizer: Any = None
@@ -273,6 +119,8 @@ class StopRule:
         self.token_ids = token_ids
         self.strings = strings
         self.tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder.items() if strings else ()
+        self._special = {id_: item.content for id_, item in added if item.special}
         # A token has a byte at least; a few more, for the first may be cut inside a character.
         self._num_kept = 4 + max((len(string.encode()) for string in strings), default=0)
 
@@ -283,10 +131,12 @@ class StopRule:
         """
         if not self.strings:
             return False
+        if token in self._special:
+            return self._special[token] in self.strings
         tail.append(token)
         del tail[: -self._num_kept]
         text = self.tokenizer.decode(
-            tail, skip_special_tokens=False, clean_up_tokenization_spaces=False
+            tail, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return any(string in text for string in self.strings)
 
@@ -334,6 +184,8 @@ class Generator:
             "position_ids" in inspect.signature(model.forward).parameters
         )
         pad_id = getattr(config, "pad_token_id", None)  # a transformers config may lack it
+        self._laid_out_identity: tuple[tuple[int, int], ...] = ()
+        self._laid_out_weights: dict[bool, LaidOutWeights] = {}  # by whether they are for one row
         self.pad_id: int = min(self.eos_token_ids, default=0) if pad_id is None else pad_id
 
     @cached_property
@@ -506,9 +358,11 @@ class Generator:
                 logits_BV = decoder.step(ids_B[rows])
 
     def _new_decoder(self, prompts: Sequence[Sequence[int]], prefix: Any = None) -> Decoder:
-        if isinstance(self.model, Transformer):
-            return NativeDecoder(self.model, prompts, prefix)
-        return TransformersDecoder(self.model, prompts, self.pad_id, prefix)
+        if not isinstance(self.model, Transformer):
+            return TransformersDecoder(self.model, prompts, self.pad_id, prefix)
+        if is_fast_alone(self.model):
+            return LaidOutDecoder(self.model, prompts, self._laid_out(len(prompts)), prefix)
+        return NativeDecoder(self.model, prompts, prefix)
 
     def _run_prefix(self, prompts: Sequence[Sequence[int]]) -> Decoder | None:
         """What all prompts begin with, read once; None where that is little or cannot be shared."""
@@ -520,9 +374,22 @@ class Generator:
             length -= 1
         if length < MIN_PREFIX:
             return None
-        prefix = self._new_decoder([least[:length]])
+        prefix: Decoder
+        if isinstance(self.model, Transformer):
+            prefix = NativeDecoder(self.model, [least[:length]])
+        else:
+            prefix = TransformersDecoder(self.model, [least[:length]], self.pad_id)
         prefix.prefill()
         return prefix if prefix.can_join else None
+
+    def _laid_out(self, num_rows: int) -> LaidOutWeights:
+        """The weights laid out for one row or for several; anew where they were changed."""
+        identity, is_one = identity_of(self.model), num_rows == 1
+        if self._laid_out_identity != identity:
+            self._laid_out_identity, self._laid_out_weights = identity, {}
+        if is_one not in self._laid_out_weights:
+            self._laid_out_weights[is_one] = LaidOutWeights(self.model, num_rows)
+        return self._laid_out_weights[is_one]
 
 
 def _uniforms(number: int, seed: int, index: int) -> list[float]:
@@ -559,10 +426,7 @@ def load_generator(
     """
     folder = resolve_model(str(folder_or_name))
     target = pick_device() if device is None else torch.device(device)
-    config = _read_if_there(folder / "config.json")
-    generation = _read_if_there(folder / "generation_config.json")
-    eos = generation.get("eos_token_id", config.get("eos_token_id"))
-    eos_token_ids = {eos} if isinstance(eos, int) else set(eos or ())
+    eos_token_ids = end_token_ids(folder)
     model: Any
     base = adapter_base(folder)
     if base is not None:
@@ -575,6 +439,14 @@ def load_generator(
         model = _load_with_transformers(folder, target, dtype, trust_remote_code)
         max_length = _max_length(model.config.get_text_config(decoder=True))
     return Generator(model, eos_token_ids=eos_token_ids, max_length=max_length, source=folder)
+
+
+def end_token_ids(folder: Path) -> set[int]:
+    """The tokens at which a model folder says that generation ends."""
+    config = _read_if_there(folder / "config.json")
+    generation = _read_if_there(folder / "generation_config.json")
+    eos = generation.get("eos_token_id", config.get("eos_token_id"))
+    return {eos} if isinstance(eos, int) else set(eos or ())
 
 
 def _load_with_transformers(

@@ -242,6 +242,36 @@ def test_a_finished_evaluation_is_shown_again_and_not_asked(models, data, tmp_pa
     assert "report.html" in capsys.readouterr().out
 
 
+def test_tasks_without_their_files_are_all_named_and_can_be_left_out(models, data, tmp_path):
+    (data / "choices.jsonl").unlink()
+    (data / "text.txt").unlink()
+    with pytest.raises(UserError, match=r"2 of 4 tasks lack their files \(choices, text\)"):
+        run(recipe(models, data, tmp_path / "out", "base"))
+    folder = run(recipe(models, data, tmp_path / "out", "base", skip_missing=True)).path
+    report = json.loads((folder / "report.json").read_text())
+    assert list(report["models"][0]["tasks"]) == ["words", "requests"]
+    assert list(report["skipped"]) == ["choices", "text"]
+    assert "choices was left out, also of averages: " in (folder / "report.html").read_text()
+
+
+def test_training_text_is_looked_through_without_asking_again(models, data, tmp_path):
+    """The text is in it whole; the other questions have too few words to tell."""
+    folder = run(recipe(models, data, tmp_path / "out", "base")).path
+    samples_file = folder / "samples" / "base" / "words.jsonl"
+    time = samples_file.stat().st_mtime_ns
+    train = tmp_path / "train.txt"
+    train.write_text("Before. " + (data / "text.txt").read_text())
+    again = recipe(models, data, tmp_path / "out", "base", contamination=[str(train)])
+    assert run(again).is_finished
+    assert samples_file.stat().st_mtime_ns == time
+    report = json.loads((folder / "report.json").read_text())
+    (found,) = report["contamination"]
+    assert found["tasks"]["text"]["overlapping"]
+    assert len(found["tasks"]["words"]["too_short"]) == len(QUESTIONS)
+    with pytest.raises(UserError, match="Give the files that the models were trained on"):
+        run(recipe(models, data, tmp_path / "new", "base", contamination=["nowhere"]))
+
+
 def test_a_changed_question_makes_it_another_run(models, data, tmp_path):
     settings = recipe(models, data, tmp_path / "out", "base")
     run(settings)

@@ -8,7 +8,7 @@ import pytest
 
 from eval.questions import Choice, read_items
 from eval.report.gather import gather
-from eval.scores import picked_option
+from eval.scores import compare, estimate, measured, picked_option
 from eval.tasks import load_catalogue, select
 from olmo_base.run.errors import DataError, UserError
 
@@ -34,7 +34,12 @@ def test_olmes_counts_the_better_of_two_forms_of_each_task():
     for name in members:
         assert selection.best_of[name] == (f"olmes_{name}_rc", f"olmes_{name}_mc")
     metrics = {task.name: task.metric for task in selection.tasks}
-    assert {metrics[f"olmes_{name}_mc"] for name in members} == {"acc"}
+    assert len(members) == 10
+    assert {metrics[f"olmes_{name}_mc"] for name in {*members} - {"mmlu"}} == {"acc"}
+    assert (metrics["olmes_mmlu_rc"], metrics["olmes_mmlu_mc"]) == (
+        "acc_per_char_macro",
+        "acc_macro",
+    )
     names = ("arc_challenge", "csqa", "openbookqa")
     assert {name for name in members if metrics[f"olmes_{name}_rc"] == "acc_uncond"} == set(names)
 
@@ -164,6 +169,92 @@ def test_a_best_that_cannot_be_told_is_refused(tmp_path, suite, message):
     (tmp_path / "a.yaml").write_text(f"suites: {{s: {suite}}}")
     with pytest.raises(UserError, match=message):
         select("s", include_path=str(tmp_path))
+
+
+def test_a_suite_without_some_tasks_averages_the_others():
+    selection = select("olmes").without({"olmes_mmlu_rc": "why", "olmes_csqa_rc": "not"})
+    (members,) = selection.groups.values()
+    assert len(members) == 10 and "mmlu" not in members and "olmes_mmlu_mc" in members
+    assert set(selection.best_of) == {*members} - {"olmes_mmlu_mc", "olmes_csqa_mc"}
+    assert selection.skipped == {"olmes_mmlu_rc": "why", "olmes_csqa_rc": "not"}
+
+
+# ---------------------------------------------------------------- MMLU
+
+SUBJECTS = ("high_school_biology", "law")
+
+
+def write_mmlu(folder: Path) -> None:
+    """Two subjects with five examples each; three questions of the first, one of the second."""
+    (folder / "mmlu").mkdir()
+    for name, numbers in (("dev", (5, 5)), ("test", (3, 1))):
+        rows = [
+            {
+                "question": f"{name} {subject} {number}?",
+                "subject": subject,
+                "choices": ["one", "two", "three", "four"],
+                "answer": (number + 1) % 4,
+            }
+            for subject, count in zip(SUBJECTS, numbers, strict=True)
+            for number in range(count)
+        ]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / "mmlu" / f"{name}.jsonl").write_text(text)
+
+
+def test_mmlu_shows_five_examples_of_the_questions_subject_in_both_forms(tmp_path):
+    write_mmlu(tmp_path)
+    tasks = load_catalogue().tasks
+    for name, answer, options in (
+        ("olmes_mmlu_rc", " two", (" one", " two", " three", " four")),
+        ("olmes_mmlu_mc", " B", (" A", " B", " C", " D")),
+    ):
+        task = tasks[name]
+        item = read_items(task, tmp_path / task.file, tmp_path / "mmlu" / "dev.jsonl")[0]
+        assert isinstance(item, Choice)
+        first, *examples, last = item.contexts[0].split("\n\n")
+        assert first == (
+            "The following are multiple choice questions (with answers) about high school biology."
+        )
+        listed = "" if options[0] == " one" else "\n A. one\n B. two\n C. three\n D. four"
+        assert examples[0] == f"Question: dev high_school_biology 0?{listed}\nAnswer:{answer}"
+        assert len(examples) == 5 and all("biology" in example for example in examples)
+        assert last == f"Question: test high_school_biology 0?{listed}\nAnswer:"
+        assert (item.options, item.gold, item.category) == (options, 1, "high_school_biology")
+
+
+def test_too_few_examples_of_a_subject_are_an_error(tmp_path):
+    write_mmlu(tmp_path)
+    dev = tmp_path / "mmlu" / "dev.jsonl"
+    dev.write_text("\n".join(dev.read_text().splitlines()[:-1]))
+    with pytest.raises(DataError, match=r"holds 4 examples of the category law.*shows 5"):
+        read_items(load_catalogue().tasks["olmes_mmlu_mc"], tmp_path / "mmlu" / "test.jsonl", dev)
+
+
+def test_every_subject_counts_the_same():
+    """Three right of four biology questions, none of two law questions: 37.5 %, and not 50 %."""
+    options = [
+        {"text": text, "logprob": value, "logprob_alone": None, "num_tokens": 1}
+        for text, value in ((" A", -1.0), (" B", -2.0))
+    ]
+
+    def row(number: int, subject: str, gold: int) -> dict:
+        return {"doc_id": str(number), "category": subject, "options": options, "gold": gold}
+
+    golds = [0, 0, 0, 1, 1, 1]
+    rows = [row(n, SUBJECTS[n > 3], gold) for n, gold in enumerate(golds)]
+    whole, macro = estimate(rows, "acc"), estimate(rows, "acc_macro")
+    assert (whole.value, macro.value, macro.n) == (0.5, 0.375, 6)
+    # Standard errors: sqrt(3/4 * 1/4 / 3) = 1/4 for biology, 0 for law; half of it for the mean.
+    assert macro.stderr == pytest.approx(0.125)
+    better = [row(n, SUBJECTS[n > 3], 0) for n in range(6)]
+    difference = compare(rows, better, "acc_macro")
+    assert difference is not None
+    assert difference.value == pytest.approx((0.25 + 1.0) / 2)
+    assert (difference.wins, difference.losses, difference.ties) == (3, 0, 3)
+    assert "acc_macro" not in measured(
+        "multiple_choice", [row | {"category": None} for row in rows]
+    )
 
 
 # ---------------------------------------------------------------- request files

@@ -29,16 +29,14 @@ from olmo_base.model.hf_weights import export_hf, load_native
 from olmo_base.model.presets import ModelShape
 from olmo_base.model.transformer import Transformer
 from olmo_base.optim import learning_rate_at
-from olmo_base.pretrain import (
+from olmo_base.pretrain import computes_in_bf16, plan, run
+from olmo_base.pretrain_loop import add_gradients
+from olmo_base.pretrain_recipe import (
     PretrainRecipe,
-    add_gradients,
-    computes_in_bf16,
     model_config,
     num_steps,
     open_corpus,
-    plan,
     read_in_step,
-    run,
 )
 from olmo_base.run.artefact import RunConfig
 from olmo_base.run.errors import UserError
@@ -120,7 +118,7 @@ def test_a_step_cut_six_ways_gives_the_same_gradients(tokens, tmp_path, mask):
             corpus.train,
             3,
             micro_batch_size=size,
-            gradient_accumulation_steps=accumulation,
+            sequences_per_step=size * accumulation,
             seed=5,
             mask=mask,
         )
@@ -157,7 +155,7 @@ def test_the_whole_run_is_that_of_a_plain_loop_over_transformers(tokens, tmp_pat
             corpus.train,
             step,
             micro_batch_size=8,
-            gradient_accumulation_steps=1,
+            sequences_per_step=8,
             seed=42,
             mask=False,
         )
@@ -377,7 +375,7 @@ def test_what_a_step_read_is_what_its_batches_hold(tokens, tmp_path):
     texts = [json.loads(line)["text"] for line in lines]
     tokenizer = load_tokenizer(tokens)
     batches = micro_batches(
-        corpus.train, 4, micro_batch_size=8, gradient_accumulation_steps=1, seed=42, mask=False
+        corpus.train, 4, micro_batch_size=8, sequences_per_step=8, seed=42, mask=False
     )
     for (_, places), ids in zip(
         read_in_step(recipe, corpus, 5), batches[0].ids_BT.tolist(), strict=True
