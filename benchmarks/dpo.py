@@ -38,7 +38,9 @@ from open_instruct.control_tokens import Encoded
 from open_instruct.encode import EncodedPair, encode_pairs
 from open_instruct.examples import DataConfig, Source, read_pairs
 from open_instruct.loop import Totals, TrainConfig, Workers, add_gradients, steps_of
-from open_instruct.preference import LossConfig, compute_reference, loss_against
+from open_instruct.pair_losses import LossConfig
+from open_instruct.preference import loss_against
+from open_instruct.reference import compute_reference
 
 PROMPT_LENGTH, ANSWER_LENGTH, SIGMA = 120, 70, 0.6
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from olmo_base.losses import MAX_LOGITS
 from olmo_base.model.hf_weights import copy_tokenizer, export_hf, load_native
@@ -20,6 +21,13 @@ from olmo_base.model.transformer import (
     Transformer,
     flops_per_token,
     num_parameters,
+)
+from olmo_base.parallel import (
+    Ranks,
+    refuse_uneven_shape,
+    shared_model,
+    started_ranks,
+    whole_model,
 )
 from olmo_base.pretrain_loop import train
 from olmo_base.pretrain_recipe import (
@@ -32,6 +40,7 @@ from olmo_base.pretrain_recipe import (
     num_steps,
     open_corpus,
     read_tokenizer_config,
+    with_global_batch,
 )
 from olmo_base.run.artefact import RunFolder, atomic_write
 from olmo_base.run.launch import pick_device, seed_everything
@@ -120,36 +129,55 @@ def plan(recipe: PretrainRecipe) -> dict[str, object]:
 
 def run(recipe: PretrainRecipe) -> RunFolder:
     """Train the model and write it as a Hugging Face folder; goes on by itself after a stop."""
-    folder = RunFolder.open(recipe, input_files(recipe))
+    with started_ranks(recipe.parallel) as ranks:
+        return _run(with_global_batch(recipe, ranks), ranks)
+
+
+def _run(recipe: PretrainRecipe, ranks: Ranks) -> RunFolder:
+    with ranks.main_first():
+        folder = RunFolder.open(recipe, input_files(recipe))
     if folder.is_finished:
         return folder
-    corpus = open_corpus(recipe, verify=True)
+    corpus = open_corpus(recipe, verify=folder.is_main)
     config = model_config(recipe, corpus)
-    device = pick_device()
-    bf16 = computes_in_bf16(recipe.bf16, device, config.hidden_size)
+    refuse_uneven_shape(recipe.parallel, config, recipe.max_length)
+    bf16 = computes_in_bf16(recipe.bf16, ranks.device, config.hidden_size)
     seed_everything(recipe.run.seed)
-    if recipe.init_from is None:
-        model = Transformer(config).to(device)
-    else:
-        model = load_native(recipe.init_from, device=device, dtype=torch.float32)
+    model, with_loss = _model(recipe, config, ranks)
     model.gradient_checkpointing = recipe.gradient_checkpointing
     folder.counts.used = len(corpus.train)
     folder.log(
         f"{num_parameters(config):,} parameters, {corpus.train.num_tokens:,} tokens, "
         f"{num_steps(recipe, len(corpus.train)):,} steps of "
         f"{recipe.sequences_per_step * recipe.max_length:,} tokens, "
-        f"{'bf16' if bf16 else 'fp32'} on {device}"
+        f"{'bf16' if bf16 else 'fp32'} on {ranks}"
     )
     for line in mixture_table(corpus):
         folder.log(line)
     if corpus.held_out is None:
         folder.log("no held-out documents: give the tokenize stage an eval_fraction to have some")
-    figures = train(folder, recipe, corpus, model, bf16=bf16)
-    _export(folder, model, corpus)
-    results = {"parameters": num_parameters(config), "bf16": bf16, **figures}
-    atomic_write(folder.path / "README.md", model_card(recipe, corpus, config, results))
-    folder.finish(**results)
+    figures = train(folder, recipe, corpus, model, ranks, with_loss=with_loss, bf16=bf16)
+    whole = model if with_loss is None else whole_model(model)
+    if folder.is_main:
+        _export(folder, whole, corpus)
+        results = {"parameters": num_parameters(config), "bf16": bf16, **figures}
+        atomic_write(folder.path / "README.md", model_card(recipe, corpus, config, results))
+        folder.finish(**results)
+    ranks.wait()
     return folder
+
+
+def _model(
+    recipe: PretrainRecipe, config: ModelConfig, ranks: Ranks
+) -> tuple[Transformer, nn.Module | None]:
+    """The model to train, and what computes its loss if there are several ranks."""
+    device = ranks.device if ranks.num_ranks == 1 else torch.device("cpu")
+    given: Transformer | None = None
+    if recipe.init_from is not None:
+        given = load_native(recipe.init_from, device=device, dtype=torch.float32)
+    if ranks.num_ranks == 1:
+        return given or Transformer(config).to(device), None
+    return shared_model(config, ranks, None if given is None else given.state_dict())
 
 
 def _export(folder: RunFolder, model: Transformer, corpus: Corpus) -> None:

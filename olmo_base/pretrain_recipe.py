@@ -22,6 +22,7 @@ from olmo_base.model.hf_weights import read_model_config
 from olmo_base.model.presets import ModelShape, padded_vocab_size
 from olmo_base.model.transformer import ModelConfig
 from olmo_base.optim import OptimConfig, Schedule
+from olmo_base.parallel import ParallelConfig, Ranks
 from olmo_base.run.artefact import RunConfig, model_files, sha256_file
 from olmo_base.run.errors import UserError
 from olmo_base.run.metrics import LogConfig
@@ -75,6 +76,9 @@ class PretrainRecipe:
     max_ngram_repeats: int = setting(0, low=0)  # leave out sequences with as many: 32 in OLMo-2
     per_device_train_batch_size: int = setting(8, low=1)  # sequences of a micro-batch
     gradient_accumulation_steps: int = setting(1, low=1)
+    global_batch_size: int = setting(
+        0, low=0, help="sequences of a step, all ranks together; 0: what each has, times the ranks"
+    )
     num_train_epochs: float = setting(1.0, above=0)
     max_steps: int = setting(-1, low=-1)  # above 0: instead of num_train_epochs
     max_tokens: int = setting(-1, low=-1)  # above 0: instead of num_train_epochs
@@ -86,7 +90,11 @@ class PretrainRecipe:
     eval_steps: int = setting(0, low=0, changes_result=False)  # 0: at the start and the end only
     max_eval_tokens: int = setting(200_000, low=1)  # held-out tokens looked at each time
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
+    checkpoint_dir: str | None = setting(
+        None, changes_result=False, help="a URI (s3://, gs://, file://) instead of the run's folder"
+    )
     log: LogConfig = field(default_factory=LogConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         if not self.dataset_mixer:
@@ -103,6 +111,12 @@ class PretrainRecipe:
                 raise RecipeError("dataset_mixer", f"{source.path}: max_repeats needs a ratio.")
         if self.max_steps > 0 and self.max_tokens > 0:
             raise RecipeError("max_tokens", "max_steps already says how long; keep one of them.")
+        if self.global_batch_size and self.gradient_accumulation_steps > 1:
+            raise RecipeError(
+                "gradient_accumulation_steps",
+                f"{self.gradient_accumulation_steps}, but it follows from global_batch_size "
+                f"{self.global_batch_size}; keep one of them.",
+            )
         if self.init_from is not None and self.shape != ModelShape():
             given = next(
                 item.name
@@ -119,8 +133,26 @@ class PretrainRecipe:
 
     @property
     def sequences_per_step(self) -> int:
-        """Sequences of one optimizer step."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+        """Sequences of one optimizer step, of all ranks."""
+        return (
+            self.global_batch_size
+            or self.per_device_train_batch_size * self.gradient_accumulation_steps
+        )
+
+
+def with_global_batch(recipe: PretrainRecipe, ranks: Ranks) -> PretrainRecipe:
+    """The recipe with the sequences of a step said in one number.
+
+    So a step's sequences hang on the recipe that the run keeps, and not on how many ranks go on
+    with it.
+    """
+    if recipe.global_batch_size or ranks.num_data == 1:
+        return recipe
+    return dataclasses.replace(
+        recipe,
+        global_batch_size=recipe.sequences_per_step * ranks.num_data,
+        gradient_accumulation_steps=1,
+    )
 
 
 # ---------------------------------------------------------------- what the recipe means

@@ -147,11 +147,12 @@ class ChatEncoder:
 
         Except those whose ``train`` is false.
         """
-        return self.encode_many([(messages, tools)])[0]
+        return self.encode_many([messages], [tools])[0]
 
     def encode_many(
         self,
-        dialogues: Sequence[tuple[Sequence[Message], Tools | None] | str],
+        dialogues: Sequence[Sequence[Message] | str],
+        tools: Sequence[Tools | None] | None = None,
         *,
         learn_last_only: bool = False,
     ) -> list[Encoded]:
@@ -163,8 +164,12 @@ class ChatEncoder:
             [
                 self._document(item)
                 if isinstance(item, str)
-                else self._rendered(*item, learnt=learnt_turns(item[0], 0, learn_last_only))
-                for item in dialogues
+                else self._rendered(
+                    item, callable_tools, learnt=learnt_turns(item, 0, learn_last_only)
+                )
+                for item, callable_tools in zip(
+                    dialogues, tools or [None] * len(dialogues), strict=True
+                )
             ]
         )
 
@@ -423,7 +428,8 @@ def encode_whole_dialogues(
     return _encode_each(
         dialogues,
         lambda batch: encoder.encode_many(
-            [item.text or (item.messages, item.tools) for item in batch],
+            [item.text or item.messages for item in batch],
+            [item.tools for item in batch],
             learn_last_only=config.learn_turns == "last",
         ),
         config,

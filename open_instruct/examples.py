@@ -17,6 +17,7 @@ from olmo_base.run.recipe import RecipeError, setting
 from open_instruct.formats import (
     DIALOGUE_FORMATS,
     PAIR_FORMATS,
+    PROMPT_FORMATS,
     RATED_FORMATS,
     TEXT_FORMAT,
     Format,
@@ -31,10 +32,12 @@ from open_instruct.formats import (
 )
 from open_instruct.sources import Row, Source, read_rows, rows_of, source_files
 from open_instruct.turns import (
+    ASKING,
     BadRow,
     Message,
     Tools,
     check_dialogue,
+    check_order,
     checked_text,
     kind_of,
     read_tools,
@@ -46,12 +49,14 @@ __all__ = [
     "Dialogue",
     "Message",
     "Pair",
+    "Prompt",
     "Rated",
     "Source",
     "SourceUse",
     "mixture_lines",
     "read_dialogues",
     "read_pairs",
+    "read_prompts",
     "read_rated",
     "read_rows",
     "source_files",
@@ -123,6 +128,15 @@ class Rated:
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """Turns that end with the user's, and the row they came from."""
+
+    messages: list[Message]
+    source: str
+    line: int
+
+
+@dataclass(frozen=True)
 class SourceUse:
     """One line of the mixture's table: what was asked of a source and what it gave."""
 
@@ -144,7 +158,7 @@ def mixture_lines(uses: Sequence[SourceUse]) -> list[str]:
 
 # ---------------------------------------------------------------- rows -> the mixture
 
-Example = TypeVar("Example", Dialogue, Pair, Rated)
+Example = TypeVar("Example", Dialogue, Pair, Rated, Prompt)
 
 
 def read_dialogues(
@@ -216,6 +230,35 @@ def read_rated(
     return _read(sources, RATED_FORMATS, rated, seed, on_bad_row, counts, uses)
 
 
+def read_prompts(
+    sources: Sequence[Source],
+    *,
+    seed: int,
+    on_bad_row: OnBadRow,
+    counts: ExampleCounts,
+    uses: list[SourceUse] | None = None,
+) -> list[Prompt]:
+    """What is asked in a mixture of any rows: the turns before the last answer, if there is one.
+
+    Everything else as in ``read_dialogues``.
+    """
+
+    def prompts(row: Row, form: Format[list[Message]], source: Source) -> list[Prompt]:
+        messages = form.read(row.value)
+        if messages and messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        check_order(messages, "the prompt")
+        if not messages or messages[-1]["role"] not in ASKING:
+            raise BadRow(
+                "prompt does not end with the user",
+                "the prompt does not end with a user turn, and nothing else can be answered.",
+                "End it with a user turn.",
+            )
+        return [Prompt(messages, row.source, row.line)]
+
+    return _read(sources, PROMPT_FORMATS, prompts, seed, on_bad_row, counts, uses)
+
+
 def _read(
     sources: Sequence[Source],
     formats: Sequence[Format[Made]],
@@ -283,8 +326,8 @@ def _asked(source: Source) -> str:
     return f"all {rows}"
 
 
-def _is_in_part(example: Dialogue | Pair | Rated, source: Source) -> bool:
-    turns = example.messages if isinstance(example, Dialogue) else example.prompt
+def _is_in_part(example: Dialogue | Pair | Rated | Prompt, source: Source) -> bool:
+    turns = example.messages if isinstance(example, Dialogue | Prompt) else example.prompt
     text = example.text if isinstance(example, Dialogue) else None
     question = text or next(turn["content"] for turn in turns if turn["role"] == "user")
     digest = hashlib.blake2b(question.encode("utf-8"), digest_size=8).digest()

@@ -286,7 +286,7 @@ def save(
     optimizer: torch.optim.Optimizer,
     at: Position,
     row_sums: dict[str, float],
-    keep: int,
+    config: CheckpointConfig,
 ) -> None:
     """Write a checkpoint on the first rank; every rank goes on when it is complete.
 
@@ -304,7 +304,7 @@ def save(
                 "row_sums": row_sums,
                 "optimizer": optimizer.state_dict(),
             },
-            keep=keep,
+            config=config,
         )
     workers.wait()
 
@@ -481,7 +481,7 @@ def train(
             if is_evaluated:
                 write_evaluation()
             if is_saved:
-                save(folder, workers, model, optimizer, at, row_sums, checkpoints.save_total_limit)
+                save(folder, workers, model, optimizer, at, row_sums, checkpoints)
             if must_stop:
                 raise Stopped(stop.signal_number, f"after step {at.step} of {steps.total}")
     return {"steps": at.step, "tokens": at.tokens, "loss": at.loss, **at.evaluation}

@@ -1,14 +1,16 @@
-"""What the tuning stages share: the files they read, what a plan says, the model's load and end."""
+"""What the tuning stages share: how a run opens, what a plan says, the model's load and end."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from olmo_base.optim import OptimConfig
 from olmo_base.run.artefact import ExampleCounts, RunConfig, RunFolder, model_files
+from olmo_base.run.launch import seed_everything
 from olmo_base.run.metrics import LogConfig
 from olmo_base.run.resume import CheckpointConfig
 from open_instruct.adapters import AdapterConfig, is_adapted
@@ -22,8 +24,8 @@ from open_instruct.causal_lm import (
     save_causal_lm,
     training_memory,
 )
-from open_instruct.encode import ChatEncoder, find_template
-from open_instruct.examples import DataConfig, source_files
+from open_instruct.encode import ChatEncoder, find_template, load_chat_encoder
+from open_instruct.examples import DataConfig, Source, SourceUse, mixture_lines, source_files
 from open_instruct.logprobs import LabelLogprobs, Wrapped
 from open_instruct.loop import HeldOut, Loss, TrainConfig, Workers, steps_of, train
 
@@ -56,6 +58,54 @@ def input_files(recipe: TuningRecipe) -> list[Path]:
     template = [] if recipe.chat_template is None else [find_template(recipe.chat_template)]
     sources = [*recipe.data.dataset_mixer, *recipe.data.eval_dataset_mixer]
     return [*model_files(recipe.model.model_name_or_path), *template, *source_files(sources)]
+
+
+# ---------------------------------------------------------------- how a run and a plan open
+
+Recipe = TypeVar("Recipe", bound=TuningRecipe)
+Loaded = TypeVar("Loaded")  # the examples of a mixture, as a stage learns from them
+Load = Callable[[tuple[Source, ...], ChatEncoder, Recipe, ExampleCounts, list[SourceUse]], Loaded]
+
+
+@dataclass(frozen=True)
+class Opened(Generic[Loaded]):
+    """A run that is to be worked on."""
+
+    workers: Workers
+    folder: RunFolder
+    encoder: ChatEncoder
+    train: Loaded
+    held_out: Loaded | None
+
+
+def open_run(recipe: Recipe, load: Load[Recipe, Loaded]) -> Opened[Loaded] | RunFolder:
+    """The run's folder, seeds and examples; only its folder if it is finished already.
+
+    Errors: UserError, DataError for what the user can mend.
+    """
+    workers = Workers(recipe.train.bf16)
+    with workers.main_first():
+        folder = RunFolder.open(recipe, input_files(recipe))
+    if folder.is_finished:
+        return folder
+    seed_everything(recipe.run.seed)
+
+    encoder = load_chat_encoder(recipe.model.model_name_or_path, recipe.chat_template)
+    uses: list[SourceUse] = []
+    examples = load(recipe.data.dataset_mixer, encoder, recipe, folder.counts, uses)
+    held_out = None
+    if recipe.data.eval_dataset_mixer:
+        held_out = load(recipe.data.eval_dataset_mixer, encoder, recipe, ExampleCounts(), uses)
+    for line in mixture_lines(uses):
+        folder.log(line)
+    return Opened(workers, folder, encoder, examples, held_out)
+
+
+def load_for_plan(recipe: Recipe, load: Load[Recipe, Loaded]) -> tuple[Loaded, ExampleCounts]:
+    """The examples that a run would learn from, for --dry-run. Errors: as in ``open_run``."""
+    encoder = load_chat_encoder(recipe.model.model_name_or_path, recipe.chat_template)
+    counts = ExampleCounts()
+    return load(recipe.data.dataset_mixer, encoder, recipe, counts, []), counts
 
 
 def plan_figures(
@@ -115,7 +165,7 @@ class Model:
         name = recipe.model.model_name_or_path
         check_lengths(longest, self.language_model.config, name)
         if is_adapted(self.language_model):
-            folder.log(_about_adapter(self.language_model))
+            folder.log(about_adapter(self.language_model))
         self.logprobs: LabelLogprobs = workers.place(self.language_model)
 
     def save(self, folder: RunFolder, encoder: ChatEncoder) -> None:
@@ -123,7 +173,8 @@ class Model:
         save_causal_lm(folder, self.language_model, encoder, self._stored_dtype)
 
 
-def _about_adapter(adapted: Any) -> str:
+def about_adapter(adapted: Any) -> str:
+    """An adapter in words, for the log."""
     settings = adapted.peft_config["default"]
     trained = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
     targets = {name.rpartition(".")[2] for name in settings.target_modules}

@@ -183,8 +183,9 @@ class TokenSequences:
     def batch(self, indices: Sequence[int] | npt.NDArray[np.int64], *, mask: bool) -> Batch:
         """The sequences of these numbers. ``mask``: tell their documents apart."""
         T = self.max_length
-        windows = [self.window(int(index) * T, int(index) * T + T + 1) for index in indices]
-        tokens_BT1 = torch.from_numpy(np.stack(windows))
+        tokens_BT1 = torch.empty(len(indices), T + 1, dtype=torch.int64)
+        for row_T1, index in zip(tokens_BT1, indices, strict=True):
+            row_T1.copy_(torch.from_numpy(self.window(int(index) * T, int(index) * T + T + 1)))
         ids_BT = tokens_BT1[:, :-1].contiguous()
         documents_BT = None
         if mask:  # a document's end-of-text is its own last token
@@ -302,6 +303,8 @@ class Mixture:
 
     def batch(self, indices: Sequence[int] | npt.NDArray[np.int64], *, mask: bool) -> Batch:
         """The sequences of these numbers. ``mask``: tell their documents apart."""
+        if len(indices) == 0:
+            return self._sources[0].batch([], mask=mask)
         found = []
         for index in indices:
             source, here = self._source(int(index))
@@ -338,26 +341,29 @@ def micro_batches(
     step: int,
     *,
     micro_batch_size: int,
-    gradient_accumulation_steps: int,
+    sequences_per_step: int,
     seed: int,
     mask: bool,
     max_ngram_repeats: int = 0,
+    rank: int = 0,
+    num_ranks: int = 1,
 ) -> list[Batch]:
-    """The batches of one optimizer step. Only their product decides which sequences they hold.
+    """One rank's batches of one optimizer step, the sequences dealt in order over the ranks.
 
     Sequences in which an n-gram follows itself ``max_ngram_repeats`` times or more are left out;
-    0 leaves out none. A batch of which nothing is left is left out too.
+    0 leaves out none. Alone, a batch of which nothing is left is left out too; with several ranks
+    it is empty, since all must have equally many: they meet in each.
     """
-    indices = sequences.of_step(
-        step, sequences_per_step=micro_batch_size * gradient_accumulation_steps, seed=seed
-    )
+    indices = sequences.of_step(step, sequences_per_step=sequences_per_step, seed=seed)
+    first, end = (len(indices) * number // num_ranks for number in (rank, rank + 1))
+    most = -(-len(indices) // num_ranks)
     batches = [
-        sequences.batch(indices[first : first + micro_batch_size], mask=mask)
-        for first in range(0, len(indices), micro_batch_size)
+        sequences.batch(indices[start : min(start + micro_batch_size, end)], mask=mask)
+        for start in range(first, first + most, micro_batch_size)
     ]
-    if max_ngram_repeats == 0:
-        return batches
-    return [kept for batch in batches if len((kept := batch.without(max_ngram_repeats)).ids_BT)]
+    if max_ngram_repeats > 0:
+        batches = [batch.without(max_ngram_repeats) for batch in batches]
+    return [batch for batch in batches if len(batch.ids_BT) or num_ranks > 1]
 
 
 def refuse_other_tokenizers(shards: Sequence[Shard]) -> None:

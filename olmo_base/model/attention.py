@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from olmo_base.model.context import SplitContext
 from olmo_base.model.feed_forward import INIT_STD, Linear, RMSNorm, to_matmul_dtype
 from olmo_base.model.rope import rotate
 
@@ -279,7 +280,7 @@ class Attention(nn.Module):
         x_BTD: Tensor,
         rotation: tuple[Tensor, Tensor],
         may_attend: Tensor | None,
-        cache: KeyValueCache | SharedPrefix | None,
+        cache: KeyValueCache | SharedPrefix | SplitContext | None,
         layer: int,
     ) -> Tensor:
         """BTD to BTD. ``may_attend`` is B1TS or None for plain causality."""
@@ -292,10 +293,13 @@ class Attention(nn.Module):
         k_BKTh = rotate(
             self._heads(self.k_norm(self._clipped(self.k_proj(x_BTD)))), *rotation, v_BKTh.dtype
         )
-        is_causal = may_attend is None and x_BTD.shape[1] > 1
-        if cache is not None:
-            k_BKTh, v_BKTh = cache.append(layer, k_BKTh, v_BKTh)
-        mixed_BHTh = attend(q_BHTh, k_BKTh, v_BKTh, may_attend, is_causal=is_causal)
+        if isinstance(cache, SplitContext):
+            mixed_BHTh = cache.attend(q_BHTh, k_BKTh, v_BKTh, may_attend)
+        else:
+            is_causal = may_attend is None and x_BTD.shape[1] > 1
+            if cache is not None:
+                k_BKTh, v_BKTh = cache.append(layer, k_BKTh, v_BKTh)
+            mixed_BHTh = attend(q_BHTh, k_BKTh, v_BKTh, may_attend, is_causal=is_causal)
         return self.o_proj(mixed_BHTh.transpose(1, 2).flatten(2))
 
     def _heads(self, x_BTD: Tensor) -> Tensor:

@@ -101,7 +101,11 @@ def _inverse_cdf(weights_BV: Tensor, uniform_B: Tensor) -> Tensor:
 
 
 class StopRule:
-    """The ids and the strings that end an answer."""
+    """The ids and the strings that end an answer.
+
+    Strings are looked for in what a reader sees, not inside the names of special tokens; the whole
+    name of one stands for that token.
+    """
 
     def __init__(
         self, token_ids: frozenset[int], strings: tuple[str, ...], tokenizer: Any = None
@@ -112,6 +116,8 @@ class StopRule:
         self.token_ids = token_ids
         self.strings = strings
         self.tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder.items() if strings else ()
+        self._special = {id_: item.content for id_, item in added if item.special}
         # A token has a byte at least; a few more, for the first may be cut inside a character.
         self._num_kept = 4 + max((len(string.encode()) for string in strings), default=0)
 
@@ -122,10 +128,12 @@ class StopRule:
         """
         if not self.strings:
             return False
+        if token in self._special:
+            return self._special[token] in self.strings
         tail.append(token)
         del tail[: -self._num_kept]
         text = self.tokenizer.decode(
-            tail, skip_special_tokens=False, clean_up_tokenization_spaces=False
+            tail, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return any(string in text for string in self.strings)
 
@@ -370,10 +378,7 @@ def load_generator(
     """
     folder = resolve_model(str(folder_or_name))
     target = pick_device() if device is None else torch.device(device)
-    config = _read_if_there(folder / "config.json")
-    generation = _read_if_there(folder / "generation_config.json")
-    eos = generation.get("eos_token_id", config.get("eos_token_id"))
-    eos_token_ids = {eos} if isinstance(eos, int) else set(eos or ())
+    eos_token_ids = end_token_ids(folder)
     model: Any
     base = adapter_base(folder)
     if base is not None:
@@ -386,6 +391,14 @@ def load_generator(
         model = _load_with_transformers(folder, target, dtype, trust_remote_code)
         max_length = _max_length(model.config.get_text_config(decoder=True))
     return Generator(model, eos_token_ids=eos_token_ids, max_length=max_length, source=folder)
+
+
+def end_token_ids(folder: Path) -> set[int]:
+    """The tokens at which a model folder says that generation ends."""
+    config = _read_if_there(folder / "config.json")
+    generation = _read_if_there(folder / "generation_config.json")
+    eos = generation.get("eos_token_id", config.get("eos_token_id"))
+    return {eos} if isinstance(eos, int) else set(eos or ())
 
 
 def _load_with_transformers(

@@ -79,6 +79,11 @@ class Sampling:
         if "" in self.stop:
             raise UserError("stop holds an empty text, which would end every answer at once.")
 
+    @property
+    def changes_logits(self) -> bool:
+        """Whether a bias or a penalty is added to the model's own."""
+        return bool(self.logit_bias or self.frequency_penalty or self.presence_penalty)
+
 
 @dataclass(frozen=True)
 class Token:
@@ -199,6 +204,7 @@ class TextStream:
         self.ids: list[int] = []
         self.read = 0  # ids before this one are text already
         self.context = 0  # where decoding starts: a token's text may depend on the one before it
+        self.before = ""  # the text of the ids from there to ``read``
         self.held = ""
         self.held_tokens: list[tuple[int, Token]] = []  # with where each begins in ``held``
 
@@ -206,24 +212,30 @@ class TextStream:
         """One more token: text and tokens that are now certain, and whether a stop string came."""
         self.ids.append(token.id)
         self.held_tokens.append((len(self.held), token))
-        before = self._decode(self.ids[self.context : self.read])
         after = self._decode(self.ids[self.context :])
-        if len(after) > len(before) and not after.endswith("�"):
-            self.held += after[len(before) :]
-            self.context, self.read = self.read, len(self.ids)
+        if len(after) > len(self.before) and not after.endswith("�"):
+            self.held += after[len(self.before) :]
+            self._is_read()
         return self._release()
+
+    def _is_read(self) -> None:
+        self.context, self.read = self.read, len(self.ids)
+        self.before = self._decode(self.ids[self.context :])
 
     def finish(self) -> tuple[str, tuple[Token, ...]]:
         """What was held back, and bytes that never became a whole character."""
-        before = self._decode(self.ids[self.context : self.read])
-        self.held += self._decode(self.ids[self.context :])[len(before) :]
-        self.context, self.read = self.read, len(self.ids)
+        self.held += self._decode(self.ids[self.context :])[len(self.before) :]
+        self._is_read()
         text, tokens, is_stopped = self._release()
         if is_stopped:
             return text, tokens
         return text + self.held, (*tokens, *(token for _, token in self.held_tokens))
 
     def _release(self) -> tuple[str, tuple[Token, ...], bool]:
+        if not self.stop:
+            tokens = tuple(token for _, token in self.held_tokens)
+            self.held_tokens = []
+            return self._cut(len(self.held)), tokens, False
         found = [place for place in (self.held.find(stop) for stop in self.stop) if place >= 0]
         if found:
             return self._cut(min(found)), self._tokens_before(min(found), strictly=True), True
@@ -276,9 +288,8 @@ class TokenNames:
         decoder = json.loads(tokenizer.to_str())["decoder"] or {}
         kinds = [decoder, *decoder.get("decoders", ())]
         self.is_byte_level = any(kind.get("type") == "ByteLevel" for kind in kinds)
-        self.special = {
-            id_ for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special
-        }
+        added = tokenizer.get_added_tokens_decoder().items()
+        self.special = {id_: token.content for id_, token in added if token.special}
 
     def bytes_of(self, id_: int) -> bytes:
         """Its bytes; they may be a part of a character."""
@@ -299,8 +310,14 @@ class Ticket:
     """A request that was taken: its prompt, how to draw, and whether it is still wanted."""
 
     def __init__(
-        self, prompt: Sequence[int], sampling: Sampling, num_answers: int, deliver: Deliver
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        num_answers: int,
+        deliver: Deliver,
+        stop_ids: set[int],
     ) -> None:
+        self.stop_ids = stop_ids
         self.prompt = prompt
         self.sampling = sampling
         self.num_answers = num_answers
@@ -362,7 +379,7 @@ class Engine:
         Errors: UserError for what this model cannot do, QueueFull, Closing.
         """
         self._check(prompt, sampling, num_answers)
-        ticket = Ticket(prompt, sampling, num_answers, deliver)
+        ticket = Ticket(prompt, sampling, num_answers, deliver, self._stop_ids(sampling.stop))
         with self._changed:
             if self._is_closing:
                 raise Closing
@@ -371,6 +388,10 @@ class Engine:
             self._waiting.append(ticket)
             self._changed.notify()
         return ticket
+
+    def _stop_ids(self, stop: Sequence[str]) -> set[int]:
+        """What ends an answer to a request: a special token is also stopped at by its name."""
+        return self.stop_ids | {id_ for id_, name in self.names.special.items() if name in stop}
 
     def _check(self, prompt: Sequence[int], sampling: Sampling, num_answers: int) -> None:
         if not 1 <= num_answers <= self.max_rows:
@@ -495,11 +516,14 @@ class Engine:
     def _extend(self, answers: list[Answer], logits_RV: Tensor) -> None:
         """One more token for each answer; those that end leave the batch."""
         samplings = [answer.ticket.sampling for answer in answers]
-        is_finite = logits_RV.isfinite().all(-1).tolist()
+        is_finite = logits_RV.float().sum(-1).isfinite().tolist()
         details = _Details(logits_RV, samplings)
-        scores_RV = logits_RV.float().clone()
-        for row, answer in enumerate(answers):
-            _penalise(scores_RV[row], samplings[row], answer.counts)
+        scores_RV = logits_RV.float()
+        changed = [row for row, sampling in enumerate(samplings) if sampling.changes_logits]
+        if changed:
+            scores_RV = scores_RV.clone()
+        for row in changed:
+            _penalise(scores_RV[row], samplings[row], answers[row].counts)
         uniform_R = [
             torch.rand((), generator=answer.random).item() if sampling.temperature > 0 else 0.0
             for answer, sampling in zip(answers, samplings, strict=True)
@@ -515,9 +539,10 @@ class Engine:
 
     def _take(self, answer: Answer, token: Token) -> None:
         answer.num_tokens += 1
-        answer.counts[token.id] += 1
+        if answer.ticket.sampling.changes_logits:
+            answer.counts[token.id] += 1
         self.figures.generated_tokens += 1
-        if token.id in self.stop_ids:
+        if token.id in answer.ticket.stop_ids:
             text, tokens = answer.text.finish()
             return self._end(answer, self._last(answer, text, tokens, "stop"), "stop")
         text, tokens, is_stopped = answer.text.push(token)

@@ -118,7 +118,7 @@ def test_a_step_cut_six_ways_gives_the_same_gradients(tokens, tmp_path, mask):
             corpus.train,
             3,
             micro_batch_size=size,
-            gradient_accumulation_steps=accumulation,
+            sequences_per_step=size * accumulation,
             seed=5,
             mask=mask,
         )
@@ -155,7 +155,7 @@ def test_the_whole_run_is_that_of_a_plain_loop_over_transformers(tokens, tmp_pat
             corpus.train,
             step,
             micro_batch_size=8,
-            gradient_accumulation_steps=1,
+            sequences_per_step=8,
             seed=42,
             mask=False,
         )
@@ -375,7 +375,7 @@ def test_what_a_step_read_is_what_its_batches_hold(tokens, tmp_path):
     texts = [json.loads(line)["text"] for line in lines]
     tokenizer = load_tokenizer(tokens)
     batches = micro_batches(
-        corpus.train, 4, micro_batch_size=8, gradient_accumulation_steps=1, seed=42, mask=False
+        corpus.train, 4, micro_batch_size=8, sequences_per_step=8, seed=42, mask=False
     )
     for (_, places), ids in zip(
         read_in_step(recipe, corpus, 5), batches[0].ids_BT.tolist(), strict=True

@@ -246,7 +246,7 @@ def test_ids_and_mask_are_those_of_transformers_on_ordinary_text(usable):
     draw = random.Random(0)
     for name, tokenizer, encoder in usable:
         dialogues = [worded_for(name, random_dialogue(draw, ORDINARY)) for _ in range(25)]
-        many = encoder.encode_many([(messages, None) for messages in dialogues])
+        many = encoder.encode_many(dialogues)
         for messages, encoded in zip(dialogues, many, strict=True):
             theirs = tokenizer.apply_chat_template(
                 messages,
@@ -773,3 +773,12 @@ def test_plain_text_stands_between_the_tokens_of_a_document_and_is_learnt(train_
             len(sequence.ids) - len(opener)
         )
         assert dialogue == encoder.encode_dialogue(DIALOGUE)
+
+
+def test_layouts_are_kept_in_bounded_number_and_may_be_forgotten(chat_tokenizer, monkeypatch):
+    monkeypatch.setattr("open_instruct.encode.MOST_LAYOUTS", 8)
+    encoder = ChatEncoder(chat_tokenizer, find_template("tulu").read_text(), "tulu")
+    dialogues = [[user("a"), assistant("b")] * number for number in range(1, 30)]
+    first = [encoder.encode_dialogue(messages) for messages in dialogues]
+    assert len(encoder._layouts) <= 8
+    assert [encoder.encode_dialogue(messages) for messages in dialogues] == first

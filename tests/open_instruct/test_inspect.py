@@ -12,7 +12,8 @@ from olmo_base.run.errors import DataError, UserError
 from open_instruct.causal_lm import ModelConfig
 from open_instruct.examples import DataConfig, Source
 from open_instruct.inspect import inspect_recipe
-from open_instruct.preference import LossConfig, PreferenceRecipe
+from open_instruct.pair_losses import LossConfig
+from open_instruct.preference import PreferenceRecipe
 from open_instruct.sft import SftRecipe
 
 

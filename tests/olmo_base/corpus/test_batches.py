@@ -121,7 +121,7 @@ def test_cutting_a_step_differently_gives_the_same_sequences(tmp_path):
             sequences,
             step=5,
             micro_batch_size=size,
-            gradient_accumulation_steps=accumulation,
+            sequences_per_step=size * accumulation,
             seed=1,
             mask=False,
         )
@@ -169,7 +169,7 @@ def test_sequences_of_repeated_ngrams_are_left_out_of_a_step(tmp_path):
             sequences,
             0,
             micro_batch_size=size,
-            gradient_accumulation_steps=3 // size,
+            sequences_per_step=3 // size * size,
             seed=0,
             mask=True,
             max_ngram_repeats=limit,

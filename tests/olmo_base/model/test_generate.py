@@ -12,6 +12,7 @@ from tokenizers.decoders import ByteLevel
 from tokenizers.models import BPE
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -30,6 +31,7 @@ from transformers import (
 from olmo_base.model.generate import (
     Generator,
     Sampling,
+    StopRule,
     before_stop,
     load_generator,
     next_ids,
@@ -267,6 +269,23 @@ def test_answers_ended_by_stop_strings_are_those_of_transformers(seed: int, tmp_
         assert output[0, len(prompt) :].tolist() == answer
         streamed = generator.stream(prompt, max_new_tokens=30, stop_strings=strings)
         assert list(streamed) == answer
+
+
+def test_a_stop_string_is_text_that_is_seen_and_no_part_of_a_special_tokens_name(tmp_path: Path):
+    write_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|abc|>"]})
+    special = tokenizer.get_vocab()["<|abc|>"]
+    a, b = TOKENS.index("a"), TOKENS.index("b")
+
+    def places_of_end(string: str, ids: list[int]) -> list[int]:
+        rule = StopRule(frozenset(), (string,), tokenizer)
+        tail: list[int] = []
+        return [place for place, token in enumerate(ids) if rule.is_complete(tail, token)]
+
+    assert places_of_end("b", [a, special, a, b]) == [3]
+    assert places_of_end("<|abc|>", [a, special, a]) == [1]
+    assert places_of_end("ab", [a, *[special] * 20, b]) == [21]  # a reader sees ab
 
 
 def test_the_text_is_cut_before_the_first_stop_string():

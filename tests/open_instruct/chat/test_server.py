@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from olmo_base.run.artefact import ExampleCounts
 from olmo_base.run.errors import UserError
-from open_instruct.chat.guard import is_loopback
+from open_instruct.chat.hosts import is_loopback
 from open_instruct.chat.protocol import CHAT, CHAT_REFUSED, COMPLETION, COMPLETION_REFUSED
 from open_instruct.chat.server import listen, load_models
 from open_instruct.chat.votes import append_row
