@@ -124,8 +124,9 @@ def estimate(rows: Sequence[Row], metric: str) -> Estimate:
     """One metric over the samples of a task."""
     if metric.endswith(MACRO):
         by_category = _by_category(rows)
-        found = [estimate(part, metric.removesuffix(MACRO)) for part in by_category.values()]
-        return macro_average(found)
+        return macro_average(
+            [estimate(part, metric.removesuffix(MACRO)) for part in by_category.values()]
+        )
     if metric in PER_PART and len({row["scores"][metric] for row in rows}) > 1:
         numbers = [row["num_parts"] for row in rows]
         followed = [row["scores"][metric] * row["num_parts"] for row in rows]
@@ -202,11 +203,11 @@ def compare(first: Sequence[Row], second: Sequence[Row], metric: str) -> Differe
     if metric in PERPLEXITY_UNITS or ("scores" in first[0] and metric not in first[0]["scores"]):
         return None
     if metric.endswith(MACRO):
-        before, after = _by_category(first), _by_category(second)
+        of_first_by_category = _by_category(first)
         parts = [
-            compare(before[category], rows, metric.removesuffix(MACRO))
-            for category, rows in after.items()
-            if category in before
+            compare(of_first_by_category[category], rows, metric.removesuffix(MACRO))
+            for category, rows in _by_category(second).items()
+            if category in of_first_by_category
         ]
         differences = [part for part in parts if part is not None]
         return macro_difference(differences) if differences else None
