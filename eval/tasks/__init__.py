@@ -38,6 +38,7 @@ METRICS: dict[str, tuple[str, ...]] = {
         "bits_per_byte",
         "acc_macro",
         "acc_per_char_macro",
+        "mc2",
     ),
     "requests": (
         "acc",
@@ -52,8 +53,9 @@ METRICS: dict[str, tuple[str, ...]] = {
 MACRO = "_macro"  # acc_macro: the mean over the categories of questions, each counting the same
 PASS_AT = "pass_at_"  # pass_at_10 needs 10 samples of each question
 VERIFIED_KEYS = (
-    "verifier chat_prompt examples_file num_examples stop num_samples temperature".split()
-)
+    "verifier chat_prompt examples_file num_examples examples_by_category stop num_samples "
+    "temperature"
+).split()
 CHOICE_KEYS = "form instruction".split()
 SHOW_EXAMPLES = {"verified", "multiple_choice"}
 # Of text that is predicted; lm-eval measures further surprises and distances of its own.
@@ -79,12 +81,15 @@ class Task:
     plain_prompt: str = "Question: {prompt}\nAnswer:"  # for models without a chat template
     answer_rule: str = setting("as_words", choices=ANSWER_RULES)
     max_new_tokens: int = setting(32, low=1)
+    # requests: questions about one passage, which stands before "Question:", count as related
+    cluster_by: Literal["passage"] | None = None
     # multiple_choice
     form: Literal["text", "letters"] = "text"  # what is scored: the options, or A, B, C ...
     instruction: str | None = None  # before all else; {category} stands for the question's own
     # verified and multiple_choice: what is solved before each question; of a choice's own category
     examples_file: str | None = None
     num_examples: int = setting(0, low=0)  # the first ones of that file
+    examples_by_category: bool = False  # of verified problems too
     # verified: the data file is read, and answers are judged, by open_instruct.verifiers
     verifier: str | None = None
     chat_prompt: str | None = None  # for models with a chat template; the question itself if null
@@ -118,6 +123,8 @@ class Task:
         unread = set() if self.kind == "verified" else {*VERIFIED_KEYS}
         if self.kind != "multiple_choice":
             unread |= {*CHOICE_KEYS}
+        if self.kind != "requests":
+            unread.add("cluster_by")
         if self.kind in SHOW_EXAMPLES:
             unread -= {"examples_file", "num_examples"}
             self._check_examples()
