@@ -33,13 +33,9 @@ from open_instruct.loop import (
     steps_of,
     train,
 )
-from open_instruct.preference import (
-    LossConfig,
-    RatedExamples,
-    answer_logprobs,
-    loss_against,
-    rated_loss_against,
-)
+from open_instruct.pair_losses import LossConfig
+from open_instruct.preference import RatedExamples, loss_against, rated_loss_against
+from open_instruct.reference import answer_logprobs
 from open_instruct.sft import summed_loss
 from tests.open_instruct.tiny import (
     rows_of,
