@@ -105,22 +105,24 @@ def made_up_pairs(number: int, vocab_size: int) -> list[tuple[Encoded, ...]]:
     return made
 
 
-def our_steps(options: Namespace, workers: Workers, examples: Examples) -> Steps:
+def our_steps(
+    options: Namespace, workers: Workers, examples: Examples, *, packs: bool = True
+) -> Steps:
     """Steps as the dpo stage makes them."""
     config = TrainConfig(per_device_train_batch_size=options.batch_size, num_train_epochs=10**4)
     terms = np.ones(len(examples))
-    return steps_of(examples, terms, config, seed=SEED, cost_of_cut=workers.cost_of_cut())
+    return steps_of(examples, terms, config, seed=SEED, cost_of_cut=workers.cost_of_cut(packs=packs))
 
 
 def run_ours(options: Namespace, *, share_prompts: bool) -> None:
     """The step of the dpo stage."""
     workers = Workers(options.bf16)
     examples = Examples(read_rows(options))
-    model = workers.place(small_olmo2(options.vocab_size))
+    model = workers.place(small_olmo2(options.vocab_size), options.batching)
     if share_prompts:
         assert model.share_prompts(examples) is None
         examples = examples.sharing_prompts()
-    steps = our_steps(options, workers, examples)
+    steps = our_steps(options, workers, examples, packs=model.packs)
     reference_P2 = compute_reference(model, examples, workers, options.batch_size, lambda _: None)
     summed_loss = loss_against(reference_P2, LossConfig())
     train_ours(workers, model, steps, summed_loss, 1e-6, steps.num_terms)

@@ -381,7 +381,7 @@ def main(
         f"{chosen_device()}, {torch.get_num_threads()} threads, batch {options.batch_size}, "
         f"at most {options.rows:,} examples of {MAX_LENGTH} tokens"
     )
-    passed = ["--batch-size", str(options.batch_size)]
+    passed = ["--batch-size", str(options.batch_size), "--batching", options.batching]
     if options.threads:
         passed += ["--threads", str(options.threads)]
     print_header(unit)
@@ -411,6 +411,7 @@ def _arguments(
     parser.add_argument("--rows", type=int, default=rows, help="at most so many are read")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--only", nargs="*", metavar="NAME", help="candidates, instead of all")
+    parser.add_argument("--batching", choices=("auto", "packed", "grouped"), default="auto")
     parser.add_argument("--candidate", help=argparse.SUPPRESS)
     parser.add_argument("--rows-file", help=argparse.SUPPRESS)
     return parser

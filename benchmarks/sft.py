@@ -92,19 +92,20 @@ def made_up_dialogues(number: int, vocab_size: int) -> list[tuple[Encoded, ...]]
     ]
 
 
-def our_steps(options: Namespace, workers: Workers) -> Steps:
+def our_steps(options: Namespace, workers: Workers, *, packs: bool = True) -> Steps:
     """Steps as the sft stage makes them."""
     examples = Examples(read_rows(options))
     config = TrainConfig(per_device_train_batch_size=options.batch_size, num_train_epochs=10**4)
     terms = examples.num_labels_NW.sum(axis=1)
-    return steps_of(examples, terms, config, seed=SEED, cost_of_cut=workers.cost_of_cut())
+    cost = workers.cost_of_cut(packs=packs)
+    return steps_of(examples, terms, config, seed=SEED, cost_of_cut=cost)
 
 
 def run_ours(options: Namespace) -> None:
     """The step of the sft stage."""
     workers = Workers(options.bf16)
-    steps = our_steps(options, workers)
-    model = workers.place(small_olmo2(options.vocab_size))
+    model = workers.place(small_olmo2(options.vocab_size), options.batching)
+    steps = our_steps(options, workers, packs=model.packs)
     train_ours(workers, model, steps, summed_loss, 1e-5, steps.num_tokens)
 
 

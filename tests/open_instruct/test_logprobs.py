@@ -54,7 +54,7 @@ TINY: dict[str, Any] = dict(
     bos_token_id=1,
     eos_token_id=2,
 )
-NATIVE = "the native OLMo, head at the labels"
+NATIVE = "the native OLMo without padding, head at the labels"
 HEAD, OWN = "head at the labels", "the model's own logits at the labels"
 
 
