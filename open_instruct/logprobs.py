@@ -31,12 +31,54 @@ from open_instruct.control_tokens import Encoded
 # Above this many logits at once (256 MB in float32) the head works through the labels in pieces,
 # whose logits are computed again in the backward pass instead of being kept.
 MAX_LOGITS = 2**26
+LOGITS_IN_CACHE = 2**17  # 512 KiB
 
 
 def id_logprobs(logits_LV: Tensor, ids_L: Tensor) -> Tensor:
     """Log-probability, in nats, of each id: (L,)."""
     # bf16 keeps 2-3 digits; a difference of log-probabilities needs more.
     return -F.cross_entropy(logits_LV.float(), ids_L, reduction="none")
+
+
+class _OwnIdLogprobs(torch.autograd.Function):
+    """``id_logprobs`` in the memory of the logits, which are lost.
+
+    Of p, the softmax, and y, the label's one-hot row, the gradient of log p(y) is y - p. Rows are
+    taken in pieces that stay in cache, so that a pass over logits is not a pass over memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_LV: Tensor, ids_L: Tensor) -> tuple[Tensor, Tensor]:
+        logprobs_L1 = logits_LV.new_empty(len(ids_L), 1)
+        totals_L1 = torch.empty_like(logprobs_L1)
+        for here in _pieces_in_cache(logits_LV):
+            piece_CV = logits_LV[here]
+            piece_CV -= piece_CV.amax(-1, keepdim=True)
+            chosen_C1 = piece_CV.gather(1, ids_L[here, None])
+            totals_L1[here] = piece_CV.exp_().sum(-1, keepdim=True)
+            logprobs_L1[here] = chosen_C1 - totals_L1[here].log()
+        ctx.mark_dirty(logits_LV)
+        ctx.save_for_backward(logits_LV, totals_L1, ids_L)
+        ctx.set_materialize_grads(False)
+        return logprobs_L1.squeeze(1), logits_LV
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, None]:
+        exps_LV, totals_L1, ids_L = ctx.saved_tensors
+        if grads[0] is None:
+            return None, None
+        grad_L1 = grads[0][:, None]
+        for here in _pieces_in_cache(exps_LV):
+            exps_LV[here] *= -grad_L1[here] / totals_L1[here]
+            exps_LV[here].scatter_add_(1, ids_L[here, None], grad_L1[here])
+        return exps_LV, None
+
+
+def _pieces_in_cache(logits_LV: Tensor) -> list[slice]:
+    rows = len(logits_LV)
+    if logits_LV.device.type == "cpu":
+        rows = max(1, LOGITS_IN_CACHE // logits_LV.shape[1])
+    return [slice(start, start + rows) for start in range(0, len(logits_LV), max(1, rows))]
 
 
 def mean_logprob(logits_LV: Tensor) -> Tensor:
@@ -82,7 +124,12 @@ def head_logprobs(
     """``label_scores`` of each id under ``head``, never keeping more than ``max_logits`` logits."""
 
     def piece(hidden: Tensor, ids: Tensor) -> Tensor:
-        return label_scores(head(hidden), ids, statistic)
+        logits_LV = head(hidden)
+        if statistic is not None:
+            return label_scores(logits_LV, ids, statistic)
+        # Nobody else reads them, and a linear map's backward pass does not either.
+        logprobs_L, _ = _OwnIdLogprobs.apply(logits_LV.float(), ids)
+        return logprobs_L
 
     rows = max(1, max_logits // vocabulary_size(head))
     if len(ids_L) <= rows:
