@@ -38,10 +38,12 @@ from benchmarks.peers import (
 from olmo_base.run.artefact import ExampleCounts
 from open_instruct.batches import Examples, Steps
 from open_instruct.control_tokens import Encoded
-from open_instruct.encode import encode_pairs
 from open_instruct.examples import DataConfig, Source, read_pairs
+from open_instruct.lengths import encode_pairs
 from open_instruct.loop import TrainConfig, Workers, steps_of
-from open_instruct.preference import LossConfig, compute_reference, loss_against
+from open_instruct.pair_losses import LossConfig
+from open_instruct.preference import loss_against
+from open_instruct.reference import compute_reference
 
 PROMPT_LENGTH, ANSWER_LENGTH, SIGMA = 120, 70, 0.6
 CASES = {
@@ -111,7 +113,9 @@ def our_steps(
     """Steps as the dpo stage makes them."""
     config = TrainConfig(per_device_train_batch_size=options.batch_size, num_train_epochs=10**4)
     terms = np.ones(len(examples))
-    return steps_of(examples, terms, config, seed=SEED, cost_of_cut=workers.cost_of_cut(packs=packs))
+    return steps_of(
+        examples, terms, config, seed=SEED, cost_of_cut=workers.cost_of_cut(packs=packs)
+    )
 
 
 def run_ours(options: Namespace, *, share_prompts: bool) -> None:

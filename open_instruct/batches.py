@@ -1,8 +1,9 @@
 """Tokenised examples become the micro-batches of optimizer steps.
 
 Examples -> a seeded order, epoch after epoch -> steps -> each rank's share -> micro-batches of
-similar length -> padded tensors, with where each token stands once padding is left out. Everything is a pure function of (lengths, seed, step, rank), so
-a resumed run and every rank know what all the others do without asking them.
+similar length -> padded tensors, and where each token stands once padding is left out. Everything
+is a pure function of (lengths, seed, step, rank), so a resumed run and every rank know what all the
+others do without asking them.
 """
 
 # N examples of a set; W rows of one example (1 dialogue, or 2 answers of a pair: chosen, rejected)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from olmo_base.model.context import SplitContext
 from olmo_base.model.feed_forward import INIT_STD, Linear, RMSNorm, to_matmul_dtype
 from olmo_base.model.packing import Packing
 from olmo_base.model.rope import rotate
@@ -132,6 +133,37 @@ class KeyValueCache:
         self._padding = [self._padding[row] for row in rows]
         if self._padding_B is not None:
             self._padding_B = self._padding_B[rows]
+
+    def begin_with(self, prefix: "KeyValueCache") -> None:
+        """Let every row of this empty cache begin with the one row of ``prefix``.
+
+        Then all rows hold as many positions, padding included, as ``prefix``: what does not fit
+        behind a row's padding is left out. No layer has a window.
+        """
+        data, ready = self._stores[None].data, prefix._stores[None].data
+        for row, padding in enumerate(self._padding):
+            kept = max(0, prefix.length - padding)
+            data[:, :, row, :, prefix.length - kept : prefix.length] = ready[:, :, 0, :, :kept]
+        self.length = prefix.length
+
+    def join(self, other: "KeyValueCache", *, room: int) -> None:
+        """Take in the rows of another cache, with room for more positions; no layer has a window.
+
+        The shorter rows get more padding, so that all end at the same slot.
+        """
+        length = max(self.length, other.length)
+        old = self._stores[None].data
+        num_rows = self.num_rows + other.num_rows
+        data = old.new_zeros((*old.shape[:2], num_rows, old.shape[3], length + room, old.shape[5]))
+        padding: list[int] = []
+        for cache in (self, other):
+            rows, more = slice(len(padding), len(padding) + cache.num_rows), length - cache.length
+            filled = cache._stores[None].data[:, :, :, :, : cache.length]
+            data[:, :, rows, :, more:length] = filled
+            padding += [before + more for before in cache._padding]
+        self._stores[None].data = data
+        self.length, self._padding = length, padding
+        self._padding_B = torch.tensor(padding, device=data.device) if any(padding) else None
 
     def reorder_key_channels(self, order_h: Tensor) -> None:
         """Put the channels of every kept key into another order; later ones must come in it."""
@@ -287,7 +319,7 @@ class Attention(nn.Module):
         x_BTD: Tensor,
         rotation: tuple[Tensor, Tensor],
         may_attend: Tensor | None,
-        cache: KeyValueCache | SharedPrefix | None,
+        cache: KeyValueCache | SharedPrefix | SplitContext | None,
         layer: int,
     ) -> Tensor:
         """BTD to BTD. ``may_attend`` is B1TS or None for plain causality."""
@@ -325,12 +357,15 @@ class Attention(nn.Module):
         k_BTD: Tensor,
         v_BTD: Tensor,
         sight: Sight,
-        cache: KeyValueCache | SharedPrefix | None = None,
+        cache: KeyValueCache | SharedPrefix | SplitContext | None = None,
         layer: int = 0,
     ) -> Tensor:
         v_BKTh = self._heads(v_BTD).transpose(1, 2)
         q_BHTh = rotate(self._heads(q_BTD), *sight.rotation, v_BKTh.dtype)
         k_BKTh = rotate(self._heads(k_BTD), *sight.rotation, v_BKTh.dtype)
+        if isinstance(cache, SplitContext):
+            mixed_BHTh = cache.attend(q_BHTh, k_BKTh, v_BKTh, sight.may_attend)
+            return mixed_BHTh.transpose(1, 2).flatten(2)
         is_causal = sight.may_attend is None and q_BTD.shape[1] > 1
         if cache is not None:
             k_BKTh, v_BKTh = cache.append(layer, k_BKTh, v_BKTh)

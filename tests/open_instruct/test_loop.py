@@ -34,13 +34,9 @@ from open_instruct.loop import (
     steps_of,
     train,
 )
-from open_instruct.preference import (
-    LossConfig,
-    RatedExamples,
-    answer_logprobs,
-    loss_against,
-    rated_loss_against,
-)
+from open_instruct.pair_losses import LossConfig
+from open_instruct.preference import RatedExamples, loss_against, rated_loss_against
+from open_instruct.reference import answer_logprobs
 from open_instruct.sft import summed_loss
 from tests.open_instruct.tiny import (
     rows_of,
@@ -448,7 +444,7 @@ def test_batching_packed_is_refused_in_words_where_the_model_pads():
         pad_token_id=0,
     )
     workers = Workers(False)
-    with pytest.raises(UserError, match="batching: packed, but LlamaForCausalLM .* pads"):
+    with pytest.raises(UserError, match=r"batching: packed, but LlamaForCausalLM .* pads"):
         workers.place(LlamaForCausalLM(config), "packed")
     assert not workers.place(LlamaForCausalLM(config), "auto").packs
     assert workers.place(tiny_olmo2(), "packed").packs
