@@ -46,6 +46,7 @@ from open_instruct.examples import (
     source_files,
 )
 from open_instruct.lengths import encode_dialogues, encode_pairs, encode_rated
+from open_instruct.turns import Message
 
 KEPT_IN = ".tokenised"  # a folder beside those of the runs
 DROPPED_FILE = "decontaminated.jsonl"
@@ -152,7 +153,6 @@ def tokenised_dialogues(
         (sources, encoder, recipe, report),
         lambda keys: read_dialogues(sources, **keys),
         encode_dialogues,
-        lambda item: (item.text or "", [], item.messages),
         lambda encoded: ([encoded], (0, 0)),
         counts,
     )
@@ -174,7 +174,6 @@ def tokenised_pairs(
         (sources, encoder, recipe, report),
         lambda keys: read_pairs(sources, with_margin=with_margin, **keys),
         encode_pairs,
-        lambda item: ("", item.prompt, [*item.chosen, *item.rejected]),
         lambda pair: ([pair.chosen, pair.rejected], (pair.shared_prompt_length, pair.margin)),
         counts,
     )
@@ -194,7 +193,6 @@ def tokenised_rated(
         (sources, encoder, recipe, report),
         lambda keys: read_rated(sources, **keys),
         encode_rated,
-        lambda item: ("", item.prompt, item.answer),
         lambda rated: ([rated.sequence], (rated.prompt_length, rated.is_desirable)),
         counts,
     )
@@ -209,7 +207,6 @@ def _kept_or_made(
     asked: tuple[tuple[Source, ...], ChatEncoder, DataRecipe, DataReport],
     read: Callable[[dict[str, Any]], list[Example]],
     encode: Callable[[list[Example], ChatEncoder, DataConfig, ExampleCounts], list[Result]],
-    parts_of: Callable[[Example], tuple[str, Sequence[Any], Sequence[Any]]],
     flat: Callable[[Result], tuple[list[Encoded], tuple[float, float]]],
     counts: ExampleCounts,
 ) -> list[tuple[list[Encoded], tuple[float, float]]]:
@@ -225,11 +222,11 @@ def _kept_or_made(
         keys = {"seed": recipe.run.seed, "on_bad_row": config.on_bad_row}
         examples = read({**keys, "counts": found, "uses": uses})
         parts = [parts_of(example) for example in examples]
-        clean, contaminated = _decontaminated(examples, parts, against)
+        clean, contaminated = decontaminated(examples, parts, against)
         if contaminated:
             reason = f"shares {NGRAM} words in a row with evaluation data"
             found.drop(reason, len(contaminated))
-        prints = [_prints(item) for item in parts]
+        prints = [prints_of(item) for item in parts]
         encoded = [flat(item) for item in encode(clean, encoder, config, found)]
         sequences = [sequence for rows, _ in encoded for sequence in rows]
         arrays = {
@@ -245,7 +242,7 @@ def _kept_or_made(
             "counts": found.as_dict(),
             "uses": [asdict(use) for use in uses],
             "contaminated": contaminated,
-            "repeated": _num_repeated(examples, prints),
+            "repeated": num_repeated(examples, prints),
             "seconds": round(time.monotonic() - started, 1),
         }
         return arrays, about
@@ -385,7 +382,19 @@ def _read_entry(entry: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | N
 # ---------------------------------------------------------------- the same text twice
 
 
-def _prints(parts: tuple[str, Sequence[Any], Sequence[Any]]) -> tuple[int, int]:
+Parts = tuple[str, Sequence[Message], Sequence[Message]]  # a text; a prompt, and what follows it
+
+
+def parts_of(example: Dialogue | Pair | Rated) -> Parts:
+    """What an example says."""
+    if isinstance(example, Dialogue):
+        return example.text or "", [], example.messages
+    if isinstance(example, Pair):
+        return "", example.prompt, [*example.chosen, *example.rejected]
+    return "", example.prompt, example.answer
+
+
+def prints_of(parts: Parts) -> tuple[int, int]:
     """Numbers that are equal for equal examples, and for equal prompts."""
     text, prompt, rest = parts
     if not prompt and rest:  # a dialogue: what stands before its first answer
@@ -397,7 +406,7 @@ def _prints(parts: tuple[str, Sequence[Any], Sequence[Any]]) -> tuple[int, int]:
     return int.from_bytes(numbers[0], "big"), int.from_bytes(numbers[1], "big")
 
 
-def _num_repeated(
+def num_repeated(
     examples: Sequence[Dialogue | Pair | Rated], prints: Sequence[tuple[int, int]]
 ) -> int:
     """Rows whose text an earlier row has; what the recipe itself repeats does not count."""
@@ -407,9 +416,9 @@ def _num_repeated(
     return sum(len(found) - 1 for found in places.values())
 
 
-def _decontaminated(
+def decontaminated(
     examples: list[Example],
-    parts: Sequence[tuple[str, Sequence[Any], Sequence[Any]]],
+    parts: Sequence[Parts],
     against: Sequence[str],
 ) -> tuple[list[Example], list[dict[str, Any]]]:
     """The examples that share no n-gram with the evaluation files, and where the others do."""
