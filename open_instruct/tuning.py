@@ -20,6 +20,7 @@ from olmo_base.run.artefact import (
 from olmo_base.run.launch import seed_everything
 from olmo_base.run.metrics import LogConfig
 from olmo_base.run.resume import CheckpointConfig
+from olmo_base.run.trackers import refuse_missing_trackers
 from open_instruct.adapters import AdapterConfig, is_adapted
 from open_instruct.batches import Examples, Steps
 from open_instruct.causal_lm import (
@@ -62,7 +63,11 @@ class TuningRecipe(Protocol):
 
 
 def input_files(recipe: TuningRecipe) -> list[Path]:
-    """The files whose content decides the result. Errors: UserError naming one that is missing."""
+    """The files whose content decides the result.
+
+    Errors: UserError naming one that is missing, or a tracker that is not installed.
+    """
+    refuse_missing_trackers(recipe.log.report_to)
     template = [] if recipe.chat_template is None else [find_template(recipe.chat_template)]
     sources = [*recipe.data.dataset_mixer, *recipe.data.eval_dataset_mixer]
     against = [Path(file) for file in recipe.data.decontaminate_against]
@@ -142,6 +147,7 @@ def plan_figures(
     adapter: AdapterConfig | None = None,
 ) -> dict[str, object]:
     """What a run over these examples would do, for --dry-run. Errors: UserError, as in the run."""
+    refuse_missing_trackers(recipe.log.report_to)
     model_config = load_config(recipe.model)
     check_lengths(int(examples.lengths_NW.max()), model_config, recipe.model.model_name_or_path)
     steps = steps_of(examples, terms_per_example, recipe.train, seed=recipe.run.seed)

@@ -333,6 +333,12 @@ class RunFolder:
         folder._write_manifest("running")
         return folder
 
+    @property
+    def run_id(self) -> str:
+        """A name for this run in places outside its folder; another run made anew has another."""
+        started = self._sessions[0]["started"] if self._sessions else ""
+        return hashlib.sha256(f"{self.identity} {started}".encode()).hexdigest()[:12]
+
     def _holds_work(self) -> bool:
         """Whether a run left more than its start: one that failed on its data, say, did not."""
         names = {file.name for file in self.path.iterdir()} - LEFT_BY_A_RUN

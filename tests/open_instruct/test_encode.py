@@ -604,3 +604,12 @@ def test_a_broken_tokenizer_is_refused_with_its_folder(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model": 3}')
     with pytest.raises(UserError, match=f"tokenizer in {tmp_path} cannot be loaded"):
         load_chat_encoder(tmp_path, "tulu")
+
+
+def test_layouts_are_kept_in_bounded_number_and_may_be_forgotten(chat_tokenizer, monkeypatch):
+    monkeypatch.setattr("open_instruct.encode.MOST_LAYOUTS", 8)
+    encoder = ChatEncoder(chat_tokenizer, find_template("tulu").read_text(), "tulu")
+    dialogues = [[user("a"), assistant("b")] * number for number in range(1, 30)]
+    first = [encoder.encode_dialogue(messages) for messages in dialogues]
+    assert len(encoder._layouts) <= 8
+    assert [encoder.encode_dialogue(messages) for messages in dialogues] == first
