@@ -230,8 +230,8 @@ def _kept_or_made(
         encoded = [flat(item) for item in encode(clean, encoder, config, found)]
         sequences = [sequence for rows, _ in encoded for sequence in rows]
         arrays = {
-            "ids": np.array([i for item in sequences for i in item.ids], np.int32),
-            "is_learnt": np.array([i for item in sequences for i in item.is_learnt], np.bool_),
+            "ids": _joined([item.ids for item in sequences], np.int32),
+            "is_learnt": _joined([item.is_learnt for item in sequences], np.bool_),
             "lengths": np.array([len(item.ids) for item in sequences], np.int64),
             "rows": np.array([len(rows) for rows, _ in encoded], np.int64),
             "beside": np.array([beside for _, beside in encoded], np.float64).reshape(-1, 2),
@@ -264,6 +264,10 @@ def _kept_or_made(
         report.num_repeated += about["repeated"]
     report.prints.append(Prints(arrays["whole"], arrays["prompt"]))
     return list(_examples(arrays))
+
+
+def _joined(rows: Sequence[Sequence[int]], kind: type) -> np.ndarray:
+    return np.concatenate([np.zeros(0, kind), *(np.array(row, kind) for row in rows)])
 
 
 def _examples(arrays: dict[str, np.ndarray]) -> Iterator[tuple[list[Encoded], tuple[float, float]]]:
@@ -320,32 +324,33 @@ def _kept(
     notes: list[str],
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """What is kept under this key; made and kept now if it is not, or is damaged."""
-    entry = folder / key
+    entry = folder / key[:16]
+    name = f"{folder.name}/{entry.name}"
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_locked(folder / f"{key}.lock"))
+            stack.enter_context(_locked(folder / f"{entry.name}.lock"))
         except OSError as error:  # a read-only place: the run does not depend on it
             notes.append(f"tokenised examples are not kept: {folder} ({error.strerror})")
             return make()
         if entry.exists():
-            kept = _read_entry(entry)
+            kept = _read_entry(entry, key)
             if kept is not None:
-                notes.append(f"tokenised before: {len(kept[0]['lengths']):,} sequences in {entry}")
+                notes.append(f"tokenised before: {len(kept[0]['lengths']):,} sequences in {name}")
                 return kept
-            notes.append(f"{entry} is damaged and was made again")
+            notes.append(f"{name} is damaged and was made again")
         arrays, about = make()
         with atomic_folder(entry) as temporary:
             for name, array in arrays.items():
                 np.save(temporary / f"{name}.npy", array, allow_pickle=False)
             hashes = {name: sha256_file(temporary / f"{name}.npy") for name in arrays}
-            text = json.dumps({**about, "sha256": hashes}, ensure_ascii=False)
+            text = json.dumps({**about, "key": key, "sha256": hashes}, ensure_ascii=False)
             (temporary / ABOUT).write_text(
                 json.dumps({"about": text, "sha256": _sha256(text)}), encoding="utf-8"
             )
         notes.append(
-            f"tokenised {len(arrays['lengths']):,} sequences in {about['seconds']} s; kept in "
-            f"{entry}"
+            f"tokenised {len(arrays['lengths']):,} sequences in {about['seconds']} s; "
+            f"kept in {name}"
         )
         return arrays, about
 
@@ -362,13 +367,15 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _read_entry(entry: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+def _read_entry(entry: Path, key: str) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
     """What an entry holds; None if any of it is not what was written."""
     try:
         outer = json.loads((entry / ABOUT).read_text(encoding="utf-8"))
         if _sha256(outer["about"]) != outer["sha256"]:
             return None
         about = json.loads(outer["about"])
+        if about["key"] != key:
+            return None
         arrays = {}
         for name, sha256 in about["sha256"].items():
             if sha256_file(entry / f"{name}.npy") != sha256:
