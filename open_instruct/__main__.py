@@ -419,11 +419,17 @@ def data() -> None:
     help="How many examples to show.",
 )
 @click.option("--tokens", is_flag=True, help="One line for each token.")
+@click.option("--html", type=click.Path(dir_okay=False), help="Write it as a page, too.")
 @click.option("--step", type=click.IntRange(min=1), help="Of a pretrain run: what this step read.")
 def inspect(
-    recipe: str, overrides: tuple[str, ...], num_examples: int, tokens: bool, step: int | None
+    recipe: str,
+    overrides: tuple[str, ...],
+    num_examples: int,
+    tokens: bool,
+    html: str | None,
+    step: int | None,
 ) -> None:
-    """Show what the model will see of an sft or dpo RECIPE.
+    """Show what the model will see of an sft, dpo or reward RECIPE.
 
     Examples as text, with what is learnt marked; lengths; rows cut or dropped, with the reason.
     With --step, RECIPE is a pretrain run's folder or recipe, and the documents of that step are
@@ -437,9 +443,11 @@ def inspect(
 
     path = pipeline.find_recipe(recipe)
     _, resolved = pipeline.load_stage_recipe(path, overrides)
-    if resolved.stage not in ("sft", "dpo"):
-        raise UserError(f"{path}: data inspect shows sft and dpo recipes, not {resolved.stage}.")
-    inspect_recipe(resolved, num_shown=num_examples, by_token=tokens)
+    if resolved.stage not in ("sft", "dpo", "reward"):
+        raise UserError(
+            f"{path}: data inspect shows sft, dpo and reward recipes, not {resolved.stage}."
+        )
+    inspect_recipe(resolved, num_shown=num_examples, by_token=tokens, html=html)
 
 
 def _list_documents(recipe: str, overrides: Sequence[str], step: int) -> None:
