@@ -1,11 +1,14 @@
 """A task's data set on the Hugging Face hub -> the file that the task reads."""
 
+import functools
 import gzip
 import importlib.util
 import json
 import os
+import socket
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from olmo_base.run.artefact import atomic_write
 from olmo_base.run.errors import UserError
@@ -17,6 +20,19 @@ def is_offline() -> bool:
     return any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in names)
 
 
+@functools.cache
+def is_reachable() -> bool:
+    """Whether a machine answers at the hub's address: its own client tries for half a minute."""
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
+        return True  # a proxy knows the way
+    address = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    try:
+        socket.create_connection((address.hostname or "", address.port or 443), 5).close()
+    except OSError:
+        return False
+    return True
+
+
 def fetch(place: str, target: Path) -> None:
     """Write the rows of "NAME CONFIG SPLIT" (CONFIG may be -) as JSON lines; a folder may be NAME.
 
@@ -25,6 +41,10 @@ def fetch(place: str, target: Path) -> None:
     name, config, split = place.split()
     if is_offline() and not Path(name).is_dir():
         raise UserError(f"It is the split {split} of {name} on the hub, and HF_HUB_OFFLINE is set.")
+    if not Path(name).is_dir() and not is_reachable():
+        raise UserError(
+            f"It is the split {split} of {name} on the hub, which cannot be reached from here."
+        )
     if importlib.util.find_spec("datasets") is None:
         raise UserError(
             f"It is the split {split} of {name} on the hub; to fetch it, "
