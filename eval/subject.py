@@ -6,7 +6,6 @@ launch, and everything is kept as soon as it is known.
 
 import functools
 import json
-import os
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -92,7 +91,7 @@ class Subject:
             alike.setdefault(text[:MIN_COMMON], []).append(number)
         beginnings: dict[int, tuple[list[int], int]] = {}  # ids, and the characters they stand for
         for members in alike.values():
-            common = os.path.commonprefix([texts[number] for number in members])
+            common = _common_beginning([texts[number] for number in members])
             if len(members) >= MIN_ALIKE and len(common) >= MIN_COMMON:
                 cut = self._safe_cut(common)
                 (ids,) = self._encode([common[:cut]], is_templated)
@@ -238,18 +237,16 @@ class Subject:
         ]
 
         def compute(numbers: Sequence[int], keep: Keep) -> None:
-            ordered = sorted(numbers, key=lambda n: (-len(prompts[n]), n))
-            for start in range(0, len(ordered), self.batch_size):
-                batch = ordered[start : start + self.batch_size]
-                found = self.generator.generate(
-                    [prompts[n] for n in batch],
-                    max_new_tokens=max_new_tokens,
-                    stop_token_ids=stop_token_ids,
-                    stop_strings=stop_strings,
-                    places=[places[n] for n in batch],
-                    **(asdict(sampling) if sampling is not None else {}),
-                )
-                keep(dict(zip(batch, found, strict=True)))
+            self.generator.generate(
+                [prompts[n] for n in numbers],
+                max_new_tokens=max_new_tokens,
+                stop_token_ids=stop_token_ids,
+                stop_strings=stop_strings,
+                places=[places[n] for n in numbers],
+                max_rows=self.batch_size,
+                on_answer=lambda index, ids: keep({numbers[index]: ids}),
+                **(asdict(sampling) if sampling is not None else {}),
+            )
 
         lengths = [len(prompt) + max_new_tokens for prompt in prompts]
         found = self._through_cache(keys, lengths, compute, on_progress)
@@ -292,6 +289,14 @@ class Subject:
         self.spent["reused"] += len(first) - len(missing)
         on_progress(len(keys))
         return [by_key[key] for key in keys]
+
+
+def _common_beginning(texts: Sequence[str]) -> str:
+    least, most = min(texts), max(texts)  # all others lie between them
+    length = next(
+        (place for place, (a, b) in enumerate(zip(least, most, strict=False)) if a != b), len(least)
+    )
+    return least[:length]
 
 
 def load_encoders(model: str) -> tuple[PreTrainedTokenizerFast, ChatEncoder | None]:

@@ -414,7 +414,7 @@ def train(
     shared = workers.share(model)
     optimizer = build_optimizer(model.model, optim)
     at, row = resume(folder, workers, model, optimizer)
-    metrics = MetricsLog(folder, resume_step=at.step)
+    metrics = MetricsLog(folder, at.step, log)
     model.train()
 
     def write_evaluation() -> None:
@@ -424,7 +424,11 @@ def train(
             progress.update(at.step, **at.evaluation)
 
     title = f"{folder.recipe.stage} {folder.path.name}"
-    with Progress(folder, title, steps.total, at.step) as progress, stop_signals() as stop:
+    with (
+        metrics,
+        Progress(folder, title, steps.total, at.step) as progress,
+        stop_signals() as stop,
+    ):
         if at.step == 0:
             write_evaluation()
         while at.step < steps.total:
@@ -482,6 +486,7 @@ def train(
                 write_evaluation()
             if is_saved:
                 save(folder, workers, model, optimizer, at, row_sums, checkpoints)
+                metrics.note_saved()
             if must_stop:
                 raise Stopped(stop.signal_number, f"after step {at.step} of {steps.total}")
     return {"steps": at.step, "tokens": at.tokens, "loss": at.loss, **at.evaluation}

@@ -133,6 +133,37 @@ class KeyValueCache:
         if self._padding_B is not None:
             self._padding_B = self._padding_B[rows]
 
+    def begin_with(self, prefix: "KeyValueCache") -> None:
+        """Let every row of this empty cache begin with the one row of ``prefix``.
+
+        Then all rows hold as many positions, padding included, as ``prefix``: what does not fit
+        behind a row's padding is left out. No layer has a window.
+        """
+        data, ready = self._stores[None].data, prefix._stores[None].data
+        for row, padding in enumerate(self._padding):
+            kept = max(0, prefix.length - padding)
+            data[:, :, row, :, prefix.length - kept : prefix.length] = ready[:, :, 0, :, :kept]
+        self.length = prefix.length
+
+    def join(self, other: "KeyValueCache", *, room: int) -> None:
+        """Take in the rows of another cache, with room for more positions; no layer has a window.
+
+        The shorter rows get more padding, so that all end at the same slot.
+        """
+        length = max(self.length, other.length)
+        old = self._stores[None].data
+        num_rows = self.num_rows + other.num_rows
+        data = old.new_zeros((*old.shape[:2], num_rows, old.shape[3], length + room, old.shape[5]))
+        padding: list[int] = []
+        for cache in (self, other):
+            rows, more = slice(len(padding), len(padding) + cache.num_rows), length - cache.length
+            filled = cache._stores[None].data[:, :, :, :, : cache.length]
+            data[:, :, rows, :, more:length] = filled
+            padding += [before + more for before in cache._padding]
+        self._stores[None].data = data
+        self.length, self._padding = length, padding
+        self._padding_B = torch.tensor(padding, device=data.device) if any(padding) else None
+
     def reorder_key_channels(self, order_h: Tensor) -> None:
         """Put the channels of every kept key into another order; later ones must come in it."""
         for store in self._stores.values():
