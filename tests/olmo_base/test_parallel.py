@@ -7,6 +7,8 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from olmo_base.run.artefact import sha256_file
 from olmo_base.run.errors import UserError
 from olmo_base.run.recipe import load_recipe
 from tests.olmo_base import ranks
-from tests.olmo_base.test_pretrain import recipe_for, rows_of, tokens
+from tests.olmo_base.test_pretrain import PROJECT, recipe_file, recipe_for, rows_of, tokens
 
 __all__ = ["tokens"]  # a fixture
 STEPS = 20
@@ -435,3 +437,24 @@ def test_without_a_global_batch_size_each_rank_adds_its_own(tokens, tmp_path, tw
     assert kept.global_batch_size == 8  # 2 sequences x 2 micro-batches x 2 ranks
     with pytest.raises(UserError, match="global_batch_size was 8 and is 0"):
         run(recipe)
+
+
+# ---------------------------------------------------------------- as users start it
+
+
+def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", str(ranks.free_port()), "-m", "open_instruct", "run", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
+
+
+def test_torchrun_trains_and_tells_a_mistake_once(tokens, tmp_path):
+    path = str(recipe_file(tokens, tmp_path, **{**KEYS, "max_steps": 3, "data_parallel": "fsdp"}))
+    wrong = torchrun(path, "context_parallel=3")
+    assert wrong.returncode != 0
+    assert wrong.stderr.count("does not divide the 2 ranks. Start a multiple of 3.") == 1
+    right = torchrun(path)
+    assert right.returncode == 0, right.stderr
+    assert right.stderr.count("is finished") == 1
+    assert len(curve(tmp_path / "run")) == 3
