@@ -35,12 +35,13 @@ def is_main_process() -> bool:
 
 
 def rank_prefix() -> str:
-    """What this process's errors begin with: nothing, or its rank if it is not the first.
+    """What the error that ends this process begins with: nothing, or a later rank's number.
 
     The first rank mostly tells the same, whereupon the launcher ends the others: so they wait.
     """
     if is_main_process():
         return ""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # to be ended without another word
     time.sleep(OTHERS_WAIT_S)
     return f"rank {os.environ['RANK']}: "
 
