@@ -244,11 +244,22 @@ def chat(
     show_default=True,
     help="Answers that may wait; more are refused with 429.",
 )
-def serve(models: tuple[str, ...], votes: str, **options: Any) -> None:
+@click.option(
+    "--backend",
+    type=click.Choice(["own", "vllm"]),
+    default="own",
+    show_default=True,
+    help="vllm hands over to vLLM's own server, which must be installed; it has no page.",
+)
+def serve(models: tuple[str, ...], votes: str, backend: str, **options: Any) -> None:
     """Serve models to OpenAI clients, with a chat page at /.
 
     MODEL is a run's output_dir or a Hugging Face model folder; clients name it as it is given here.
+    Adapters given beside their base, or several of one base, share it in memory.
     """
+    if backend == "vllm":
+        _serve_by_vllm(models, **options)
+        return
     try:
         import starlette  # noqa: F401 - the extra is either there or not
         import uvicorn  # noqa: F401
@@ -263,6 +274,17 @@ def serve(models: tuple[str, ...], votes: str, **options: Any) -> None:
     run_server(models, Settings(votes=Path(votes), **options))
 
 
+def _serve_by_vllm(models: Sequence[str], max_waiting: int, **options: Any) -> None:
+    from open_instruct.chat.vllm import hand_over
+
+    context = click.get_current_context()
+    for name in ("votes", "max_waiting"):
+        if context.get_parameter_source(name) != click.core.ParameterSource.DEFAULT:
+            option = "--" + name.replace("_", "-")
+            raise UserError(f"{option} means nothing to vLLM. Leave it out, or --backend vllm.")
+    hand_over(models, **options)
+
+
 # ---------------------------------------------------------------- eval and report
 
 
@@ -273,6 +295,7 @@ def serve(models: tuple[str, ...], votes: str, **options: Any) -> None:
 @click.option("--output-dir", required=True, help="The report's folder.")
 @click.option("--data-dir", help="Where tasks find their files.")
 @click.option("--include-path", metavar="DIR", help="A folder of further tasks (YAML).")
+@click.option("--skip-missing", is_flag=True, help="Leave tasks out whose files are not there.")
 @click.option("--cache-dir", metavar="DIR", help="Requests computed before, of any evaluation.")
 @click.option("--limit", type=click.IntRange(min=1), help="Questions of each task, not all.")
 @click.option("--samples-only-failures", is_flag=True, help="Keep no text of right answers.")
@@ -396,11 +419,17 @@ def data() -> None:
     help="How many examples to show.",
 )
 @click.option("--tokens", is_flag=True, help="One line for each token.")
+@click.option("--html", type=click.Path(dir_okay=False), help="Write it as a page, too.")
 @click.option("--step", type=click.IntRange(min=1), help="Of a pretrain run: what this step read.")
 def inspect(
-    recipe: str, overrides: tuple[str, ...], num_examples: int, tokens: bool, step: int | None
+    recipe: str,
+    overrides: tuple[str, ...],
+    num_examples: int,
+    tokens: bool,
+    html: str | None,
+    step: int | None,
 ) -> None:
-    """Show what the model will see of an sft or dpo RECIPE.
+    """Show what the model will see of an sft, dpo or reward RECIPE.
 
     Examples as text, with what is learnt marked; lengths; rows cut or dropped, with the reason.
     With --step, RECIPE is a pretrain run's folder or recipe, and the documents of that step are
@@ -414,9 +443,11 @@ def inspect(
 
     path = pipeline.find_recipe(recipe)
     _, resolved = pipeline.load_stage_recipe(path, overrides)
-    if resolved.stage not in ("sft", "dpo"):
-        raise UserError(f"{path}: data inspect shows sft and dpo recipes, not {resolved.stage}.")
-    inspect_recipe(resolved, num_shown=num_examples, by_token=tokens)
+    if resolved.stage not in ("sft", "dpo", "reward"):
+        raise UserError(
+            f"{path}: data inspect shows sft, dpo and reward recipes, not {resolved.stage}."
+        )
+    inspect_recipe(resolved, num_shown=num_examples, by_token=tokens, html=html)
 
 
 def _list_documents(recipe: str, overrides: Sequence[str], step: int) -> None:
@@ -486,8 +517,14 @@ def merge(models: tuple[str, ...], out: str, average: bool) -> None:
         return
     if len(models) > 1:
         raise UserError("Several models are merged with --average; without it, name one adapter.")
-    from open_instruct.causal_lm import merge_adapter
+    from olmo_base.run.artefact import adapter_base, resolve_model
+    from open_instruct.adapters import is_reward_adapter
 
+    folder = resolve_model(models[0])
+    if adapter_base(folder) is not None and is_reward_adapter(folder):
+        from open_instruct.reward import merge_reward_adapter as merge_adapter
+    else:
+        from open_instruct.causal_lm import merge_adapter
     click.echo(f"{merge_adapter(models[0], out)} is written", err=True)
 
 
