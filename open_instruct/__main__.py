@@ -5,8 +5,6 @@ manifest says whether its run is finished); 2 something the user can mend; 130 s
 143 by SIGTERM where there was nothing to save. A traceback (exit code 1) is a bug of ours.
 """
 
-import errno
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -16,7 +14,7 @@ from typing import Any
 
 import click
 
-from olmo_base.run.errors import Stopped, UserError
+from olmo_base.run.errors import Stopped, UserError, machine_error
 from open_instruct import __version__
 
 # Everything heavier than click is imported inside the verb that needs it: `--help` and a mistyped
@@ -533,32 +531,6 @@ def merge(models: tuple[str, ...], out: str, average: bool) -> None:
 # ---------------------------------------------------------------- errors out
 
 
-# Errors of the machine, not of the code: the user can make room or change a permission.
-MACHINE_ERRORS = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-)
-
-
-def _machine_error(error: BaseException) -> str | None:
-    """What the disk or a permission refused, in words; None for any other error."""
-    chain: BaseException | None = error
-    while chain is not None:
-        if isinstance(chain, OSError) and chain.errno in MACHINE_ERRORS:
-            place = f"{chain.filename}: " if chain.filename else ""
-            return f"{place}{os.strerror(chain.errno)}."
-        # safetensors and torch write through their own code and keep only the system's words
-        for number in MACHINE_ERRORS:
-            if f"{os.strerror(number)} (os error" in str(chain):
-                return f"{os.strerror(number)} while writing a file."
-        chain = chain.__cause__ or chain.__context__
-    return None
-
-
 def _complain(message: str) -> None:
     click.secho(message, fg="red" if sys.stderr.isatty() else None, err=True)
 
@@ -591,7 +563,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complain(str(error))
         return 2
     except Exception as error:
-        problem = _machine_error(error)
+        problem = machine_error(error)
         if problem is None:
             raise
         _complain(f"{problem} Make room or change the permission, then give the command again.")
