@@ -29,7 +29,7 @@ from olmo_base.parallel import (
     started_ranks,
     whole_model,
 )
-from olmo_base.pretrain_loop import train
+from olmo_base.pretrain_loop import refuse_divided_questions, train
 from olmo_base.pretrain_recipe import (
     Corpus,
     PretrainRecipe,
@@ -43,7 +43,9 @@ from olmo_base.pretrain_recipe import (
     with_global_batch,
 )
 from olmo_base.run.artefact import RunFolder, atomic_write
+from olmo_base.run.errors import UserError, machine_error
 from olmo_base.run.launch import pick_device, seed_everything
+from olmo_base.run.trackers import refuse_missing_trackers
 from olmo_base.tokenizer import load_tokenizer, write_tokenizer_files
 
 PROCESS_BYTES = 320_000_000  # Python with torch, before any tensor
@@ -97,6 +99,7 @@ def expected_memory_bytes(
 
 def plan(recipe: PretrainRecipe) -> dict[str, object]:
     """What a run would do and need, for --dry-run."""
+    refuse_missing_trackers(recipe.log.report_to)
     corpus = open_corpus(recipe, verify=False)
     config = model_config(recipe, corpus)
     steps = num_steps(recipe, len(corpus.train))
@@ -108,14 +111,14 @@ def plan(recipe: PretrainRecipe) -> dict[str, object]:
         **({"mixture": "; ".join(mixture_table(corpus))} if mixture_table(corpus) else {}),
         "steps": steps,
         "tokens_per_step": tokens_per_step,
-        "tokens": steps * tokens_per_step,
+        "tokens": recipe.sizes.before(steps) * recipe.max_length,
         "epochs": epoch_at(recipe, corpus, steps),
         "tokens_available": corpus.train.num_tokens,
         "held_out_tokens": corpus.held_out.num_tokens if corpus.held_out else 0,
         "vocab_size": config.vocab_size,
         "parameters": num_parameters(config),
         "flops_per_token": flops,
-        "flops": flops * steps * tokens_per_step,
+        "flops": flops * recipe.sizes.before(steps) * recipe.max_length,
         "bf16": bf16,
         "memory_bytes": expected_memory_bytes(
             config,
@@ -129,6 +132,7 @@ def plan(recipe: PretrainRecipe) -> dict[str, object]:
 
 def run(recipe: PretrainRecipe) -> RunFolder:
     """Train the model and write it as a Hugging Face folder; goes on by itself after a stop."""
+    refuse_missing_trackers(recipe.log.report_to)
     with started_ranks(recipe.parallel) as ranks:
         return _run(with_global_batch(recipe, ranks), ranks)
 
@@ -141,6 +145,7 @@ def _run(recipe: PretrainRecipe, ranks: Ranks) -> RunFolder:
     corpus = open_corpus(recipe, verify=folder.is_main)
     config = model_config(recipe, corpus)
     refuse_uneven_shape(recipe.parallel, config, recipe.max_length)
+    refuse_divided_questions(recipe, ranks)
     bf16 = computes_in_bf16(recipe.bf16, ranks.device, config.hidden_size)
     seed_everything(recipe.run.seed)
     model, with_loss = _model(recipe, config, ranks)
@@ -159,7 +164,15 @@ def _run(recipe: PretrainRecipe, ranks: Ranks) -> RunFolder:
     figures = train(folder, recipe, corpus, model, ranks, with_loss=with_loss, bf16=bf16)
     whole = model if with_loss is None else whole_model(model)
     if folder.is_main:
-        _export(folder, whole, corpus)
+        try:
+            _export(folder, whole, corpus)
+        except Exception as error:
+            if (problem := machine_error(error)) is None:
+                raise
+            raise UserError(
+                f"The model could not be written to {folder.path}: {problem} Its checkpoints are "
+                "kept. Make room and run again; the run goes on from the last one."
+            ) from error
         results = {"parameters": num_parameters(config), "bf16": bf16, **figures}
         atomic_write(folder.path / "README.md", model_card(recipe, corpus, config, results))
         folder.finish(**results)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from olmo_base.corpus.batches import Batch, TokenSequences, micro_batches
 from olmo_base.losses import next_token_loss
 from olmo_base.model.transformer import Transformer, flops_per_token
+from olmo_base.olmes_requests import RequestFile, load_requests, score_requests
 from olmo_base.optim import (
     StepGuard,
     build_optimizer,
@@ -33,18 +34,9 @@ from olmo_base.run.artefact import RunFolder
 from olmo_base.run.errors import Stopped, UserError
 from olmo_base.run.launch import StopFlag, stop_signals
 from olmo_base.run.metrics import MetricsLog, Progress
+from olmo_base.run.peaks import peak_flops
 from olmo_base.run.watch import watched
-
-# Dense bf16 peak in FLOP/s, found by the first part of a name that matches.
-GPU_PEAKS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-}
-
+from olmo_base.tokenizer import load_tokenizer
 
 # ---------------------------------------------------------------- loss
 
@@ -91,6 +83,52 @@ def held_out_loss(
     loss = float(ranks.total(total)) / (num_sequences * sequences.max_length)
     tokens_per_byte = sequences.num_tokens / sequences.num_bytes
     return {"eval_loss": loss, "eval_bits_per_byte": loss / math.log(2) * tokens_per_byte}
+
+
+def refuse_divided_questions(recipe: PretrainRecipe, ranks: Ranks) -> None:
+    """Errors: UserError if questions are asked of a model that no rank has whole."""
+    parallel = recipe.parallel
+    is_whole = parallel.data_parallel == "ddp" and parallel.context_parallel == 1
+    if recipe.eval_requests and ranks.num_ranks > 1 and not is_whole:
+        raise UserError(
+            "eval_requests needs the whole model on each rank: say data_parallel: ddp without "
+            "context_parallel, or leave it out and run 'open-instruct eval' on the result."
+        )
+
+
+def evaluation(
+    learner: nn.Module,
+    model: Transformer,
+    recipe: PretrainRecipe,
+    corpus: Corpus,
+    questions: Sequence[RequestFile],
+    ranks: Ranks,
+    *,
+    bf16: bool,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The figures of all held-out text; and those of its sources and of the request files.
+
+    ``learner`` is the model over several ranks, ``model`` this rank's own.
+    """
+
+    def figures(sequences: TokenSequences) -> dict[str, float]:
+        return held_out_loss(
+            learner,
+            sequences,
+            ranks,
+            batch_size=recipe.per_device_eval_batch_size,
+            max_tokens=recipe.max_eval_tokens,
+            mask=recipe.mask_documents,
+            bf16=bf16,
+        )
+
+    row = {} if corpus.held_out is None else figures(corpus.held_out)
+    row_of_parts = {
+        f"{key}/{name}": value
+        for name, sequences in corpus.held_out_by_source.items()
+        for key, value in figures(sequences).items()
+    }
+    return row, row_of_parts | score_requests(model, questions, bf16=bf16)
 
 
 def widest(device: torch.device) -> torch.dtype:
@@ -149,28 +187,31 @@ def train(
     guard = StepGuard(device, recipe.optim.skip_spike_sigma)
     keeper = Keeper(folder, recipe, model, optimizer, guard, ranks)
     at = keeper.resume()
-    metrics = MetricsLog(folder, resume_step=at.step)
+    metrics = MetricsLog(folder, at.step, recipe.log)
     total_steps = num_steps(recipe, len(corpus.train))
     row_loss = torch.tensor(at.row_loss, dtype=widest(device), device=device)
     shown: dict[str, float] = {}
 
+    questions = load_requests(
+        recipe.eval_requests, load_tokenizer(corpus.tokenizer), recipe.max_eval_requests
+    )
+
     def evaluate() -> None:
-        if corpus.held_out is None:
+        row, row_of_parts = evaluation(learner, model, recipe, corpus, questions, ranks, bf16=bf16)
+        if not row and not row_of_parts:
             return
-        row = held_out_loss(
-            learner,
-            corpus.held_out,
-            ranks,
-            batch_size=recipe.per_device_eval_batch_size,
-            max_tokens=recipe.max_eval_tokens,
-            mask=recipe.mask_documents,
-            bf16=bf16,
+        metrics.write(
+            at.step,
+            epoch=epoch_at(recipe, corpus, at.step),
+            tokens=at.tokens,
+            **row,
+            **row_of_parts,
         )
-        metrics.write(at.step, epoch=epoch_at(recipe, corpus, at.step), tokens=at.tokens, **row)
         shown.update(row)
         progress.update(at.step, **shown)
 
     with (
+        metrics,
         stop_signals() as stop,
         watched(recipe.parallel.hang_seconds, f"pretrain {folder.path.name}") as ranks.watch,
         Progress(folder, "pretrain", total_steps, at.step) as progress,
@@ -187,8 +228,10 @@ def train(
             agreed = agree(batches, stop, keeper, ranks)
             if agreed.has_failed:
                 keeper.finish(has_failed=True)
-            at.left_out += recipe.sequences_per_step - agreed.num_sequences
+            at.left_out += recipe.sizes.at(at.step) - agreed.num_sequences
             num_tokens = agreed.num_tokens
+            length = recipe.warmup.length_at(at.step, recipe.max_length)
+            batches = [batch.cut(length) for batch in batches]
             step_loss = add_gradients(
                 learner,
                 batches,
@@ -198,7 +241,7 @@ def train(
                 ranks=ranks,
             )
             step_loss = ranks.total(step_loss)
-            grad_norm = clip_gradients(model.parameters(), recipe.optim.max_grad_norm)
+            grad_norm = clip_gradients(model.parameters(), recipe.optim.max_grad_norm_at(at.step))
             guard.watch(optimizer, step_loss / max(1, num_tokens), grad_norm)
             optimizer.step()
             optimizer.zero_grad()
@@ -232,7 +275,7 @@ def train(
                     **({"sequences_left_out": at.left_out} if recipe.max_ngram_repeats else {}),
                     **({"skipped_steps": guard.num_skipped} if guard.num_skipped else {}),
                     **{key: shown[key] for key in shown if not key.startswith("eval_")},
-                    **_gpu_figures(model, ranks, shown["tokens_per_second"], recipe.max_length),
+                    **_device_figures(model, ranks, shown["tokens_per_second"], length, bf16=bf16),
                 )
                 row_loss.zero_()
                 at.row_tokens, at.row_seconds = 0, 0.0
@@ -242,6 +285,7 @@ def train(
             if is_saved and not is_last:  # after the rows: those of a checkpoint's step are kept
                 at.row_loss = float(row_loss)
                 keeper.save(at)
+                metrics.note_saved()
                 if signal_number:
                     keeper.finish()
                     raise Stopped(signal_number, f" after step {at.step}, which is saved")
@@ -260,9 +304,8 @@ def batches_of_step(recipe: PretrainRecipe, corpus: Corpus, step: int, ranks: Ra
     """This rank's micro-batches of step 0, 1, …"""
     return micro_batches(
         corpus.train,
-        step,
+        recipe.places(step),
         micro_batch_size=recipe.per_device_train_batch_size,
-        sequences_per_step=recipe.sequences_per_step,
         seed=recipe.run.seed,
         mask=recipe.mask_documents,
         max_ngram_repeats=recipe.max_ngram_repeats,
@@ -325,17 +368,16 @@ def add_gradients(
     return step_loss
 
 
-def _gpu_figures(
-    model: Transformer, ranks: Ranks, tokens_per_second: float, max_length: int
+def _device_figures(
+    model: Transformer, ranks: Ranks, tokens_per_second: float, length: int, *, bf16: bool
 ) -> dict[str, float]:
-    """``peak_memory_bytes`` of the fullest GPU, and ``mfu`` where the chip's peak is known."""
-    if ranks.device.type != "cuda":
-        return {}
-    most = ranks.gathered([torch.cuda.max_memory_allocated(ranks.device)]).max()
-    figures: dict[str, float] = {"peak_memory_bytes": float(most)}
-    name = torch.cuda.get_device_name(ranks.device)
-    peak = next((peak for part, peak in GPU_PEAKS.items() if part in name), None)
+    """``mfu`` where the device's peak is known, and ``peak_memory_bytes`` of the fullest GPU."""
+    figures: dict[str, float] = {}
+    if ranks.device.type == "cuda":
+        most = ranks.gathered([torch.cuda.max_memory_allocated(ranks.device)]).max()
+        figures["peak_memory_bytes"] = float(most)
+    peak = peak_flops(ranks.device, bf16=bf16)
     if peak is not None:
-        flops = tokens_per_second * flops_per_token(model.config, max_length)
+        flops = tokens_per_second * flops_per_token(model.config, length)
         figures["mfu"] = flops / (peak * ranks.num_ranks)
     return figures

@@ -23,10 +23,11 @@ from olmo_base.run.resume import CheckpointConfig
 from open_instruct.adapters import AdapterConfig
 from open_instruct.batches import Batch, Examples
 from open_instruct.causal_lm import ModelConfig
-from open_instruct.encode import ChatEncoder, encode_dialogues
-from open_instruct.examples import DataConfig, Source, SourceUse, read_dialogues
+from open_instruct.encode import ChatEncoder
+from open_instruct.examples import DataConfig, Source
 from open_instruct.loop import HeldOut, SummedLoss, TrainConfig
 from open_instruct.losses import dft_loss, sft_loss, smoothed_sft_loss
+from open_instruct.tokenised import DataReport, tokenised_dialogues
 from open_instruct.tuning import (
     Model,
     input_files,
@@ -91,17 +92,10 @@ def dialogue_examples(
     encoder: ChatEncoder,
     recipe: SftRecipe,
     counts: ExampleCounts,
-    uses: list[SourceUse],
+    report: DataReport,
 ) -> Examples:
     """The tokenised dialogues of a mixture. Errors: UserError if none is left."""
-    dialogues = read_dialogues(
-        sources,
-        seed=recipe.run.seed,
-        on_bad_row=recipe.data.on_bad_row,
-        counts=counts,
-        uses=uses,
-    )
-    encoded = encode_dialogues(dialogues, encoder, recipe.data, counts)
+    encoded = tokenised_dialogues(sources, encoder, recipe, counts, report)
     if not encoded:
         raise UserError(
             f"No dialogue is left of {', '.join(source.path for source in sources)}; "
@@ -204,7 +198,13 @@ def run(recipe: SftRecipe) -> RunFolder:
         held_out = HeldOut(opened.held_out, opened.held_out.num_labels, summed_loss)
 
     model = Model(recipe, workers, folder, longest=int(examples.lengths_NW.max()))
-    steps = steps_for(recipe, workers, examples, terms_per_dialogue(recipe.loss, examples))
+    steps = steps_for(
+        recipe,
+        workers,
+        examples,
+        terms_per_dialogue(recipe.loss, examples),
+        packs=model.logprobs.packs,
+    )
     loss = training_loss(recipe.loss, model.language_model.get_input_embeddings())
     folder.log(
         f"{len(examples):,} dialogues, {examples.num_tokens:,} tokens, {examples.num_labels:,} of "

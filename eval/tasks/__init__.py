@@ -38,6 +38,7 @@ METRICS: dict[str, tuple[str, ...]] = {
         "bits_per_byte",
         "acc_macro",
         "acc_per_char_macro",
+        "mc2",
     ),
     "requests": (
         "acc",
@@ -52,8 +53,9 @@ METRICS: dict[str, tuple[str, ...]] = {
 MACRO = "_macro"  # acc_macro: the mean over the categories of questions, each counting the same
 PASS_AT = "pass_at_"  # pass_at_10 needs 10 samples of each question
 VERIFIED_KEYS = (
-    "verifier chat_prompt examples_file num_examples stop num_samples temperature".split()
-)
+    "verifier chat_prompt examples_file num_examples examples_by_category stop num_samples "
+    "temperature"
+).split()
 CHOICE_KEYS = "form instruction".split()
 SHOW_EXAMPLES = {"verified", "multiple_choice"}
 # Of text that is predicted; lm-eval measures further surprises and distances of its own.
@@ -74,17 +76,23 @@ class Task:
     kind: Kind
     file: str  # in data_dir, or an absolute path
     about: str = ""  # a sentence for the report
+    # Where its files come from if data_dir lacks them: "name config split" on the hub
+    hub: str | None = field(default=None, compare=False)
+    hub_examples: str | None = field(default=None, compare=False)
     metric: str | None = None  # the one that counts; the kind's first if not said
     # exact_match
     plain_prompt: str = "Question: {prompt}\nAnswer:"  # for models without a chat template
     answer_rule: str = setting("as_words", choices=ANSWER_RULES)
     max_new_tokens: int = setting(32, low=1)
+    # requests: questions about one passage, which stands before "Question:", count as related
+    cluster_by: Literal["passage"] | None = None
     # multiple_choice
     form: Literal["text", "letters"] = "text"  # what is scored: the options, or A, B, C ...
     instruction: str | None = None  # before all else; {category} stands for the question's own
     # verified and multiple_choice: what is solved before each question; of a choice's own category
     examples_file: str | None = None
     num_examples: int = setting(0, low=0)  # the first ones of that file
+    examples_by_category: bool = False  # of verified problems too
     # verified: the data file is read, and answers are judged, by open_instruct.verifiers
     verifier: str | None = None
     chat_prompt: str | None = None  # for models with a chat template; the question itself if null
@@ -109,6 +117,9 @@ class Task:
                 f"{self.metric!r} is not measured by tasks of kind {self.kind}: "
                 f"{', '.join(self.metrics)}.",
             )
+        for key, place in (("hub", self.hub), ("hub_examples", self.hub_examples)):
+            if place is not None and len(place.split()) != 3:
+                raise RecipeError(key, f"{place!r} must be a name, a config (or -) and a split.")
         for key, prompt in (("plain_prompt", self.plain_prompt), ("chat_prompt", self.chat_prompt)):
             if prompt is not None and "{prompt}" not in prompt:
                 raise RecipeError(key, "must contain {prompt}, where the question goes.")
@@ -118,6 +129,8 @@ class Task:
         unread = set() if self.kind == "verified" else {*VERIFIED_KEYS}
         if self.kind != "multiple_choice":
             unread |= {*CHOICE_KEYS}
+        if self.kind != "requests":
+            unread.add("cluster_by")
         if self.kind in SHOW_EXAMPLES:
             unread -= {"examples_file", "num_examples"}
             self._check_examples()

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from olmo_base.model.generate import Generator
 from olmo_base.run.errors import UserError
+from open_instruct.chat.forms import Forms, allow_only, has_ended
 from open_instruct.chat.slots import CHUNK, MAX_ROWS, Batch, Reading, new_batch
 
 MAX_WAITING = 256  # answers that may wait for a row
@@ -128,6 +129,12 @@ class Answer:
     text: "TextStream"
     num_tokens: int = 0
     counts: Counter[int] = field(default_factory=Counter)
+    matcher: Any = None  # of the form that it is held to, forms.py
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether it is drawn by other numbers than the model's own."""
+        return self.matcher is not None or self.ticket.sampling.changes_logits
 
 
 def choose(logits_RV: Tensor, samplings: Sequence[Sampling], uniform_R: Sequence[float]) -> Tensor:
@@ -316,7 +323,9 @@ class Ticket:
         num_answers: int,
         deliver: Deliver,
         stop_ids: set[int],
+        matcher: Any,
     ) -> None:
+        self.matcher = matcher
         self.stop_ids = stop_ids
         self.prompt = prompt
         self.sampling = sampling
@@ -355,6 +364,7 @@ class Engine:
         self.backend = generator.tokenizer.backend_tokenizer
         self.names = TokenNames(self.backend)
         self.stop_ids = generator.eos_token_ids | stop_ids
+        self.forms = Forms(self.backend, generator.vocab_size, self.stop_ids)
         self.max_rows = max_rows
         self.max_waiting = max_waiting
         self.max_length = generator.max_length
@@ -372,14 +382,22 @@ class Engine:
     # ------------------------------------------------ from other threads
 
     def submit(
-        self, prompt: Sequence[int], sampling: Sampling, deliver: Deliver, num_answers: int = 1
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        deliver: Deliver,
+        num_answers: int = 1,
+        matcher: Any = None,
     ) -> Ticket:
         """Ask for answers to one prompt, each with the seed's own chances for its number.
+
+        ``matcher`` of ``forms`` holds each of them to a form.
 
         Errors: UserError for what this model cannot do, QueueFull, Closing.
         """
         self._check(prompt, sampling, num_answers)
-        ticket = Ticket(prompt, sampling, num_answers, deliver, self._stop_ids(sampling.stop))
+        stop_ids = self._stop_ids(sampling.stop)
+        ticket = Ticket(prompt, sampling, num_answers, deliver, stop_ids, matcher)
         with self._changed:
             if self._is_closing:
                 raise Closing
@@ -498,6 +516,7 @@ class Engine:
                     row,
                     _random(ticket.seed, index),
                     TextStream(self.backend, ticket.sampling.stop),
+                    matcher=ticket.matcher and ticket.matcher.deep_copy(),
                 )
                 for index, row in enumerate(rows)
             ]
@@ -519,11 +538,15 @@ class Engine:
         is_finite = logits_RV.float().sum(-1).isfinite().tolist()
         details = _Details(logits_RV, samplings)
         scores_RV = logits_RV.float()
-        changed = [row for row, sampling in enumerate(samplings) if sampling.changes_logits]
+        changed = [row for row, answer in enumerate(answers) if answer.changes_logits]
         if changed:
             scores_RV = scores_RV.clone()
         for row in changed:
             _penalise(scores_RV[row], samplings[row], answers[row].counts)
+            if answers[row].matcher is not None and not allow_only(
+                scores_RV[row], answers[row].matcher
+            ):
+                is_finite[row] = False
         uniform_R = [
             torch.rand((), generator=answer.random).item() if sampling.temperature > 0 else 0.0
             for answer, sampling in zip(answers, samplings, strict=True)
@@ -531,7 +554,8 @@ class Engine:
         ids = choose(scores_RV, samplings, uniform_R).tolist()
         for row, answer in enumerate(answers):
             if not is_finite[row]:
-                self._end(answer, Delta(answer.index, "", (), error=NOT_FINITE), "error")
+                problem = NOT_FINITE if answer.matcher is None else f"{NOT_FINITE} {NO_FORM}"
+                self._end(answer, Delta(answer.index, "", (), error=problem), "error")
             else:
                 self._take(answer, details.token(row, ids[row]))
         with self._changed:
@@ -546,6 +570,9 @@ class Engine:
             text, tokens = answer.text.finish()
             return self._end(answer, self._last(answer, text, tokens, "stop"), "stop")
         text, tokens, is_stopped = answer.text.push(token)
+        if answer.matcher is not None and has_ended(answer.matcher, token.id) and not is_stopped:
+            rest, more = answer.text.finish()
+            return self._end(answer, self._last(answer, text + rest, tokens + more, "stop"), "stop")
         if is_stopped:
             return self._end(answer, self._last(answer, text, tokens, "stop"), "stop")
         if answer.num_tokens == answer.ticket.sampling.max_tokens:
@@ -582,6 +609,7 @@ NOT_FINITE = (
     "The model's logits are not finite numbers: its weights are damaged, or its training "
     "diverged. Use an earlier checkpoint."
 )
+NO_FORM = "Or the form asked for by response_format is too complex."
 
 
 # ---------------------------------------------------------------- log-probabilities

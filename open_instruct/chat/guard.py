@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse
 
 from open_instruct.chat.engine import MAX_WAITING
 from open_instruct.chat.hosts import is_loopback, without_port
-from open_instruct.chat.protocol import ApiError
+from open_instruct.chat.refusals import ApiError
 from open_instruct.chat.served import closing
 
 if TYPE_CHECKING:

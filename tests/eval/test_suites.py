@@ -2,14 +2,17 @@
 
 import gzip
 import json
+import math
 from pathlib import Path
 
 import pytest
 
-from eval.questions import Choice, read_items
+from eval.harness import EvalRecipe, input_files
+from eval.questions import Choice, Question, data_file, read_items
 from eval.report.gather import gather
-from eval.scores import compare, estimate, measured, picked_option
-from eval.tasks import load_catalogue, select
+from eval.scores import compare, estimate, is_right, measured, picked_option
+from eval.tasks import Task, load_catalogue, select
+from olmo_base.run.artefact import RunConfig
 from olmo_base.run.errors import DataError, UserError
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -255,6 +258,135 @@ def test_every_subject_counts_the_same():
     assert "acc_macro" not in measured(
         "multiple_choice", [row | {"category": None} for row in rows]
     )
+
+
+# ---------------------------------------------------------------- other sets, as the hub has them
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_every_problem_is_shown_the_examples_of_its_category(tmp_path):
+    def row(task: str, number: int) -> dict:
+        return {"task": task, "input": f"{task} {number}", "target": f"({number})"}
+
+    write_lines(
+        tmp_path / "e.jsonl", [row(task, n) for n in range(5) for task in ("dates", "hats")]
+    )
+    write_lines(tmp_path / "t.jsonl", [row("hats", 9), row("dates", 9)])
+    task = load_catalogue().tasks["bbh"]
+    hats, dates = read_items(task, tmp_path / "t.jsonl", tmp_path / "e.jsonl")
+    assert isinstance(hats, Question) and isinstance(dates, Question)
+    contents = [turn["content"] for turn in hats.messages]
+    assert contents == ["hats 0", "(0)", "hats 1", "(1)", "hats 2", "(2)", "hats 9"]
+    assert dates.messages[0]["content"] == "dates 0"
+    write_lines(tmp_path / "t.jsonl", [row("cats", 9)])
+    with pytest.raises(DataError, match=r"problem 0 is of the category cats; .* of dates, hats"):
+        read_items(task, tmp_path / "t.jsonl", tmp_path / "e.jsonl")
+
+
+def test_truthfulqa_counts_the_probability_of_all_true_answers(tmp_path):
+    targets = {"choices": ["yes", "no", "maybe", "no"], "labels": [0, 1, 1, 1]}
+    write_lines(tmp_path / "t.jsonl", [{"question": "Is it?", "mc2_targets": targets}])
+    task = load_catalogue().tasks["truthfulqa_mc2"]
+    (item,) = read_items(task, tmp_path / "t.jsonl")
+    assert isinstance(item, Choice)
+    assert (item.options, item.golds) == ((" yes", " no", " maybe"), (1, 2))
+
+    def answered(*shares: float) -> dict:
+        options = [
+            {"text": text, "logprob": math.log(share), "num_tokens": 1}
+            for text, share in zip(item.options, shares, strict=True)
+        ]
+        return {"doc_id": "0", "category": None, "gold": 1, "golds": [1, 2], "options": options}
+
+    rows = [answered(0.1, 0.2, 0.1), answered(0.5, 0.3, 0.2)]  # 3/4 and 1/2
+    assert estimate(rows, "mc2").value == pytest.approx(0.625)
+    assert [is_right(row, "mc2") for row in rows] == [True, False]
+    assert "mc2" in measured("multiple_choice", rows)
+    difference = compare(rows[:1], rows[1:], "mc2")
+    assert difference is not None and difference.value == pytest.approx(-0.25)
+    write_lines(
+        tmp_path / "t.jsonl",
+        [{"question": "?", "mc2_targets": {"choices": ["a", "b"], "labels": [1, 1]}}],
+    )
+    with pytest.raises(DataError, match="'labels' must be 0 or 1"):
+        read_items(task, tmp_path / "t.jsonl")
+
+
+def test_questions_about_one_passage_are_one_cluster(tmp_path):
+    rows = [
+        {
+            "doc_id": number,
+            "idx": index,
+            "label": 0,
+            "request": {
+                "context": f"Other -- x.\nQuestion: e?\nAnswer: no\n\n{passage}.\n"
+                f"Question: q{number}?\nAnswer:",
+                "continuation": option,
+            },
+        }
+        for number, passage in enumerate(["Boats -- wood", "Boats -- wood", "Snow -- white"])
+        for index, option in enumerate((" yes", " no"))
+    ]
+    write_lines(tmp_path / "b.jsonl", rows)
+    items = read_items(load_catalogue().tasks["core_boolq"], tmp_path / "b.jsonl")
+    first, second, third = (item.cluster for item in items if isinstance(item, Choice))
+    assert first == second != third
+    other = read_items(Task("x", "requests", "b.jsonl"), tmp_path / "b.jsonl")
+    assert [item.cluster for item in other if isinstance(item, Choice)] == [None] * 3
+
+
+def test_blocks_of_a_document_vary_together():
+    """30 documents of two equal blocks tell as much as 30 blocks, and not as 60."""
+
+    def row(doc_id: str, bits: float) -> dict:
+        nats = -bits * math.log(2) * 100
+        return {"doc_id": doc_id, "logprob": nats, "num_bytes": 100, "num_tokens": 9}
+
+    bits = [1.0 + (number % 7) / 10 for number in range(30)]
+    single = [row(f"{n}:0", value) for n, value in enumerate(bits)]
+    double = [row(f"{n}:{b}", value) for n, value in enumerate(bits) for b in (0, 1)]
+    one, two = estimate(single, "bits_per_byte"), estimate(double, "bits_per_byte")
+    assert two.value == pytest.approx(one.value) and two.n == 60
+    assert two.stderr == pytest.approx(one.stderr)
+    few = estimate([r for r in double if int(r["doc_id"].split(":")[0]) < 5], "bits_per_byte")
+    assert few.stderr == pytest.approx(ratio_stderr([1.0, 1.1, 1.2, 1.3, 1.4] * 2))
+
+
+def ratio_stderr(values: list[float]) -> float:
+    middle = sum(values) / len(values)
+    spread = sum((value - middle) ** 2 for value in values) / (len(values) - 1)
+    return math.sqrt(spread / len(values))
+
+
+@pytest.mark.parametrize("suite", sorted(load_catalogue().suites))
+def test_every_suite_names_what_it_lacks(suite, tmp_path):
+    settings = {"stage": "eval", "models": ("nowhere",), "suite": suite}
+    recipe = EvalRecipe(**settings, run=RunConfig(output_dir="x"), data_dir=str(tmp_path))
+    with pytest.raises(UserError, match=r"does not exist; the task .* asks its questions from it"):
+        input_files(recipe)
+
+
+def test_a_missing_file_is_fetched_and_then_read_from_disk(tmp_path, capsys):
+    pytest.importorskip("datasets")
+    source = tmp_path / "set"
+    rows = [{"question": "q", "choices": ["a", "b"], "answer": 1}]
+    write_lines(source / "test.jsonl", rows)
+    task = Task("t", "multiple_choice", "mine/t.jsonl.gz", hub=f"{source} - test")
+    path = data_file(task, str(tmp_path))
+    assert "Fetching" in capsys.readouterr().err
+    with gzip.open(path, "rt") as file:
+        assert [json.loads(line) for line in file] == rows
+    (source / "test.jsonl").unlink()
+    assert data_file(task, str(tmp_path)) == path
+    lost = Task("t", "multiple_choice", "x.jsonl", hub="cais/mmlu all test")
+    with pytest.raises(UserError, match="the split test of cais/mmlu on the hub, and HF_HUB_OFF"):
+        data_file(lost, str(tmp_path))
+    with pytest.raises(UserError, match="could not be read"):
+        data_file(Task("t", "perplexity", "y.jsonl", hub=f"{tmp_path} - no"), str(tmp_path))
 
 
 # ---------------------------------------------------------------- request files
