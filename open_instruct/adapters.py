@@ -20,6 +20,7 @@ from olmo_base.run.errors import UserError
 from olmo_base.run.recipe import RecipeError, setting
 
 WEIGHTS = "adapter_model.safetensors"
+HEAD = "score"  # of a sequence classifier, as transformers names it
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,13 @@ def _peft() -> Any:
 # ---------------------------------------------------------------- the frozen base
 
 
-def quantisation(config: AdapterConfig, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def quantisation(
+    config: AdapterConfig, compute_dtype: torch.dtype, skipped: list[str] | None = None
+) -> BitsAndBytesConfig | None:
     """How transformers shall quantise the base while it loads it; None for full precision.
 
-    Errors: UserError if bitsandbytes is not installed.
+    ``skipped`` modules stay as they are; None: the output head. Errors: UserError if bitsandbytes
+    is not installed.
     """
     if not config.is_quantised:
         return None
@@ -99,20 +103,28 @@ def quantisation(config: AdapterConfig, compute_dtype: torch.dtype) -> BitsAndBy
             "pip install 'open-instruct[adapters]'."
         ) from None
     if config.load_in_8bit:
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=config.bnb_4bit_quant_type or "nf4",
         bnb_4bit_use_double_quant=config.use_bnb_nested_quant,
         bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=skipped,
     )
 
 
 # ---------------------------------------------------------------- a new adapter, or an earlier one
 
 
-def add_adapter(model: PreTrainedModel, config: AdapterConfig, base: str, seed: int) -> Any:
-    """The model with a fresh adapter, the only thing that is trained.
+def add_adapter(
+    model: PreTrainedModel,
+    config: AdapterConfig,
+    base: str,
+    seed: int,
+    *,
+    task: Literal["CAUSAL_LM", "SEQ_CLS"] = "CAUSAL_LM",
+) -> Any:
+    """The model with a fresh adapter, the only thing that is trained; of a classifier its head too.
 
     At first it changes nothing. Its random half depends on ``seed`` alone. Errors: UserError for
     target modules that the model does not have, or that share their weights.
@@ -120,7 +132,8 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, base: str, seed: 
     peft = _peft()
     targets: Any = config.lora_target_modules or "all-linear"
     settings = peft.LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=task,
+        modules_to_save=[HEAD] if task == "SEQ_CLS" else None,
         base_model_name_or_path=base,
         r=config.lora_r or 16,
         lora_alpha=config.lora_alpha or 32,
@@ -190,6 +203,12 @@ def new_adapter_like(model: PreTrainedModel, folder: Path) -> Any:
     settings = peft.PeftConfig.from_pretrained(folder)
     settings.inference_mode = False  # as it was written
     return peft.get_peft_model(model, settings)
+
+
+def is_reward_adapter(folder: Path) -> bool:
+    """Whether the adapter in ``folder`` makes its base a reward model."""
+    settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    return bool(settings.get("task_type") == "SEQ_CLS")
 
 
 def refuse_other_settings(config: AdapterConfig, folder: Path) -> None:

@@ -27,6 +27,7 @@ from open_instruct.adapters import (
     AdapterConfig,
     add_adapter,
     is_adapted,
+    is_reward_adapter,
     merged,
     new_adapter_like,
     open_adapter,
@@ -103,6 +104,11 @@ def load_causal_lm(
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if folder != given:
+        if is_reward_adapter(given):
+            raise UserError(
+                f"{given} is the adapter of a reward model, which writes no text. Give the model "
+                f"that it stands on, {folder}, or another one."
+            )
         model = open_adapter(model, given, is_trainable=adapter.use_peft)
         return (model if adapter.use_peft else merged(model)), stored_dtype
     if adapter.use_peft:
@@ -211,17 +217,24 @@ def write_model_files(
     save_chat_files(encoder, folder)
 
 
+def new_folder(name: str) -> Path:
+    """A folder that is still to be made. Errors: UserError if something is there."""
+    folder = Path(name)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise UserError(f"{folder} exists already. Name a new folder.")
+    return folder
+
+
 def merge_adapter(adapter: str, out: str) -> Path:
     """Write the model that an adapter makes of its base, as a whole, into the new folder ``out``.
 
     Merged in float32 and stored in the base's precision. Errors: UserError if ``adapter`` is none
     or ``out`` is not empty.
     """
-    folder, target = resolve_model(adapter), Path(out)
+    folder = resolve_model(adapter)
     if adapter_base(folder) is None:
         raise UserError(f"{folder} is not an adapter (no adapter_config.json): nothing to merge.")
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise UserError(f"{target} exists already. Name a new folder.")
+    target = new_folder(out)
     encoder = load_chat_encoder(folder)
     model, dtype = load_causal_lm(ModelConfig(adapter))
     with atomic_folder(target) as temporary:

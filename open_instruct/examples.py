@@ -6,10 +6,16 @@ A row that cannot be used as it is stops the run with its file and line, or is d
 """
 
 import hashlib
+import io
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from olmo_base.run.artefact import ExampleCounts
 from olmo_base.run.errors import DataError
@@ -17,6 +23,7 @@ from olmo_base.run.recipe import RecipeError, setting
 from open_instruct.formats import (
     DIALOGUE_FORMATS,
     PAIR_FORMATS,
+    PROMPT_FORMATS,
     RATED_FORMATS,
     TEXT_FORMAT,
     Format,
@@ -31,10 +38,12 @@ from open_instruct.formats import (
 )
 from open_instruct.sources import Row, Source, read_rows, rows_of, source_files
 from open_instruct.turns import (
+    ASKING,
     BadRow,
     Message,
     Tools,
     check_dialogue,
+    check_order,
     checked_text,
     kind_of,
     read_tools,
@@ -46,21 +55,25 @@ __all__ = [
     "Dialogue",
     "Message",
     "Pair",
+    "Prompt",
     "Rated",
     "Source",
     "SourceUse",
     "mixture_lines",
     "read_dialogues",
     "read_pairs",
+    "read_prompts",
     "read_rated",
     "read_rows",
     "source_files",
 ]
 
+TABLE_WIDTH = 120  # characters of the mixture's table
+
 # ---------------------------------------------------------------- what a recipe says about data
 
 OnBadRow = Literal["error", "drop"]
-OnTooLong = Literal["error", "drop", "truncate_left", "truncate_right"]
+OnTooLong = Literal["error", "drop", "truncate_left", "truncate_right", "split_turns"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +87,10 @@ class DataConfig:
     on_bad_row: OnBadRow = setting("error")
     on_too_long: OnTooLong = setting("error")
     max_too_long_fraction: float = setting(0.01, low=0, high=1)
+    decontaminate_against: tuple[str, ...] = ()  # files of evaluation data
+    keep_tokenised: bool = setting(
+        True, changes_result=False, help="in a folder beside output_dir, for the next run"
+    )
 
     def __post_init__(self) -> None:
         if not self.dataset_mixer:
@@ -123,6 +140,15 @@ class Rated:
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """Turns that end with the user's, and the row they came from."""
+
+    messages: list[Message]
+    source: str
+    line: int
+
+
+@dataclass(frozen=True)
 class SourceUse:
     """One line of the mixture's table: what was asked of a source and what it gave."""
 
@@ -134,17 +160,23 @@ class SourceUse:
 
 
 def mixture_lines(uses: Sequence[SourceUse]) -> list[str]:
-    """The mixture, one line a source, for the log."""
-    return [
-        f"{use.path}: {use.used:,} used of {use.available:,} usable rows "
-        f"(asked for {use.asked}; format {', '.join(use.formats)})"
-        for use in uses
-    ]
+    """The mixture as the lines of a table, one row a source, for the log."""
+    table = Table("source", "format", "asked for", "usable", "used", box=SIMPLE, pad_edge=False)
+    for column in table.columns[3:]:
+        column.justify = "right"
+    table.columns[0].overflow = "fold"
+    for use in uses:
+        numbers = (f"{use.available:,}", f"{use.used:,}")
+        table.add_row(*map(Text, (use.path, ", ".join(use.formats), use.asked, *numbers)))
+    console = Console(file=io.StringIO(), width=TABLE_WIDTH, color_system=None)
+    with console.capture() as captured:
+        console.print(table)
+    return [line.rstrip() for line in captured.get().splitlines() if line.strip()]
 
 
 # ---------------------------------------------------------------- rows -> the mixture
 
-Example = TypeVar("Example", Dialogue, Pair, Rated)
+Example = TypeVar("Example", Dialogue, Pair, Rated, Prompt)
 
 
 def read_dialogues(
@@ -216,6 +248,35 @@ def read_rated(
     return _read(sources, RATED_FORMATS, rated, seed, on_bad_row, counts, uses)
 
 
+def read_prompts(
+    sources: Sequence[Source],
+    *,
+    seed: int,
+    on_bad_row: OnBadRow,
+    counts: ExampleCounts,
+    uses: list[SourceUse] | None = None,
+) -> list[Prompt]:
+    """What is asked in a mixture of any rows: the turns before the last answer, if there is one.
+
+    Everything else as in ``read_dialogues``.
+    """
+
+    def prompts(row: Row, form: Format[list[Message]], source: Source) -> list[Prompt]:
+        messages = form.read(row.value)
+        if messages and messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        check_order(messages, "the prompt")
+        if not messages or messages[-1]["role"] not in ASKING:
+            raise BadRow(
+                "prompt does not end with the user",
+                "the prompt does not end with a user turn, and nothing else can be answered.",
+                "End it with a user turn.",
+            )
+        return [Prompt(messages, row.source, row.line)]
+
+    return _read(sources, PROMPT_FORMATS, prompts, seed, on_bad_row, counts, uses)
+
+
 def _read(
     sources: Sequence[Source],
     formats: Sequence[Format[Made]],
@@ -283,8 +344,8 @@ def _asked(source: Source) -> str:
     return f"all {rows}"
 
 
-def _is_in_part(example: Dialogue | Pair | Rated, source: Source) -> bool:
-    turns = example.messages if isinstance(example, Dialogue) else example.prompt
+def _is_in_part(example: Dialogue | Pair | Rated | Prompt, source: Source) -> bool:
+    turns = example.messages if isinstance(example, Dialogue | Prompt) else example.prompt
     text = example.text if isinstance(example, Dialogue) else None
     question = text or next(turn["content"] for turn in turns if turn["role"] == "user")
     digest = hashlib.blake2b(question.encode("utf-8"), digest_size=8).digest()

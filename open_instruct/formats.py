@@ -386,6 +386,27 @@ RATED_FORMATS: tuple[Format[Rating], ...] = (
 )
 
 
+def _prompts_of_sides(form: Format[list[Sides]]) -> Format[list[Message]]:
+    """The same rows, of which only the prompt is read."""
+    return Format(form.name, form.keys, lambda row: form.read(row)[0].prompt, form.fits)
+
+
+def _prompt_of_rating(form: Format[Rating]) -> Format[list[Message]]:
+    return Format(form.name, form.keys, lambda row: form.read(row)[0], form.fits)
+
+
+# What is asked in a row of any kind.
+PROMPT_FORMATS: tuple[Format[list[Message]], ...] = (
+    *map(_prompts_of_sides, PAIR_FORMATS),
+    *map(_prompt_of_rating, RATED_FORMATS),
+    *(form for form in DIALOGUE_FORMATS if form is not TEXT_FORMAT),
+    Format("prompt", frozenset({"prompt"}), lambda row: _prompt(field(row, "prompt"))),
+    Format(
+        "instruction",
+        frozenset({"instruction"}),
+        lambda row: _with_system(row, [_instruction(row, "input")]),
+    ),
+)
 _ALL_FORMATS: tuple[Format[Any], ...] = (*DIALOGUE_FORMATS, *PAIR_FORMATS, *RATED_FORMATS)
 # What ``columns`` of a source may name.
 COLUMNS = {"system", "input", "context", "tools", "margin", "scores"}.union(

@@ -62,6 +62,9 @@ class MeasuredLoss:
 Loss = SummedLoss | MeasuredLoss
 
 
+Batching = Literal["auto", "packed", "grouped"]
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """How examples become optimizer steps. One step sees batch size x accumulation x ranks."""
@@ -75,7 +78,14 @@ class TrainConfig:
         0, low=0, changes_result=False, help="0: held-out examples at the start and the end only"
     )
     bf16: bool | Literal["auto"] = setting("auto", help="auto: on GPUs that compute in it")
+    batching: Batching = setting(
+        "auto",
+        help="packed: rows end to end without padding; grouped: rows of similar length, padded; "
+        "auto: packed where the model can",
+    )
 
+
+NEVER = 2.0**40  # a cost that no saved padding makes good
 
 # ---------------------------------------------------------------- the processes of a run
 
@@ -109,17 +119,23 @@ class Workers:
         """The context that a forward pass computes in."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
 
-    def place(self, model: PreTrainedModel) -> LabelLogprobs:
+    def place(self, model: PreTrainedModel, batching: Batching = "auto") -> LabelLogprobs:
         """The model on this rank's device, computing label log-probabilities.
 
-        Errors: UserError if it is no causal language model.
+        Errors: UserError if it is no causal language model, or cannot do what ``batching`` says.
         """
         is_quantised = getattr(model, "is_quantized", False)
         if not is_quantised:  # such a model was loaded onto the device
             model.to(self.device)  # type: ignore[arg-type]
         # nats, where logits spread over 20
         tolerance = 1.0 if self.bf16 or is_quantised else 1e-3
-        return LabelLogprobs(model, self.precision, tolerance)
+        placed = LabelLogprobs(model, self.precision, tolerance, packs=batching != "grouped")
+        if batching == "packed" and not placed.packs:
+            raise UserError(
+                f"batching: packed, but {type(model).__name__} is computed by {placed.way}, "
+                "which pads. Set batching: auto, which groups rows by length where it must."
+            )
+        return placed
 
     def share(self, model: Wrapped) -> nn.Module:
         """The same model, its gradients averaged over the ranks."""
@@ -152,8 +168,13 @@ class Workers:
         """Until every rank is here."""
         self._accelerator.wait_for_everyone()
 
-    def cost_of_cut(self) -> float:
-        """What one more micro-batch costs on this device, in padded positions."""
+    def cost_of_cut(self, *, packs: bool) -> float:
+        """What one more micro-batch costs on this device, in padded positions.
+
+        A model that ``packs`` has none to save.
+        """
+        if packs:
+            return NEVER
         return MICRO_BATCH_COST["cpu" if self.device.type == "cpu" else "cuda"]
 
 
@@ -286,7 +307,7 @@ def save(
     optimizer: torch.optim.Optimizer,
     at: Position,
     row_sums: dict[str, float],
-    keep: int,
+    config: CheckpointConfig,
 ) -> None:
     """Write a checkpoint on the first rank; every rank goes on when it is complete.
 
@@ -304,7 +325,7 @@ def save(
                 "row_sums": row_sums,
                 "optimizer": optimizer.state_dict(),
             },
-            keep=keep,
+            config=config,
         )
     workers.wait()
 
@@ -414,7 +435,7 @@ def train(
     shared = workers.share(model)
     optimizer = build_optimizer(model.model, optim)
     at, row = resume(folder, workers, model, optimizer)
-    metrics = MetricsLog(folder, resume_step=at.step)
+    metrics = MetricsLog(folder, at.step, log)
     model.train()
 
     def write_evaluation() -> None:
@@ -424,7 +445,11 @@ def train(
             progress.update(at.step, **at.evaluation)
 
     title = f"{folder.recipe.stage} {folder.path.name}"
-    with Progress(folder, title, steps.total, at.step) as progress, stop_signals() as stop:
+    with (
+        metrics,
+        Progress(folder, title, steps.total, at.step) as progress,
+        stop_signals() as stop,
+    ):
         if at.step == 0:
             write_evaluation()
         while at.step < steps.total:
@@ -481,7 +506,8 @@ def train(
             if is_evaluated:
                 write_evaluation()
             if is_saved:
-                save(folder, workers, model, optimizer, at, row_sums, checkpoints.save_total_limit)
+                save(folder, workers, model, optimizer, at, row_sums, checkpoints)
+                metrics.note_saved()
             if must_stop:
                 raise Stopped(stop.signal_number, f"after step {at.step} of {steps.total}")
     return {"steps": at.step, "tokens": at.tokens, "loss": at.loss, **at.evaluation}

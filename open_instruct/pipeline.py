@@ -91,6 +91,18 @@ def _reward() -> Stage:
     return Stage(module.RewardRecipe, module.input_files, module.plan, module.run)
 
 
+def _sample() -> Stage:
+    from open_instruct import sample as module
+
+    return Stage(module.SampleRecipe, module.input_files, module.plan, module.run)
+
+
+def _score() -> Stage:
+    from open_instruct import score as module
+
+    return Stage(module.ScoreRecipe, module.input_files, module.plan, module.run)
+
+
 def _eval() -> Stage:
     from eval import harness as module
 
@@ -105,6 +117,8 @@ STAGES: dict[str, Callable[[], Stage]] = {
     "sft": _sft,
     "dpo": _dpo,
     "reward": _reward,
+    "sample": _sample,
+    "score": _score,
     "eval": _eval,
 }
 MODEL_STAGES = ("pretrain", "sft", "dpo")  # whose folder is a model that can be talked to

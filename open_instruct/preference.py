@@ -6,72 +6,40 @@ the two -> a model folder. Losses without a reference leave the second step out.
 single answers that are rated good or bad.
 """
 
-import difflib
-import hashlib
-import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from olmo_base.optim import OptimConfig
-from olmo_base.run.artefact import (
-    ExampleCounts,
-    RunConfig,
-    RunFolder,
-    atomic_write,
-    describe_inputs,
-    model_files,
-)
+from olmo_base.run.artefact import ExampleCounts, RunConfig, RunFolder
 from olmo_base.run.errors import UserError
-from olmo_base.run.launch import seed_everything
-from olmo_base.run.metrics import LogConfig, Progress
+from olmo_base.run.metrics import LogConfig
 from olmo_base.run.recipe import RecipeError, setting
 from olmo_base.run.resume import CheckpointConfig
 from open_instruct.adapters import AdapterConfig
-from open_instruct.batches import Batch, Examples, evaluation_batches
+from open_instruct.batches import Batch, Examples
 from open_instruct.causal_lm import ModelConfig
 from open_instruct.control_tokens import Encoded
-from open_instruct.encode import (
-    ChatEncoder,
-    EncodedRated,
-    encode_pairs,
-    encode_rated,
-    load_chat_encoder,
-)
-from open_instruct.examples import (
-    DataConfig,
-    Source,
-    SourceUse,
-    mixture_lines,
-    read_pairs,
-    read_rated,
-)
+from open_instruct.encode import ChatEncoder, EncodedRated
+from open_instruct.examples import DataConfig, Source
 from open_instruct.logprobs import LabelLogprobs
 from open_instruct.loop import HeldOut, Loss, MeasuredLoss, SummedLoss, TrainConfig, Workers
-from open_instruct.losses import (
-    apo_down_loss,
-    apo_zero_loss,
-    chosen_nll,
-    cpo_loss,
-    dpo_loss,
-    hinge_loss,
-    implicit_rewards,
-    ipo_loss,
-    kto_kl,
-    kto_loss,
-    odds_ratio_loss,
-    robust_loss,
-    simpo_loss,
-    wpo_loss,
+from open_instruct.losses import chosen_nll, implicit_rewards, kto_kl, kto_loss
+from open_instruct.pair_losses import LossConfig, PairScores, value_or
+from open_instruct.reference import answer_logprobs, reference_logprobs
+from open_instruct.tokenised import DataReport, tokenised_pairs, tokenised_rated
+from open_instruct.tuning import (
+    Model,
+    input_files,
+    load_for_plan,
+    open_run,
+    plan_figures,
+    steps_for,
+    train_and_finish,
 )
-from open_instruct.tuning import Model, input_files, plan_figures, steps_for, train_and_finish
 
 __all__ = ["PreferenceRecipe", "input_files", "plan", "run"]
 
@@ -80,8 +48,6 @@ __all__ = ["PreferenceRecipe", "input_files", "plan", "run"]
 
 # Below this share of the tokens a mask may cost more than it saves; chosen, not measured.
 LEAST_SAVED = 0.1
-# In a folder of its own: vLLM reads every *.safetensors file beside config.json as weights.
-REFERENCE_FILE = "reference/logprobs.safetensors"
 
 
 @dataclass(frozen=True)
@@ -89,221 +55,6 @@ class PreferenceOptim(OptimConfig):
     """Preference tuning wants smaller steps than fine-tuning."""
 
     learning_rate: float = setting(1e-6, above=0)
-
-
-# ---------------------------------------------------------------- the family of losses
-
-
-@dataclass(frozen=True)
-class PairScores:
-    """What the losses compare the pairs of a micro-batch by; log-probabilities of whole answers."""
-
-    policy_B2: Tensor
-    num_tokens_B2: Tensor
-    reference_B2: Tensor  # zeros where no loss of the recipe has a reference
-    log_weights_B2: Tensor | None = None  # of WPO
-
-    @property
-    def policy_mean_B2(self) -> Tensor:
-        """Log-probability per token."""
-        return self.policy_B2 / self.num_tokens_B2
-
-    @property
-    def reference_mean_B2(self) -> Tensor:
-        """Log-probability per token under the reference."""
-        return self.reference_B2 / self.num_tokens_B2
-
-
-class PreferenceLoss(NamedTuple):
-    """One word of ``loss_type``: how it is computed and what it needs."""
-
-    summed: Callable[[PairScores, "LossConfig"], Tensor]
-    has_reference: bool = True
-    compares_means: bool = False  # log-probabilities per token, not per answer
-    usual_beta: float = 0.1  # where the recipe does not say beta
-    keys: tuple[str, ...] = ("rpo_alpha",)  # that it uses beside beta
-
-
-def _wpo(scores: PairScores, keys: "LossConfig") -> Tensor:
-    assert scores.log_weights_B2 is not None
-    return wpo_loss(scores.policy_B2, scores.reference_B2, scores.log_weights_B2, keys.beta_in_use)
-
-
-def _orpo(scores: PairScores, keys: "LossConfig") -> Tensor:
-    likelihood = chosen_nll(scores.policy_mean_B2)
-    return likelihood + odds_ratio_loss(scores.policy_mean_B2, keys.beta_in_use)
-
-
-def _cpo(scores: PairScores, keys: "LossConfig") -> Tensor:
-    preference = cpo_loss(scores.policy_B2, keys.beta_in_use, keys.label_smoothing)
-    return preference + _or(keys.cpo_alpha, 1.0) * chosen_nll(scores.policy_mean_B2)
-
-
-def _or(value: float | None, default: float) -> float:
-    return default if value is None else value
-
-
-PAIR_LOSSES: dict[str, PreferenceLoss] = {
-    "sigmoid": PreferenceLoss(
-        lambda pairs, keys: dpo_loss(
-            pairs.policy_B2, pairs.reference_B2, keys.beta_in_use, keys.label_smoothing
-        ),
-        keys=("label_smoothing", "rpo_alpha"),
-    ),
-    "dpo_norm": PreferenceLoss(
-        lambda pairs, keys: dpo_loss(
-            pairs.policy_mean_B2, pairs.reference_mean_B2, keys.beta_in_use, keys.label_smoothing
-        ),
-        compares_means=True,
-        usual_beta=5.0,
-        keys=("label_smoothing", "rpo_alpha"),
-    ),
-    "ipo": PreferenceLoss(
-        lambda pairs, keys: ipo_loss(
-            pairs.policy_mean_B2, pairs.reference_mean_B2, keys.beta_in_use
-        ),
-        compares_means=True,
-    ),
-    "hinge": PreferenceLoss(
-        lambda pairs, keys: hinge_loss(pairs.policy_B2, pairs.reference_B2, keys.beta_in_use)
-    ),
-    "robust": PreferenceLoss(
-        lambda pairs, keys: robust_loss(
-            pairs.policy_B2, pairs.reference_B2, keys.beta_in_use, keys.label_smoothing
-        ),
-        keys=("label_smoothing", "rpo_alpha"),
-    ),
-    "apo_zero": PreferenceLoss(
-        lambda pairs, keys: apo_zero_loss(pairs.policy_B2, pairs.reference_B2, keys.beta_in_use)
-    ),
-    "apo_down": PreferenceLoss(
-        lambda pairs, keys: apo_down_loss(pairs.policy_B2, pairs.reference_B2, keys.beta_in_use)
-    ),
-    "wpo": PreferenceLoss(_wpo),
-    "simpo": PreferenceLoss(
-        lambda pairs, keys: simpo_loss(
-            pairs.policy_mean_B2,
-            keys.beta_in_use,
-            _or(keys.simpo_gamma, 0.5),
-            keys.label_smoothing,
-        ),
-        has_reference=False,
-        compares_means=True,
-        usual_beta=2.0,
-        keys=("label_smoothing", "simpo_gamma", "rpo_alpha"),
-    ),
-    "orpo": PreferenceLoss(_orpo, has_reference=False, compares_means=True, keys=()),
-    "cpo": PreferenceLoss(_cpo, has_reference=False, keys=("label_smoothing", "cpo_alpha")),
-}
-NAMES_OF_TRL = {"sigmoid_norm": "dpo_norm"}  # nearer to another word by spelling
-RATED_LOSS = "kto"  # the one that learns from single answers
-RATED_KEYS = ("desirable_weight", "undesirable_weight")
-RATED_BETA = 0.1
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """Which loss, or which sum of losses, and its numbers.
-
-    ``loss_type`` is one of ``PAIR_LOSSES`` or ``kto``; a list adds several, weighted by
-    ``loss_weights``. A key that none of them uses is refused.
-    """
-
-    loss_type: str | tuple[str, ...] = "sigmoid"
-    loss_weights: tuple[float, ...] | None = None  # null: each counts once
-    beta: float | None = setting(
-        None, above=0, help="null: 0.1; 5 for dpo_norm and 2 for simpo, which compare means"
-    )
-    label_smoothing: float = setting(0.0, low=0, below=0.5)
-    rpo_alpha: float | None = setting(
-        None, above=0, help="weight of the chosen answers' likelihood, which is added to the loss"
-    )
-    simpo_gamma: float | None = setting(None, low=0, help="null: 0.5")
-    cpo_alpha: float | None = setting(
-        None, low=0, help="weight of the chosen answers' likelihood in CPO; null: 1"
-    )
-    desirable_weight: float | None = setting(None, above=0, help="null: 1")
-    undesirable_weight: float | None = setting(None, above=0, help="null: 1")
-
-    def __post_init__(self) -> None:
-        for name in self.names:
-            if name not in PAIR_LOSSES and name != RATED_LOSS:
-                known = [*PAIR_LOSSES, RATED_LOSS]
-                near = [NAMES_OF_TRL[name]] if name in NAMES_OF_TRL else []
-                near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-                hint = f" Did you mean {near[0]}?" if near else ""
-                raise RecipeError("loss_type", f"{name!r} must be one of {', '.join(known)}.{hint}")
-        if not self.names or len(set(self.names)) < len(self.names):
-            raise RecipeError("loss_type", "must name at least one loss, and none of them twice.")
-        if self.is_rated and len(self.names) > 1:
-            raise RecipeError(
-                "loss_type",
-                "kto learns from rated answers and the others from pairs; they cannot be added.",
-            )
-        if self.loss_weights is not None:
-            if len(self.loss_weights) != len(self.names):
-                raise RecipeError(
-                    "loss_weights",
-                    f"{len(self.loss_weights)} weights for {len(self.names)} losses "
-                    f"({', '.join(self.names)}). Give one for each.",
-                )
-            if min(self.loss_weights) <= 0:
-                raise RecipeError("loss_weights", "each must be above 0.")
-        self._refuse_unused_keys()
-        if "robust" in self.names and self.label_smoothing == 0:
-            raise RecipeError(
-                "label_smoothing",
-                "0, and robust needs to know which share of the pairs is swapped. Set it, or take "
-                "loss_type: sigmoid.",
-            )
-        usual = {name: PAIR_LOSSES[name].usual_beta for name in self.names if not self.is_rated}
-        if self.beta is None and len(set(usual.values())) > 1:
-            words = ", ".join(f"{value:g} for {name}" for name, value in usual.items())
-            raise RecipeError(
-                "beta", f"must be said: the losses of loss_type usually differ in it ({words})."
-            )
-
-    def _refuse_unused_keys(self) -> None:
-        used_by: dict[str, list[str]] = {key: [RATED_LOSS] for key in RATED_KEYS}
-        for name, loss in PAIR_LOSSES.items():
-            for key in loss.keys:
-                used_by.setdefault(key, []).append(name)
-        for key, users in used_by.items():
-            value = getattr(self, key)
-            is_set = value != 0.0 if key == "label_smoothing" else value is not None
-            if is_set and not set(users) & set(self.names):
-                raise RecipeError(
-                    key,
-                    f"{value}, but {', '.join(self.names)} does not use it "
-                    f"({', '.join(users)} would). Remove the key.",
-                )
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The losses that are added."""
-        return (self.loss_type,) if isinstance(self.loss_type, str) else self.loss_type
-
-    @property
-    def is_rated(self) -> bool:
-        """Whether rows are rated answers, not pairs."""
-        return RATED_LOSS in self.names
-
-    @property
-    def weighted(self) -> list[tuple[float, PreferenceLoss]]:
-        """The losses of pairs, each with its weight."""
-        weights = self.loss_weights or (1.0,) * len(self.names)
-        losses = [PAIR_LOSSES[name] for name in self.names]
-        return list(zip(weights, losses, strict=True))
-
-    @property
-    def has_reference(self) -> bool:
-        """Whether anything is compared with the starting weights."""
-        return self.is_rated or any(loss.has_reference for _, loss in self.weighted)
-
-    @property
-    def beta_in_use(self) -> float:
-        """``beta``, or what is usual for the loss."""
-        return _or(self.beta, RATED_BETA if self.is_rated else self.weighted[0][1].usual_beta)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -344,17 +95,10 @@ def pair_examples(
     encoder: ChatEncoder,
     recipe: PreferenceRecipe,
     counts: ExampleCounts,
-    uses: list[SourceUse],
+    report: DataReport,
 ) -> Examples:
     """The tokenised pairs of a mixture, chosen first. Errors: UserError if none is left."""
-    pairs = read_pairs(
-        sources,
-        seed=recipe.run.seed,
-        on_bad_row=recipe.data.on_bad_row,
-        counts=counts,
-        uses=uses,
-    )
-    encoded = encode_pairs(pairs, encoder, recipe.data, counts)
+    encoded = tokenised_pairs(sources, encoder, recipe, counts, report)
     if not encoded:
         raise UserError(
             f"No pair is left of {', '.join(source.path for source in sources)}; "
@@ -387,11 +131,6 @@ def preference_sums(pairs: PairScores, loss: LossConfig) -> dict[str, Tensor]:
         "reward_chosen": rewards_B2[:, 0].sum(),
         "reward_rejected": rewards_B2[:, 1].sum(),
     }
-
-
-def answer_logprobs(model: nn.Module, batch: Batch, width: int = 2) -> Tensor:
-    """Log-probability of each answer, summed over its tokens: (B, W)."""
-    return batch.sums_over_sequences(model(batch)).view(-1, width)
 
 
 def pair_scores(
@@ -442,17 +181,10 @@ def rated_examples(
     encoder: ChatEncoder,
     recipe: PreferenceRecipe,
     counts: ExampleCounts,
-    uses: list[SourceUse],
+    report: DataReport,
 ) -> RatedExamples:
     """The tokenised rated answers of a mixture. Errors: UserError if fewer than two are left."""
-    rows = read_rated(
-        sources,
-        seed=recipe.run.seed,
-        on_bad_row=recipe.data.on_bad_row,
-        counts=counts,
-        uses=uses,
-    )
-    rated = encode_rated(rows, encoder, recipe.data, counts)
+    rated = tokenised_rated(sources, encoder, recipe, counts, report)
     if len(rated) < 2:
         raise UserError(
             f"{len(rated)} rated answers are left of "
@@ -510,8 +242,8 @@ def rated_sums(
             is_desirable_B,
             kl,
             beta,
-            _or(loss.desirable_weight, 1.0),
-            _or(loss.undesirable_weight, 1.0),
+            value_or(loss.desirable_weight, 1.0),
+            value_or(loss.undesirable_weight, 1.0),
         ),
         "accuracy": (signed_B > 0).sum() + 0.5 * (signed_B == 0).sum(),
         "signed_reward": signed_B.sum(),
@@ -550,7 +282,7 @@ def rated_loss_against(
     return MeasuredLoss(rated.mismatched, measure, given)
 
 
-# ---------------------------------------------------------------- reference log-probabilities
+# ---------------------------------------------------------------- prompts read once
 
 
 def with_shared_prompts(
@@ -592,98 +324,6 @@ def with_shared_prompts(
     return {**sets, **shared}
 
 
-def reference_key(recipe: PreferenceRecipe, workers: Workers, sets: dict[str, Examples]) -> str:
-    """What decides the reference log-probabilities: the weights, every id and every label.
-
-    Weights by their content: the files of the model and, of an adapter, of its base.
-
-    Tokenizer, template, data and settings all end in the ids, so a change of any is seen there.
-    """
-    files = describe_inputs(model_files(recipe.model.model_name_or_path)).values()
-    bits = (recipe.adapter.load_in_4bit, recipe.adapter.load_in_8bit)
-    content = {
-        "model": sorted(str(item["sha256"]) for item in files),
-        "quantised": [*bits, recipe.adapter.given] if any(bits) else None,
-        "attention": recipe.model.attn_implementation,
-        "bf16": workers.bf16,
-        "shared": [examples.shares_prompts for examples in sets.values()],
-        "examples": {name: examples.fingerprint() for name, examples in sets.items()},
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def read_reference(path: Path, key: str) -> dict[str, Tensor] | None:
-    """The log-probabilities kept in a file, if they are the ones of this key."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("key") != key:
-                return None
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError):
-        return None
-
-
-@torch.no_grad()
-def compute_reference(
-    model: LabelLogprobs,
-    examples: Examples,
-    workers: Workers,
-    batch_size: int,
-    update: Callable[[int], None],
-) -> Tensor:
-    """Log-probability of every answer under the model as it is: (P, W), on every rank.
-
-    Batches are those of the held-out evaluation, so that an unchanged policy gives the same
-    numbers to the last bit.
-    """
-    reference_PW = torch.zeros(len(examples), examples.width, device=workers.device)
-    model.eval()
-    done = 0
-    for batch in evaluation_batches(
-        examples, max_examples=batch_size, num_ranks=workers.num_ranks, rank=workers.rank
-    ):
-        batch = batch.to(workers.device)
-        reference_PW[batch.examples] = answer_logprobs(model, batch, examples.width)
-        done += len(batch.examples) * workers.num_ranks
-        update(min(done, len(examples)))
-    return workers.sum_over_ranks(reference_PW)
-
-
-def reference_logprobs(
-    folder: RunFolder,
-    recipe: PreferenceRecipe,
-    workers: Workers,
-    model: LabelLogprobs,
-    sets: dict[str, Examples],
-) -> dict[str, Tensor]:
-    """Each set's reference log-probabilities: those kept in the run's folder, or computed now.
-
-    ``model`` must hold the starting weights: this comes before the loop loads a checkpoint. Those
-    of a new adapter are the model without it; those of an earlier one are what it was then.
-    """
-    path = folder.path / REFERENCE_FILE
-    key = reference_key(recipe, workers, sets)
-    kept = read_reference(path, key)
-    if kept is None:
-        kept = {}
-        for name, examples in sets.items():
-            with Progress(folder, f"reference, {name}", len(examples), unit="examples") as progress:
-                kept[name] = compute_reference(
-                    model,
-                    examples,
-                    workers,
-                    recipe.train.per_device_eval_batch_size,
-                    progress.update,
-                )
-        if workers.rank == 0:
-            on_cpu = {name: values.cpu().contiguous() for name, values in kept.items()}
-            atomic_write(path, save(on_cpu, metadata={"key": key}))
-    else:
-        folder.log(f"reference log-probabilities read from {path}")
-    workers.wait()
-    return {name: values.to(workers.device) for name, values in kept.items()}
-
-
 # ---------------------------------------------------------------- plan and run
 
 
@@ -692,11 +332,11 @@ def load_set(
     encoder: ChatEncoder,
     recipe: PreferenceRecipe,
     counts: ExampleCounts,
-    uses: list[SourceUse],
+    report: DataReport,
 ) -> Examples | RatedExamples:
     """The examples that the recipe's loss learns from. Errors: as in ``run``."""
     read = rated_examples if recipe.loss.is_rated else pair_examples
-    return read(sources, encoder, recipe, counts, uses)
+    return read(sources, encoder, recipe, counts, report)
 
 
 def compared(name: str, items: Examples | RatedExamples) -> dict[str, Examples]:
@@ -723,9 +363,8 @@ def learnt(items: Examples | RatedExamples) -> Examples:
 
 def plan(recipe: PreferenceRecipe) -> dict[str, object]:
     """What a run would do, for --dry-run; touches nothing. Errors: as in ``run``."""
-    encoder = load_chat_encoder(recipe.model.model_name_or_path, recipe.chat_template)
-    counts = ExampleCounts()
-    examples = learnt(load_set(recipe.data.dataset_mixer, encoder, recipe, counts, []))
+    items, counts = load_for_plan(recipe, load_set)
+    examples = learnt(items)
     return plan_figures(recipe, examples, np.ones(len(examples)), counts, recipe.adapter)
 
 
@@ -734,22 +373,13 @@ def run(recipe: PreferenceRecipe) -> RunFolder:
 
     Errors: UserError, DataError for what the user can mend; Stopped after a signal.
     """
-    workers = Workers(recipe.train.bf16)
-    with workers.main_first():
-        folder = RunFolder.open(recipe, input_files(recipe))
-    if folder.is_finished:
-        return folder
-    seed_everything(recipe.run.seed)
-
-    encoder = load_chat_encoder(recipe.model.model_name_or_path, recipe.chat_template)
-    uses: list[SourceUse] = []
-    sets = {"train": load_set(recipe.data.dataset_mixer, encoder, recipe, folder.counts, uses)}
-    if recipe.data.eval_dataset_mixer:
-        sets["held out"] = load_set(
-            recipe.data.eval_dataset_mixer, encoder, recipe, ExampleCounts(), uses
-        )
-    for line in mixture_lines(uses):
-        folder.log(line)
+    opened = open_run(recipe, load_set)
+    if isinstance(opened, RunFolder):
+        return opened
+    workers, folder = opened.workers, opened.folder
+    sets = {"train": opened.train}
+    if opened.held_out is not None:
+        sets["held out"] = opened.held_out
 
     longest = max(
         int(examples.lengths_NW.max())
@@ -770,7 +400,7 @@ def run(recipe: PreferenceRecipe) -> RunFolder:
         held_out_examples = learnt(sets["held out"])
         held_out = HeldOut(held_out_examples, len(held_out_examples), losses["held out"])
     examples = learnt(sets["train"])
-    steps = steps_for(recipe, workers, examples, np.ones(len(examples)))
+    steps = steps_for(recipe, workers, examples, np.ones(len(examples)), packs=model.logprobs.packs)
     kind = "rated answers" if recipe.loss.is_rated else "pairs"
     folder.log(
         f"{len(examples):,} {kind}, {examples.num_tokens:,} tokens; {steps.total:,} steps of "
@@ -785,7 +415,7 @@ def run(recipe: PreferenceRecipe) -> RunFolder:
         workers,
         folder,
         model.logprobs,
-        lambda: model.save(folder, encoder),
+        lambda: model.save(folder, opened.encoder),
         steps,
         losses["train"],
         held_out,

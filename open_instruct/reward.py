@@ -7,12 +7,13 @@ Bradley-Terry loss between the two -> a sequence-classification folder with one 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
 from olmo_base.optim import OptimConfig
@@ -20,24 +21,48 @@ from olmo_base.run.artefact import (
     ExampleCounts,
     RunConfig,
     RunFolder,
-    adapter_base,
     atomic_folder,
     move_into,
     resolve_model,
 )
 from olmo_base.run.errors import UserError
-from olmo_base.run.launch import seed_everything
 from olmo_base.run.metrics import LogConfig
 from olmo_base.run.recipe import setting
 from olmo_base.run.resume import CheckpointConfig
+from open_instruct.adapters import (
+    HEAD,
+    AdapterConfig,
+    add_adapter,
+    is_adapted,
+    is_reward_adapter,
+    merged,
+    open_adapter,
+    quantisation,
+    save_adapter,
+)
 from open_instruct.batches import Batch, Examples
-from open_instruct.causal_lm import ModelConfig, check_lengths, load_config
-from open_instruct.encode import ChatEncoder, encode_pairs, load_chat_encoder
-from open_instruct.examples import DataConfig, Source, SourceUse, mixture_lines, read_pairs
+from open_instruct.causal_lm import (
+    ModelConfig,
+    check_lengths,
+    load_config,
+    new_folder,
+    whole_model_folder,
+)
+from open_instruct.encode import ChatEncoder, load_chat_encoder
+from open_instruct.examples import DataConfig, Source
 from open_instruct.logprobs import Wrapped, padding_mask
-from open_instruct.loop import HeldOut, SummedLoss, TrainConfig, Workers
+from open_instruct.loop import HeldOut, SummedLoss, TrainConfig
 from open_instruct.losses import bradley_terry_loss, centering_loss
-from open_instruct.tuning import input_files, plan_figures, steps_for, train_and_finish
+from open_instruct.tokenised import DataReport, tokenised_pairs
+from open_instruct.tuning import (
+    about_adapter,
+    input_files,
+    load_for_plan,
+    open_run,
+    plan_figures,
+    steps_for,
+    train_and_finish,
+)
 
 __all__ = ["RewardRecipe", "input_files", "plan", "run"]
 
@@ -57,6 +82,7 @@ class RewardRecipe:
 
     stage: Literal["reward"] = "reward"
     model: ModelConfig
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     chat_template: str | None = None  # null: the template that the model carries
     data: DataConfig
     center_rewards_coefficient: float | None = setting(
@@ -77,18 +103,10 @@ def pair_examples(
     encoder: ChatEncoder,
     recipe: RewardRecipe,
     counts: ExampleCounts,
-    uses: list[SourceUse],
+    report: DataReport,
 ) -> tuple[Examples, Tensor]:
     """The tokenised pairs, chosen first, and their margins (P,). Errors: UserError if none."""
-    pairs = read_pairs(
-        sources,
-        seed=recipe.run.seed,
-        on_bad_row=recipe.data.on_bad_row,
-        counts=counts,
-        uses=uses,
-        with_margin=True,
-    )
-    encoded = encode_pairs(pairs, encoder, recipe.data, counts)
+    encoded = tokenised_pairs(sources, encoder, recipe, counts, report, with_margin=True)
     if not encoded:
         raise UserError(
             f"No pair is left of {', '.join(source.path for source in sources)}; "
@@ -149,7 +167,8 @@ class RowRewards(Wrapped):
             return self._rewards(batch, self._needs_mask)
 
     def _rewards(self, batch: Batch, needs_mask: bool) -> Tensor:
-        body: Any = self.model.base_model
+        whole: Any = self.model.get_base_model() if is_adapted(self.model) else self.model
+        body = whole.base_model
         hidden = body(
             input_ids=batch.ids_RT,
             attention_mask=padding_mask(batch) if needs_mask else None,
@@ -157,8 +176,7 @@ class RowRewards(Wrapped):
         ).last_hidden_state
         rows_R = torch.arange(len(batch.ids_RT), device=hidden.device)
         last_RD = hidden[rows_R, batch.lengths_R - 1]
-        score: Any = self.model.score
-        rewards_R: Tensor = score(last_RD)[:, 0].float()
+        rewards_R: Tensor = whole.score(last_RD)[:, 0].float()
         return rewards_R
 
     @torch.no_grad()
@@ -196,28 +214,70 @@ class RowRewards(Wrapped):
         )
 
 
-def load_reward_model(
-    config: ModelConfig, encoder: ChatEncoder, seed: int
-) -> tuple[PreTrainedModel, torch.dtype]:
-    """The model in float32 with one scalar head, and the precision its files are in.
+class LoadedReward(NamedTuple):
+    """A reward model that is to be trained or asked."""
 
-    The head is new, drawn by ``seed``, unless the folder is a reward model already. Errors:
-    UserError for an adapter, an incomplete folder, or a tokenizer whose padding ends turns.
+    model: Any  # of transformers, or of peft
+    stored_dtype: torch.dtype  # the precision its files are in
+    has_new_head: bool
+
+
+def load_reward_model(
+    config: ModelConfig,
+    encoder: ChatEncoder,
+    seed: int,
+    adapter: AdapterConfig | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    compute_dtype: torch.dtype = torch.float32,
+) -> LoadedReward:
+    """The model in float32 with one scalar head.
+
+    The head is new, drawn by ``seed``, unless the folder is a reward model already, whole or an
+    adapter. With ``use_peft`` an adapter and the head are trained. Only a quantised base goes to
+    ``device`` at once, and computes in ``compute_dtype``. Errors: UserError for an adapter that is
+    no reward model's, an incomplete folder, or a tokenizer whose padding ends turns.
     """
-    folder = resolve_model(config.model_name_or_path)
-    if adapter_base(folder) is not None:
+    adapter = adapter or AdapterConfig()
+    given = resolve_model(config.model_name_or_path)
+    folder = whole_model_folder(config.model_name_or_path)
+    if folder != given and (adapter.use_peft or not is_reward_adapter(given)):
         raise UserError(
-            f"{folder} is an adapter, and a reward model is trained on a whole model. Merge it "
-            f"first: open-instruct merge {folder} OUT."
+            f"{given} is an adapter, and a reward model is trained on a whole model. Merge it "
+            f"first: open-instruct merge {given} OUT."
         )
     pad_id = encoder.tokenizer.pad_token_id
     if pad_id is None or pad_id in encoder.end_of_turn_ids:
         raise UserError(
-            f"The tokenizer of {folder} has no padding token, or one that ends turns too. Whoever "
+            f"The tokenizer of {given} has no padding token, or one that ends turns too. Whoever "
             "opens a reward model finds the last token by the padding behind it: give the "
             "tokenizer a pad_token of its own."
         )
     stored_dtype = getattr(load_config(config), "dtype", None) or torch.float32
+    bits = quantisation(adapter, compute_dtype, skipped=[HEAD])
+    model, has_new_head = _load_classifier(
+        folder,
+        config,
+        seed,
+        {} if bits is None else {"quantization_config": bits, "device_map": {"": device}},
+    )
+    model.config.get_text_config().pad_token_id = pad_id
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if folder != given:
+        model = merged(open_adapter(model, given, is_trainable=False))
+        has_new_head = False
+    elif adapter.use_peft:
+        name = config.model_name_or_path
+        base = str(Path(name).resolve()) if Path(name).is_dir() else name
+        model = add_adapter(model, adapter, base, seed, task="SEQ_CLS")
+    return LoadedReward(model, stored_dtype, has_new_head)
+
+
+def _load_classifier(
+    folder: Path, config: ModelConfig, seed: int, placed: dict[str, Any]
+) -> tuple[Any, bool]:
+    """A sequence classifier with one label, and whether its head is new."""
     load: Any = AutoModelForSequenceClassification.from_pretrained
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # of what is new or missing we speak ourselves
@@ -231,38 +291,50 @@ def load_reward_model(
                 attn_implementation=config.attn_implementation,
                 trust_remote_code=config.trust_remote_code,
                 output_loading_info=True,
+                **placed,
             )
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         first_line = (str(error).strip().splitlines() or [repr(error)])[0]
         raise UserError(f"The model in {folder} cannot score sequences: {first_line}") from None
     finally:
         transformers_logging.set_verbosity(verbosity)
-    if not isinstance(getattr(model, "score", None), nn.Linear):
+    if not isinstance(getattr(model, HEAD, None), nn.Linear):
         raise UserError(f"{type(model).__name__} has no head of the name score to be trained.")
-    missing = sorted(name for name in report["missing_keys"] if not name.startswith("score."))
+    missing = sorted(name for name in report["missing_keys"] if not name.startswith(f"{HEAD}."))
     if missing:
         raise UserError(
             f"{folder} lacks {len(missing)} weights of a {type(model).__name__}, the first being "
             f"{missing[0]}; they would start random. Give a complete model folder."
         )
-    model.config.get_text_config().pad_token_id = pad_id
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model, stored_dtype
+    return model, f"{HEAD}.weight" in report["missing_keys"]
 
 
-def save_reward_model(
-    folder: RunFolder, model: PreTrainedModel, encoder: ChatEncoder, dtype: torch.dtype
-) -> None:
-    """Write weights, config, tokenizer and template into the run's folder."""
-    with atomic_folder(folder.path / "model.tmp") as temporary:
-        model.to(dtype)  # type: ignore[arg-type]
+def save_reward_model(folder: Path, model: Any, encoder: ChatEncoder, dtype: torch.dtype) -> None:
+    """Write weights, config, tokenizer and template into ``folder``; of an adapter its own files.
+
+    Changes the model's precision.
+    """
+    if is_adapted(model):
+        save_adapter(model, folder)
+    else:
+        model.to(dtype)
         model.config.use_cache = True
-        model.save_pretrained(temporary)
-        encoder.tokenizer.chat_template = encoder.template
-        encoder.tokenizer.save_pretrained(temporary)
-    move_into(folder.path / "model.tmp", folder.path)
-    (folder.path / "model.tmp").rmdir()
+        model.save_pretrained(folder)
+    encoder.tokenizer.chat_template = encoder.template
+    encoder.tokenizer.save_pretrained(folder)
+
+
+def merge_reward_adapter(adapter: str, out: str) -> Path:
+    """Write the reward model that an adapter makes of its base into the new folder ``out``.
+
+    Errors: UserError if ``out`` is not empty.
+    """
+    target = new_folder(out)
+    encoder = load_chat_encoder(adapter)
+    loaded = load_reward_model(ModelConfig(adapter), encoder, seed=0)
+    with atomic_folder(target) as temporary:
+        save_reward_model(temporary, loaded.model, encoder, loaded.stored_dtype)
+    return target
 
 
 # ---------------------------------------------------------------- plan and run
@@ -270,10 +342,8 @@ def save_reward_model(
 
 def plan(recipe: RewardRecipe) -> dict[str, object]:
     """What a run would do, for --dry-run; touches nothing. Errors: as in ``run``."""
-    encoder = load_chat_encoder(recipe.model.model_name_or_path, recipe.chat_template)
-    counts = ExampleCounts()
-    examples, _ = pair_examples(recipe.data.dataset_mixer, encoder, recipe, counts, [])
-    return plan_figures(recipe, examples, np.ones(len(examples)), counts)
+    (examples, _), counts = load_for_plan(recipe, pair_examples)
+    return plan_figures(recipe, examples, np.ones(len(examples)), counts, recipe.adapter)
 
 
 def run(recipe: RewardRecipe) -> RunFolder:
@@ -281,44 +351,51 @@ def run(recipe: RewardRecipe) -> RunFolder:
 
     Errors: UserError, DataError for what the user can mend; Stopped after a signal.
     """
-    workers = Workers(recipe.train.bf16)
-    with workers.main_first():
-        folder = RunFolder.open(recipe, input_files(recipe))
-    if folder.is_finished:
-        return folder
-    seed_everything(recipe.run.seed)
-
-    encoder = load_chat_encoder(recipe.model.model_name_or_path, recipe.chat_template)
-    uses: list[SourceUse] = []
-    examples, margins_P = pair_examples(
-        recipe.data.dataset_mixer, encoder, recipe, folder.counts, uses
-    )
+    opened = open_run(recipe, pair_examples)
+    if isinstance(opened, RunFolder):
+        return opened
+    workers, folder, encoder = opened.workers, opened.folder, opened.encoder
+    examples, margins_P = opened.train
     held_out = None
-    if recipe.data.eval_dataset_mixer:
-        held_out_examples, held_out_margins_P = pair_examples(
-            recipe.data.eval_dataset_mixer, encoder, recipe, ExampleCounts(), uses
-        )
+    if opened.held_out is not None:
+        pairs, held_out_margins_P = opened.held_out
         loss = reward_loss(held_out_margins_P.to(workers.device), None)
-        held_out = HeldOut(held_out_examples, len(held_out_examples), loss)
-    for line in mixture_lines(uses):
-        folder.log(line)
+        held_out = HeldOut(pairs, len(pairs), loss)
 
-    model, stored_dtype = load_reward_model(recipe.model, encoder, recipe.run.seed)
+    loaded = load_reward_model(
+        recipe.model,
+        encoder,
+        recipe.run.seed,
+        recipe.adapter,
+        device=workers.device,
+        compute_dtype=torch.bfloat16 if workers.bf16 else torch.float32,
+    )
     longest = int(examples.lengths_NW.max())
-    check_lengths(longest, model.config, recipe.model.model_name_or_path)
-    model.to(workers.device)  # type: ignore[arg-type]
-    rewards = RowRewards(model, workers.precision, 1.0 if workers.bf16 else 1e-3)
+    check_lengths(longest, loaded.model.config, recipe.model.model_name_or_path)
+    if is_adapted(loaded.model):
+        folder.log(about_adapter(loaded.model))
+    if not recipe.adapter.is_quantised:  # such a model was loaded onto the device
+        loaded.model.to(workers.device)
+    tolerance = 1.0 if workers.bf16 or recipe.adapter.is_quantised else 1e-3
+    rewards = RowRewards(loaded.model, workers.precision, tolerance)
     steps = steps_for(recipe, workers, examples, np.ones(len(examples)))
     folder.log(
         f"{len(examples):,} pairs, {examples.num_tokens:,} tokens; {steps.total:,} steps of "
         f"{steps.per_step} pairs; rewards from {rewards.way}"
     )
+
+    def save() -> None:
+        with atomic_folder(folder.path / "model.tmp") as temporary:
+            save_reward_model(temporary, loaded.model, encoder, loaded.stored_dtype)
+        move_into(folder.path / "model.tmp", folder.path)
+        (folder.path / "model.tmp").rmdir()
+
     train_and_finish(
         recipe,
         workers,
         folder,
         rewards,
-        lambda: save_reward_model(folder, model, encoder, stored_dtype),
+        save,
         steps,
         reward_loss(margins_P.to(workers.device), recipe.center_rewards_coefficient),
         held_out,

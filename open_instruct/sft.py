@@ -17,24 +17,26 @@ from torch import Tensor, nn
 from olmo_base.optim import OptimConfig
 from olmo_base.run.artefact import ExampleCounts, RunConfig, RunFolder
 from olmo_base.run.errors import UserError
-from olmo_base.run.launch import seed_everything
 from olmo_base.run.metrics import LogConfig
 from olmo_base.run.recipe import RecipeError, setting
 from olmo_base.run.resume import CheckpointConfig
 from open_instruct.adapters import AdapterConfig
 from open_instruct.batches import Batch, Examples
 from open_instruct.causal_lm import ModelConfig
-from open_instruct.encode import ChatEncoder, encode_dialogues, load_chat_encoder
-from open_instruct.examples import (
-    DataConfig,
-    Source,
-    SourceUse,
-    mixture_lines,
-    read_dialogues,
-)
-from open_instruct.loop import HeldOut, SummedLoss, TrainConfig, Workers
+from open_instruct.encode import ChatEncoder
+from open_instruct.examples import DataConfig, Source
+from open_instruct.loop import HeldOut, SummedLoss, TrainConfig
 from open_instruct.losses import dft_loss, sft_loss, smoothed_sft_loss
-from open_instruct.tuning import Model, input_files, plan_figures, steps_for, train_and_finish
+from open_instruct.tokenised import DataReport, tokenised_dialogues
+from open_instruct.tuning import (
+    Model,
+    input_files,
+    load_for_plan,
+    open_run,
+    plan_figures,
+    steps_for,
+    train_and_finish,
+)
 
 __all__ = ["SftRecipe", "input_files", "plan", "run"]
 
@@ -90,17 +92,10 @@ def dialogue_examples(
     encoder: ChatEncoder,
     recipe: SftRecipe,
     counts: ExampleCounts,
-    uses: list[SourceUse],
+    report: DataReport,
 ) -> Examples:
     """The tokenised dialogues of a mixture. Errors: UserError if none is left."""
-    dialogues = read_dialogues(
-        sources,
-        seed=recipe.run.seed,
-        on_bad_row=recipe.data.on_bad_row,
-        counts=counts,
-        uses=uses,
-    )
-    encoded = encode_dialogues(dialogues, encoder, recipe.data, counts)
+    encoded = tokenised_dialogues(sources, encoder, recipe, counts, report)
     if not encoded:
         raise UserError(
             f"No dialogue is left of {', '.join(source.path for source in sources)}; "
@@ -184,9 +179,7 @@ def row_seed(step_seed: int, example: int) -> int:
 
 def plan(recipe: SftRecipe) -> dict[str, object]:
     """What a run would do, for --dry-run; touches nothing. Errors: as in ``run``."""
-    encoder = load_chat_encoder(recipe.model.model_name_or_path, recipe.chat_template)
-    counts = ExampleCounts()
-    examples = dialogue_examples(recipe.data.dataset_mixer, encoder, recipe, counts, [])
+    examples, counts = load_for_plan(recipe, dialogue_examples)
     terms = terms_per_dialogue(recipe.loss, examples)
     return plan_figures(recipe, examples, terms, counts, recipe.adapter)
 
@@ -196,27 +189,22 @@ def run(recipe: SftRecipe) -> RunFolder:
 
     Errors: UserError, DataError for what the user can mend; Stopped after a signal.
     """
-    workers = Workers(recipe.train.bf16)
-    with workers.main_first():
-        folder = RunFolder.open(recipe, input_files(recipe))
-    if folder.is_finished:
-        return folder
-    seed_everything(recipe.run.seed)
-
-    encoder = load_chat_encoder(recipe.model.model_name_or_path, recipe.chat_template)
-    uses: list[SourceUse] = []
-    examples = dialogue_examples(recipe.data.dataset_mixer, encoder, recipe, folder.counts, uses)
+    opened = open_run(recipe, dialogue_examples)
+    if isinstance(opened, RunFolder):
+        return opened
+    workers, folder, examples = opened.workers, opened.folder, opened.train
     held_out = None
-    if recipe.data.eval_dataset_mixer:
-        held_out_examples = dialogue_examples(
-            recipe.data.eval_dataset_mixer, encoder, recipe, ExampleCounts(), uses
-        )
-        held_out = HeldOut(held_out_examples, held_out_examples.num_labels, summed_loss)
-    for line in mixture_lines(uses):
-        folder.log(line)
+    if opened.held_out is not None:
+        held_out = HeldOut(opened.held_out, opened.held_out.num_labels, summed_loss)
 
     model = Model(recipe, workers, folder, longest=int(examples.lengths_NW.max()))
-    steps = steps_for(recipe, workers, examples, terms_per_dialogue(recipe.loss, examples))
+    steps = steps_for(
+        recipe,
+        workers,
+        examples,
+        terms_per_dialogue(recipe.loss, examples),
+        packs=model.logprobs.packs,
+    )
     loss = training_loss(recipe.loss, model.language_model.get_input_embeddings())
     folder.log(
         f"{len(examples):,} dialogues, {examples.num_tokens:,} tokens, {examples.num_labels:,} of "
@@ -228,7 +216,7 @@ def run(recipe: SftRecipe) -> RunFolder:
         workers,
         folder,
         model.logprobs,
-        lambda: model.save(folder, encoder),
+        lambda: model.save(folder, opened.encoder),
         steps,
         loss,
         held_out,

@@ -1,16 +1,26 @@
-"""What the tuning stages share: the files they read, what a plan says, the model's load and end."""
+"""What the tuning stages share: how a run opens, what a plan says, the model's load and end."""
 
+import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from olmo_base.optim import OptimConfig
-from olmo_base.run.artefact import ExampleCounts, RunConfig, RunFolder, model_files
+from olmo_base.run.artefact import (
+    ExampleCounts,
+    RunConfig,
+    RunFolder,
+    model_files,
+    read_manifest,
+)
+from olmo_base.run.launch import seed_everything
 from olmo_base.run.metrics import LogConfig
 from olmo_base.run.resume import CheckpointConfig
+from olmo_base.run.trackers import refuse_missing_trackers
 from open_instruct.adapters import AdapterConfig, is_adapted
 from open_instruct.batches import Examples, Steps
 from open_instruct.causal_lm import (
@@ -22,10 +32,11 @@ from open_instruct.causal_lm import (
     save_causal_lm,
     training_memory,
 )
-from open_instruct.encode import ChatEncoder, find_template
-from open_instruct.examples import DataConfig, source_files
+from open_instruct.encode import ChatEncoder, find_template, load_chat_encoder
+from open_instruct.examples import DataConfig, Source, source_files
 from open_instruct.logprobs import LabelLogprobs, Wrapped
 from open_instruct.loop import HeldOut, Loss, TrainConfig, Workers, steps_of, train
+from open_instruct.tokenised import DataReport, report_for
 
 STEPS_LOOKED_AT = 200  # by a plan, for the largest micro-batch
 
@@ -52,10 +63,80 @@ class TuningRecipe(Protocol):
 
 
 def input_files(recipe: TuningRecipe) -> list[Path]:
-    """The files whose content decides the result. Errors: UserError naming one that is missing."""
+    """The files whose content decides the result.
+
+    Errors: UserError naming one that is missing, or a tracker that is not installed.
+    """
+    refuse_missing_trackers(recipe.log.report_to)
     template = [] if recipe.chat_template is None else [find_template(recipe.chat_template)]
     sources = [*recipe.data.dataset_mixer, *recipe.data.eval_dataset_mixer]
-    return [*model_files(recipe.model.model_name_or_path), *template, *source_files(sources)]
+    against = [Path(file) for file in recipe.data.decontaminate_against]
+    model = model_files(recipe.model.model_name_or_path)
+    return [*model, *template, *source_files(sources), *against]
+
+
+# ---------------------------------------------------------------- how a run and a plan open
+
+Recipe = TypeVar("Recipe", bound=TuningRecipe)
+Loaded = TypeVar("Loaded")  # the examples of a mixture, as a stage learns from them
+Load = Callable[[tuple[Source, ...], ChatEncoder, Recipe, ExampleCounts, DataReport], Loaded]
+
+
+@dataclass(frozen=True)
+class Opened(Generic[Loaded]):
+    """A run that is to be worked on."""
+
+    workers: Workers
+    folder: RunFolder
+    encoder: ChatEncoder
+    train: Loaded
+    held_out: Loaded | None
+
+
+def open_run(recipe: Recipe, load: Load[Recipe, Loaded]) -> Opened[Loaded] | RunFolder:
+    """The run's folder, seeds and examples; only its folder if it is finished already.
+
+    Errors: UserError, DataError for what the user can mend.
+    """
+    tokenise_before_ranks_meet(recipe, load)
+    workers = Workers(recipe.train.bf16)
+    with workers.main_first():
+        folder = RunFolder.open(recipe, input_files(recipe))
+    if folder.is_finished:
+        return folder
+    seed_everything(recipe.run.seed)
+
+    encoder = load_chat_encoder(recipe.model.model_name_or_path, recipe.chat_template)
+    report = report_for(recipe)
+    examples = load(recipe.data.dataset_mixer, encoder, recipe, folder.counts, report)
+    held_out = None
+    if recipe.data.eval_dataset_mixer:
+        held_out = load(recipe.data.eval_dataset_mixer, encoder, recipe, ExampleCounts(), report)
+    report.tell(folder)
+    return Opened(workers, folder, encoder, examples, held_out)
+
+
+def tokenise_before_ranks_meet(recipe: Recipe, load: Load[Recipe, Loaded]) -> None:
+    """Tokenise, in a run of several processes, before they form a group with its timeouts.
+
+    One of them does it for all; each finds it kept when it loads its examples.
+    """
+    manifest = read_manifest(recipe.run.output_dir)
+    is_finished = manifest is not None and manifest.get("status") == "finished"
+    report = report_for(recipe)
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or is_finished or report.kept_in is None:
+        return
+    encoder = load_chat_encoder(recipe.model.model_name_or_path, recipe.chat_template)
+    for sources in (recipe.data.dataset_mixer, recipe.data.eval_dataset_mixer):
+        if sources:
+            load(sources, encoder, recipe, ExampleCounts(), report)
+
+
+def load_for_plan(recipe: Recipe, load: Load[Recipe, Loaded]) -> tuple[Loaded, ExampleCounts]:
+    """The examples that a run would learn from, for --dry-run. Errors: as in ``open_run``."""
+    encoder = load_chat_encoder(recipe.model.model_name_or_path, recipe.chat_template)
+    counts = ExampleCounts()
+    return load(recipe.data.dataset_mixer, encoder, recipe, counts, DataReport()), counts
 
 
 def plan_figures(
@@ -66,6 +147,7 @@ def plan_figures(
     adapter: AdapterConfig | None = None,
 ) -> dict[str, object]:
     """What a run over these examples would do, for --dry-run. Errors: UserError, as in the run."""
+    refuse_missing_trackers(recipe.log.report_to)
     model_config = load_config(recipe.model)
     check_lengths(int(examples.lengths_NW.max()), model_config, recipe.model.model_name_or_path)
     steps = steps_of(examples, terms_per_example, recipe.train, seed=recipe.run.seed)
@@ -115,15 +197,16 @@ class Model:
         name = recipe.model.model_name_or_path
         check_lengths(longest, self.language_model.config, name)
         if is_adapted(self.language_model):
-            folder.log(_about_adapter(self.language_model))
-        self.logprobs: LabelLogprobs = workers.place(self.language_model)
+            folder.log(about_adapter(self.language_model))
+        self.logprobs: LabelLogprobs = workers.place(self.language_model, recipe.train.batching)
 
     def save(self, folder: RunFolder, encoder: ChatEncoder) -> None:
         """Write the run's model folder. Changes the model's precision."""
         save_causal_lm(folder, self.language_model, encoder, self._stored_dtype)
 
 
-def _about_adapter(adapted: Any) -> str:
+def about_adapter(adapted: Any) -> str:
+    """An adapter in words, for the log."""
     settings = adapted.peft_config["default"]
     trained = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
     targets = {name.rpartition(".")[2] for name in settings.target_modules}
@@ -136,16 +219,21 @@ def _about_adapter(adapted: Any) -> str:
 
 
 def steps_for(
-    recipe: TuningRecipe, workers: Workers, examples: Examples, terms_per_example: np.ndarray
+    recipe: TuningRecipe,
+    workers: Workers,
+    examples: Examples,
+    terms_per_example: np.ndarray,
+    *,
+    packs: bool = False,
 ) -> Steps:
-    """The optimizer steps of a run over these examples."""
+    """The optimizer steps of a run over these examples; ``packs``: whether its model does."""
     return steps_of(
         examples,
         terms_per_example,
         recipe.train,
         seed=recipe.run.seed,
         num_ranks=workers.num_ranks,
-        cost_of_cut=workers.cost_of_cut(),
+        cost_of_cut=workers.cost_of_cut(packs=packs),
     )
 
 

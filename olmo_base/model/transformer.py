@@ -18,7 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from olmo_base.model.attention import Attention, KeyValueCache, SharedPrefix, Tree, window_mask
+from olmo_base.model.attention import (
+    Attention,
+    KeyValueCache,
+    SharedPrefix,
+    Sight,
+    Tree,
+    window_mask,
+)
+from olmo_base.model.context import SplitContext
 from olmo_base.model.feed_forward import (
     INIT_STD,
     Embedding,
@@ -27,6 +35,7 @@ from olmo_base.model.feed_forward import (
     Linear,
     RMSNorm,
 )
+from olmo_base.model.packing import Branches, Packing
 from olmo_base.model.rope import RotaryTable, Yarn
 from olmo_base.run.errors import UserError
 
@@ -241,20 +250,6 @@ def new_norm(config: ModelConfig) -> nn.Module:
     return RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
-class Sight(NamedTuple):
-    """What layers that see equally far share: how positions turn, and who sees whom."""
-
-    rotation: tuple[Tensor, Tensor]  # cosines and sines, Th or B1Th
-    may_attend: Tensor | None  # B1TS; None for plain causality
-
-
-class Branches(NamedTuple):
-    """Where the tokens of a row stand in their own sequences, and which others belong to those."""
-
-    positions_BT: Tensor
-    may_attend_BTT: Tensor  # query by key; windows are added to it
-
-
 class Block(nn.Module):
     """One layer: attention, then feed-forward, each normed on its way in (OLMo-1) or out."""
 
@@ -282,7 +277,7 @@ class Block(nn.Module):
         x_BTD: Tensor,
         rotation: tuple[Tensor, Tensor],
         may_attend: Tensor | None,
-        cache: KeyValueCache | SharedPrefix | None,
+        cache: KeyValueCache | SharedPrefix | SplitContext | None,
         layer: int,
     ) -> Tensor:
         """BTD to BTD."""
@@ -293,6 +288,14 @@ class Block(nn.Module):
         mixed_BTD = self.attention(x_BTD, rotation, may_attend, cache, layer)
         x_BTD = x_BTD + self.attention_norm(mixed_BTD)
         return x_BTD + self.feed_forward_norm(self.feed_forward(x_BTD))
+
+    def packed(self, x_ND: Tensor, packing: Packing, sights: list[Sight]) -> Tensor:
+        """ND to ND: rows laid end to end."""
+        if self.norms_inputs:
+            x_ND = x_ND + self.attention.packed(self.attention_norm(x_ND), packing, sights)
+            return x_ND + self.feed_forward(self.feed_forward_norm(x_ND))
+        x_ND = x_ND + self.attention_norm(self.attention.packed(x_ND, packing, sights))
+        return x_ND + self.feed_forward_norm(self.feed_forward(x_ND))
 
 
 class Transformer(nn.Module):
@@ -332,34 +335,62 @@ class Transformer(nn.Module):
         branches: Branches | None = None,
         cache: KeyValueCache | None = None,
         tree: Tree | None = None,
+        context: SplitContext | None = None,
     ) -> Tensor:
         """Hidden states after the final norm, BTD.
 
         ``document_ids_BT`` numbers the documents packed into a row; a position then sees only its
         own document (RoPE is relative, so positions need not start anew). ``branches`` are for rows
         in which several sequences go on from one beginning. ``cache`` continues what it holds.
-        ``tree`` says where each token stands and what it sees, in a model without windows.
+        ``tree`` says where each token stands and what it sees, in a model without windows. With
+        ``context`` the ids are this rank's part of longer rows, the documents those of whole rows.
         Errors: UserError if there are more positions than the model was made for; of branches the
         caller has to know the lengths.
         """
-        if branches is None:
+        kept: KeyValueCache | SharedPrefix | SplitContext | None = cache
+        if context is not None:
+            assert branches is None and cache is None and tree is None
+            sights, kept = self._sights_in_context(ids_BT, document_ids_BT, context), context
+        elif branches is None:
             sights = self._sights(ids_BT, document_ids_BT, cache, tree)
         else:
             assert document_ids_BT is None and cache is None and tree is None
             sights = self._sights_of_branches(branches)
-        kept = cache if tree is None else tree.prefix
+        if tree is not None:
+            kept = tree.prefix
         x_BTD = self.embed_tokens(ids_BT)
         for index, layer in enumerate(self.layers):
             rotation, may_attend = sights[self.windows[index]]
             if self.gradient_checkpointing and torch.is_grad_enabled() and cache is None:
                 x_BTD = checkpoint(
-                    layer, x_BTD, rotation, may_attend, None, index, use_reentrant=False
+                    layer, x_BTD, rotation, may_attend, context, index, use_reentrant=False
                 )
             else:
                 x_BTD = layer(x_BTD, rotation, may_attend, kept, index)
         if cache is not None:
             cache.advance(ids_BT.shape[1])
         return self.norm(x_BTD)
+
+    def packed(self, ids_BT: Tensor, packing: Packing) -> Tensor:
+        """Hidden states after the final norm of padded rows, at their tokens only, ND.
+
+        Errors: UserError if a row is longer than the model was made for.
+        """
+        sights: dict[int | None, list[Sight]] = {window: [] for window in self.windows}
+        for group in packing.groups:
+            if group.branches is not None:
+                found = self._sights_of_branches(group.branches)
+            else:
+                found = self._sights_of_rows(group.length, ids_BT.device)
+            for window, sight in found.items():
+                sights[window].append(sight)
+        x_ND = self.embed_tokens(ids_BT).flatten(0, 1).index_select(0, packing.sources_N)
+        for window, layer in zip(self.windows, self.layers, strict=True):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x_ND = checkpoint(layer.packed, x_ND, packing, sights[window], use_reentrant=False)
+            else:
+                x_ND = layer.packed(x_ND, packing, sights[window])
+        return self.norm(x_ND)
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Next-token logits, BTV, of hidden states of any leading shape."""
@@ -409,15 +440,21 @@ class Transformer(nn.Module):
         if cache is not None:
             assert document_ids_BT is None, "a cache holds one document per row"
             return self.sights_after(cache, num_positions)
-        self._check_length(num_positions)
         is_same_B1TT = None
         if document_ids_BT is not None:
             is_same_BTT = document_ids_BT[:, :, None] == document_ids_BT[:, None, :]
             is_same_B1TT = is_same_BTT.tril()[:, None]
+        return self._sights_of_rows(num_positions, ids_BT.device, is_same_B1TT)
+
+    def _sights_of_rows(
+        self, num_positions: int, device: torch.device, is_same_B1TT: Tensor | None = None
+    ) -> dict[int | None, Sight]:
+        """By window, of rows that begin at position 0."""
+        self._check_length(num_positions)
         sights = {}
         for window, table in self.rotary_tables.items():
-            cos_Sh, sin_Sh = table(num_positions, ids_BT.device)
-            near_TT = window_mask(num_positions, window, ids_BT.device)
+            cos_Sh, sin_Sh = table(num_positions, device)
+            near_TT = window_mask(num_positions, window, device)
             may_attend = is_same_B1TT
             if near_TT is not None:
                 may_attend = near_TT[None, None] if may_attend is None else may_attend & near_TT
@@ -450,6 +487,21 @@ class Transformer(nn.Module):
             rotation = _at(positions_BT, *table(num_positions, positions_BT.device))
             sights[window] = Sight(rotation, sees_BTT[:, None])
         return sights
+
+    def _sights_in_context(
+        self, ids_BP: Tensor, document_ids_BT: Tensor | None, context: SplitContext
+    ) -> dict[int | None, Sight]:
+        """By window, of this rank's part of the rows."""
+        num_positions = ids_BP.shape[1] * context.num_ranks
+        self._check_length(num_positions)
+        positions_P = context.positions(num_positions, ids_BP.device)
+        return {
+            window: Sight(
+                _at(positions_P, *table(num_positions, ids_BP.device)),
+                context.may_attend(num_positions, window, document_ids_BT, positions_P),
+            )
+            for window, table in self.rotary_tables.items()
+        }
 
     def _check_length(self, num_positions: int) -> None:
         if num_positions > self.config.max_position_embeddings:

@@ -19,7 +19,10 @@ from open_instruct import preference, sft
 from open_instruct.__main__ import main
 from open_instruct.adapters import AdapterConfig
 from open_instruct.causal_lm import ModelConfig, count_parameters, load_causal_lm
+from open_instruct.encode import load_chat_encoder
 from open_instruct.loop import steps_of
+from open_instruct.reference import REFERENCE_FILE
+from open_instruct.tokenised import DataReport
 from tests.open_instruct.tiny import (
     assert_same_weights,
     kill_after_step,
@@ -156,7 +159,11 @@ def test_training_an_adapter_equals_peft_and_a_loop_written_out(folder):
     lines = (folder / "train.jsonl").read_text().splitlines()
     dialogues = [json.loads(line)["messages"] for line in lines]
     examples = sft.dialogue_examples(
-        recipe.data.dataset_mixer, sft.load_chat_encoder(run.path, None), recipe, run.counts, []
+        recipe.data.dataset_mixer,
+        load_chat_encoder(run.path, None),
+        recipe,
+        run.counts,
+        DataReport(),
     )
     steps = steps_of(examples, examples.num_labels_NW[:, 0], recipe.train, seed=recipe.run.seed)
     for step in range(3):
@@ -303,7 +310,7 @@ def test_chat_and_evaluation_open_an_adapter_as_a_model(folder, keys):
 
 
 def reference_of(run: Path) -> torch.Tensor:
-    return load_file(run / preference.REFERENCE_FILE)["train"]
+    return load_file(run / REFERENCE_FILE)["train"]
 
 
 def test_the_reference_of_a_new_adapter_is_the_model_without_it(folder):

@@ -18,15 +18,19 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
+from olmo_base.run.artefact import ExampleCounts
 from olmo_base.run.errors import UserError
 from olmo_base.run.recipe import load_recipe
 from open_instruct import preference
 from open_instruct.batches import Examples
 from open_instruct.control_tokens import Encoded
-from open_instruct.encode import EncodedRated, find_template
+from open_instruct.encode import EncodedRated, find_template, load_chat_encoder
 from open_instruct.logprobs import LabelLogprobs
 from open_instruct.loop import Totals, Workers, add_gradients, settle
 from open_instruct.losses import dpo_loss, odds_ratio_loss
+from open_instruct.pair_losses import LossConfig, PairScores
+from open_instruct.reference import REFERENCE_FILE, answer_logprobs
+from open_instruct.tokenised import DataReport
 from tests.open_instruct.tiny import (
     assert_same_weights,
     kill_after_step,
@@ -155,16 +159,16 @@ SHARED_WITH_TRL = [  # our loss_type and keys, TRL's
 def test_loss_and_gradients_equal_trl_on_random_log_probabilities(
     trl_trainer, folder, keys, their_names
 ):
-    loss = preference.LossConfig(**keys)
+    loss = LossConfig(**keys)
     trl_trainer.loss_types, trl_trainer.beta = their_names, loss.beta_in_use
     trl_trainer.loss_weights = list(loss.loss_weights or [1.0])
     trl_trainer.label_smoothing = loss.label_smoothing
     trl_trainer.use_weighting = "wpo" in loss.names
 
     recipe = recipe_of(folder)
-    encoder = preference.load_chat_encoder("model", "tulu")
+    encoder = load_chat_encoder("model", "tulu")
     examples = preference.pair_examples(
-        recipe.data.dataset_mixer, encoder, recipe, preference.ExampleCounts(), []
+        recipe.data.dataset_mixer, encoder, recipe, ExampleCounts(), DataReport()
     )
     numbers = [3, 0, 9, 14]
     batch = examples.batch(numbers)
@@ -256,12 +260,10 @@ def test_kto_equals_trl_where_a_step_is_one_micro_batch(folder, is_whole_step):
     reference = LabelLogprobs(tiny_olmo2(seed=9))
     with torch.no_grad():
         own, other = (
-            preference.answer_logprobs(reference, part.batch(range(4)), 1)[:, 0]
+            answer_logprobs(reference, part.batch(range(4)), 1)[:, 0]
             for part in (rated.answers, rated.mismatched)
         )
-    config = preference.LossConfig(
-        loss_type="kto", beta=0.2, desirable_weight=1.5, undesirable_weight=0.7
-    )
+    config = LossConfig(loss_type="kto", beta=0.2, desirable_weight=1.5, undesirable_weight=0.7)
     loss = preference.rated_loss_against(own, other, rated, config)
     model = LabelLogprobs(tiny_olmo2())
     cuts = [[0, 1, 2, 3]] if is_whole_step else [[0], [1, 2], [3]]  # z_0 is the step's, not theirs
@@ -307,16 +309,16 @@ def test_every_loss_teaches_a_tiny_model_what_is_preferred(folder, keys):
     assert rows[-1]["eval_reward_margin"] > rows[0]["eval_reward_margin"]
     assert rows[-1]["eval_loss"] < rows[0]["eval_loss"]
     has_reference = keys["loss_type"] not in ("simpo", "orpo", "cpo")
-    assert (run.path / preference.REFERENCE_FILE).exists() == has_reference
+    assert (run.path / REFERENCE_FILE).exists() == has_reference
 
 
 def test_the_added_likelihood_is_the_mean_over_the_chosen_answers_tokens():
     policy_B2 = torch.tensor([[-8.0, -9.0], [-3.0, -1.0]])
     num_tokens_B2 = torch.tensor([[4.0, 2.0], [2.0, 5.0]])
-    pairs = preference.PairScores(policy_B2, num_tokens_B2, torch.zeros(2, 2))
+    pairs = PairScores(policy_B2, num_tokens_B2, torch.zeros(2, 2))
 
     def total(**keys):
-        return preference.preference_sums(pairs, preference.LossConfig(**keys))["loss"].item()
+        return preference.preference_sums(pairs, LossConfig(**keys))["loss"].item()
 
     likelihood = 8 / 4 + 3 / 2
     plain = total(beta=0.5)
@@ -364,7 +366,7 @@ def test_kto_teaches_a_tiny_model_good_from_bad(folder):
     assert rows[0]["eval_loss"] == pytest.approx(0.5, abs=1e-5)  # nothing gained: 1 - 1/2
     assert rows[0]["eval_kl"] == pytest.approx(0.0, abs=1e-5)
     assert rows[-1]["eval_loss"] < 0.3 and rows[-1]["eval_accuracy"] == 1.0
-    with safe_open(run.path / preference.REFERENCE_FILE, framework="pt") as file:
+    with safe_open(run.path / REFERENCE_FILE, framework="pt") as file:
         names = set(file.keys())
     assert names == {"train", "train, mismatched", "held out", "held out, mismatched"}
     assert "12 answers are good, 12 bad" in (run.path / "train.log").read_text()
@@ -408,7 +410,7 @@ def test_a_killed_run_ends_with_the_same_bits_as_one_never_killed(folder, share_
         folder / "run.yaml", folder / "run", step=random.Random("preference").randrange(10, 50)
     )
     # Even if the reference is lost: it comes from the starting weights, not the checkpoint's.
-    (folder / "run" / preference.REFERENCE_FILE).unlink()
+    (folder / "run" / REFERENCE_FILE).unlink()
     preference.run(recipe)
     log = (folder / "run" / "train.log").read_text()
     assert "going on from" in log
@@ -484,7 +486,7 @@ def test_single_answers_have_no_prompt_to_share(folder):
 
 def reference_file(run: Path):
     """The log-probabilities kept in a run's folder, and their key."""
-    with safe_open(run / preference.REFERENCE_FILE, framework="pt") as file:
+    with safe_open(run / REFERENCE_FILE, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()["key"]  # noqa: SIM118
 
 
@@ -492,9 +494,9 @@ def test_reference_logprobs_are_those_of_the_starting_weights(folder):
     recipe = recipe_of(folder)
     run = preference.run(recipe)
     kept, _ = reference_file(run.path)
-    encoder = preference.load_chat_encoder("model", "tulu")
+    encoder = load_chat_encoder("model", "tulu")
     examples = preference.pair_examples(
-        recipe.data.dataset_mixer, encoder, recipe, preference.ExampleCounts(), []
+        recipe.data.dataset_mixer, encoder, recipe, ExampleCounts(), DataReport()
     )
     model = AutoModelForCausalLM.from_pretrained("model").eval()
     for number in (0, 5, 23):
@@ -579,9 +581,7 @@ def test_a_stale_reference_is_never_used(folder, change):
         recipe_of(folder, **(keys | dict(output_dir="other", max_steps=2, save_steps=1)))
     )
     unfinish(folder / "other")
-    shutil.copy(
-        folder / "run" / preference.REFERENCE_FILE, folder / "other" / preference.REFERENCE_FILE
-    )
+    shutil.copy(folder / "run" / REFERENCE_FILE, folder / "other" / REFERENCE_FILE)
     preference.run(
         recipe_of(folder, **(keys | dict(output_dir="other", max_steps=2, save_steps=1)))
     )
@@ -600,7 +600,7 @@ def unfinish(run: Path) -> None:
 def test_a_damaged_reference_file_is_computed_again(folder, content):
     recipe = recipe_of(folder, max_steps=1)
     preference.run(recipe)
-    path = folder / "run" / preference.REFERENCE_FILE
+    path = folder / "run" / REFERENCE_FILE
     whole = path.read_bytes()
     path.write_bytes(whole[:-8] if content is None else content)
     unfinish(folder / "run")
@@ -626,7 +626,7 @@ def test_a_plan_counts_both_answers_and_writes_nothing(folder):
     assert sorted(folder.rglob("*")) == before
     assert figures["examples"] == {"used": 24, "truncated": 0, "dropped": {}}
     assert figures["steps"] == 12
-    encoder = preference.load_chat_encoder("model", "tulu")
+    encoder = load_chat_encoder("model", "tulu")
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     tokens = sum(
         len(
@@ -651,8 +651,8 @@ def test_a_model_without_template_says_what_to_do(folder):
 def test_sums_over_pairs_by_hand():
     # margins with beta 1/2: ln 3, 0 and -1
     policy_B2 = torch.tensor([[2 * math.log(3), 0.0], [1.0, 1.0], [0.0, 2.0]])
-    pairs = preference.PairScores(policy_B2, torch.ones(3, 2), torch.zeros(3, 2))
-    sums = preference.preference_sums(pairs, preference.LossConfig(beta=0.5))
+    pairs = PairScores(policy_B2, torch.ones(3, 2), torch.zeros(3, 2))
+    sums = preference.preference_sums(pairs, LossConfig(beta=0.5))
     assert sums["accuracy"].item() == 1.5
     assert sums["reward_margin"].item() == pytest.approx(math.log(3) - 1)
     assert sums["reward_chosen"].item() == pytest.approx(math.log(3) + 0.5)

@@ -10,6 +10,7 @@ from olmo_base.run.recipe import load_recipe
 from open_instruct import preference, sft
 from open_instruct.__main__ import main
 from open_instruct.causal_lm import ModelConfig, load_causal_lm
+from open_instruct.reference import REFERENCE_FILE
 from tests.open_instruct.tiny import (
     assert_same_weights,
     kill_after_step,
@@ -94,7 +95,7 @@ def test_a_quantised_policy_starts_from_its_own_reference(folder):
     first = rows_of(run.path / "metrics.jsonl")[0]
     assert first["eval_accuracy"] == 0.5 and first["eval_reward_margin"] == 0.0
     whole = preference.run(recipe_of(folder, "dpo", output_dir="full", num_train_epochs=1))
-    found, expected = (load_file(item.path / preference.REFERENCE_FILE) for item in (run, whole))
+    found, expected = (load_file(item.path / REFERENCE_FILE) for item in (run, whole))
     assert not torch.allclose(found["train"], expected["train"], atol=1e-3)
 
 
@@ -139,7 +140,7 @@ def test_fp4_and_nested_scales_are_other_models(folder):
         run = preference.run(
             recipe_of(folder, "dpo", load_in_4bit=True, output_dir=name, max_steps=1, **keys)
         )
-        references.append(load_file(run.path / preference.REFERENCE_FILE)["train"])
+        references.append(load_file(run.path / REFERENCE_FILE)["train"])
     assert not torch.equal(references[0], references[1])
     assert not torch.equal(references[0], references[2])
 

@@ -14,8 +14,10 @@ from olmo_base.run.artefact import ExampleCounts
 from olmo_base.run.errors import DataError, UserError
 from olmo_base.run.recipe import load_recipe
 from open_instruct import reward, sft
+from open_instruct.encode import load_chat_encoder
 from open_instruct.losses import bradley_terry_loss, centering_loss
 from open_instruct.pipeline import find_stage
+from open_instruct.tokenised import DataReport
 from tests.open_instruct.tiny import (
     assert_same_weights,
     kill_after_step,
@@ -88,9 +90,9 @@ def test_a_reward_model_learns_and_transformers_opens_it(folder):
 
 def test_rewards_of_padded_rows_equal_transformers_on_each_row_alone(folder):
     recipe = recipe_of(folder)
-    encoder = reward.load_chat_encoder("model", "tulu")
+    encoder = load_chat_encoder("model", "tulu")
     examples, _ = reward.pair_examples(
-        recipe.data.dataset_mixer, encoder, recipe, ExampleCounts(), []
+        recipe.data.dataset_mixer, encoder, recipe, ExampleCounts(), DataReport()
     )
     model: Any
     model, _ = reward.load_reward_model(recipe.model, encoder, seed=1)
@@ -106,9 +108,9 @@ def test_rewards_of_padded_rows_equal_transformers_on_each_row_alone(folder):
 @pytest.mark.parametrize("center", [None, 0.3])
 def test_loss_and_gradients_equal_trl(folder, center):
     recipe = recipe_of(folder, center_rewards_coefficient=center)
-    encoder = reward.load_chat_encoder("model", "tulu")
+    encoder = load_chat_encoder("model", "tulu")
     examples, _ = reward.pair_examples(
-        recipe.data.dataset_mixer, encoder, recipe, ExampleCounts(), []
+        recipe.data.dataset_mixer, encoder, recipe, ExampleCounts(), DataReport()
     )
     model: Any
     theirs: Any
@@ -165,9 +167,9 @@ def test_margins_come_from_the_rows(folder):
     pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
     write_jsonl(folder / "train.jsonl", [pair | {"margin": 2}, pair, pair | {"margin": 0.5}])
     recipe = recipe_of(folder)
-    encoder = reward.load_chat_encoder("model", "tulu")
+    encoder = load_chat_encoder("model", "tulu")
     _, margins_P = reward.pair_examples(
-        recipe.data.dataset_mixer, encoder, recipe, ExampleCounts(), []
+        recipe.data.dataset_mixer, encoder, recipe, ExampleCounts(), DataReport()
     )
     assert margins_P.tolist() == [2.0, 0.0, 0.5]
     write_jsonl(folder / "train.jsonl", [pair, pair | {"margin": "wide"}])
@@ -196,7 +198,7 @@ def test_a_reward_model_goes_on_with_its_own_head(folder):
 
 
 def test_the_new_head_depends_on_the_seed_alone(folder):
-    encoder = reward.load_chat_encoder("model", "tulu")
+    encoder = load_chat_encoder("model", "tulu")
     heads = []
     for seed in (1, 1, 2):
         torch.rand(3)

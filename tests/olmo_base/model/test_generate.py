@@ -153,13 +153,18 @@ OTHER_MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", OTHER_MODELS)
-def test_greedy_answers_of_other_architectures_are_those_of_transformers(name: str, tmp_path: Path):
+def other_model(name: str) -> Any:
     torch.manual_seed(0)
     model = OTHER_MODELS[name]().eval()
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(torch.randn_like(weight), alpha=0.2)
+    return model
+
+
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_greedy_answers_of_other_architectures_are_those_of_transformers(name: str, tmp_path: Path):
+    model = other_model(name)
     model.config.eos_token_id = EOS
     model.generation_config.eos_token_id = EOS
     model.config.pad_token_id = PAD
@@ -191,6 +196,43 @@ def test_more_prompts_than_a_batch_holds_are_answered_in_their_order():
     answers = generator.generate(prompts, max_new_tokens=4)
     for index in (0, 63, 64, 149):
         assert generator.generate([prompts[index]], max_new_tokens=4) == [answers[index]]
+
+
+@pytest.mark.parametrize("name", ["olmo2", "olmo3", *OTHER_MODELS])
+def test_prompts_that_begin_alike_are_answered_as_each_alone(name: str):
+    """With more prompts than rows, so that some join those that have not ended."""
+    if name in OWN:
+        generator = native_generator(generation=name)
+    else:
+        generator = Generator(other_model(name), eos_token_ids={EOS}, max_length=64)
+    chance = random.Random(1)
+    beginning = [chance.randrange(4, VOCAB) for _ in range(36)]
+    prompts = [
+        beginning + [chance.randrange(4, VOCAB) for _ in range(chance.randint(1, 9))]
+        for _ in range(11)
+    ]
+    shapes: list[tuple[int, ...]] = []  # of each call: rows, positions
+    generator.model.register_forward_pre_hook(
+        lambda _, given, named: shapes.append((*given, named.get("input_ids"))[0].shape),
+        with_kwargs=True,
+    )
+    whole = [generator.generate([prompt], max_new_tokens=14)[0] for prompt in prompts]
+    # An id that ends answers at many places
+    stop = max(range(VOCAB), key=lambda id_: len({x.index(id_) for x in whole if id_ in x}))
+    settings: dict[str, Any] = {"max_new_tokens": 14, "stop_token_ids": [stop]}
+    alone = [generator.generate([prompt], **settings)[0] for prompt in prompts]
+    assert len({len(answer) for answer in alone}) > 1
+    shapes.clear()
+    ended: dict[int, list[int]] = {}
+    found = generator.generate(
+        prompts, max_rows=4, on_answer=lambda index, ids: ended.update({index: ids}), **settings
+    )
+    assert found == alone == [ended[index] for index in range(11)]
+    if name in ("olmo2", "llama", "gpt2"):  # the others' caches do not keep all positions
+        assert shapes[0] == (1, 36)  # the beginning, once
+        assert max(width for _, width in shapes[1:]) <= 9
+        # Batches of four would be three; prompts are read as soon as two rows have ended.
+        assert len([rows for rows, width in shapes[1:] if width > 1]) > 3
 
 
 def test_no_prompts_have_no_answers():
