@@ -417,6 +417,24 @@ def test_a_body_that_grows_too_large_is_refused_while_it_comes(running):
         assert b"413" in answer or not answer
 
 
+def test_an_upload_that_stalls_is_ended_and_counts_no_longer(running):
+    made = Running([running.name], max_upload_s=0.2)
+    try:
+        with socket.create_connection(("127.0.0.1", made.port), timeout=30) as connection:
+            connection.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+                b'Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"model'
+            )
+            answer = b""
+            while piece := connection.recv(1000):  # until the server hangs up
+                answer += piece
+        assert b" 408 " in answer and b"slow_body" in answer
+        wait_until(lambda: made.server.num_active == 0, "nothing runs")
+        assert made.ask("GET", "/health")[0] == 200
+    finally:
+        made.stop()
+
+
 def test_ten_thousand_messages_are_refused_at_once(running):
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}] * 5000
     body = {"model": running.name, "messages": [*messages, *HELLO]}
