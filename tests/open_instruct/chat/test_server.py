@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -162,6 +163,18 @@ def test_every_parameter_of_the_official_client_is_known_here():
         assert len(documented) > 15
         assert documented <= known
         assert known - documented == {"top_k", "min_p"}  # what we have beyond OpenAI's
+
+
+def test_the_manual_says_of_every_parameter_what_happens_to_it():
+    rows = {}
+    for line in (Path(__file__).parents[3] / "docs" / "chat.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 4 and cells[0].startswith("`"):
+            rows[cells[0].strip("`")] = cells[1:3]
+    places = ((CHAT, CHAT_REFUSED), (COMPLETION, COMPLETION_REFUSED))
+    for place, (honoured, refused) in enumerate(places):
+        said = {name: row[place] for name, row in rows.items() if row[place] != "unknown"}
+        assert said == dict.fromkeys(honoured, "honoured") | dict.fromkeys(refused, "refused")
 
 
 def num_kinds(answer: Any) -> int:
