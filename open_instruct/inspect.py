@@ -25,7 +25,6 @@ from open_instruct.encode import (
     fit_dialogues,
     fit_pairs,
     fit_rated,
-    load_chat_encoder,
     pair_length,
 )
 from open_instruct.examples import (
@@ -40,6 +39,7 @@ from open_instruct.examples import (
 )
 from open_instruct.preference import PreferenceRecipe
 from open_instruct.sft import SftRecipe
+from open_instruct.tuning import encoder_of
 
 NUM_BINS = 12
 BAR_WIDTH = 40  # characters
@@ -58,7 +58,7 @@ def inspect_recipe(
     lengths comes last, after they are shown.
     """
     console = console or Console()
-    encoder = load_chat_encoder(recipe.model.model_name_or_path, recipe.chat_template)
+    encoder = encoder_of(recipe)
     data, seed = recipe.data, recipe.run.seed
     counts, uses = ExampleCounts(), list[SourceUse]()
     whole: Sequence[tuple[Dialogue | Pair | Rated, Encoded | EncodedPair]]

@@ -33,8 +33,10 @@ from open_instruct.adapters import (
     HEAD,
     AdapterConfig,
     add_adapter,
+    add_token_rows,
     is_adapted,
     is_reward_adapter,
+    keep_gradients,
     merged,
     open_adapter,
     quantisation,
@@ -48,7 +50,13 @@ from open_instruct.causal_lm import (
     new_folder,
     whole_model_folder,
 )
-from open_instruct.encode import ChatEncoder, encode_pairs, load_chat_encoder
+from open_instruct.encode import (
+    ChatEncoder,
+    add_new_tokens,
+    encode_pairs,
+    load_chat_encoder,
+    load_chat_tokenizer,
+)
 from open_instruct.examples import DataConfig, Source, SourceUse, read_pairs
 from open_instruct.logprobs import Wrapped, padding_mask
 from open_instruct.loop import HeldOut, SummedLoss, TrainConfig
@@ -274,10 +282,13 @@ def load_reward_model(
     if folder != given:
         model = merged(open_adapter(model, given, is_trainable=False))
         has_new_head = False
-    elif adapter.use_peft:
+    new_ids = add_new_tokens(load_chat_tokenizer(given), config.additional_special_tokens)
+    if new_ids:
+        add_token_rows(model, new_ids)
+    if adapter.use_peft:
         name = config.model_name_or_path
         base = str(Path(name).resolve()) if Path(name).is_dir() else name
-        model = add_adapter(model, adapter, base, seed, task="SEQ_CLS")
+        model = add_adapter(model, adapter, base, seed, task="SEQ_CLS", new_ids=new_ids)
     return LoadedReward(model, stored_dtype, has_new_head)
 
 
@@ -313,6 +324,7 @@ def _load_classifier(
             f"{folder} lacks {len(missing)} weights of a {type(model).__name__}, the first being "
             f"{missing[0]}; they would start random. Give a complete model folder."
         )
+    keep_gradients(model)
     return model, f"{HEAD}.weight" in report["missing_keys"]
 
 

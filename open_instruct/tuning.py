@@ -78,6 +78,15 @@ class Opened(Generic[Loaded]):
     held_out: Loaded | None
 
 
+def encoder_of(recipe: TuningRecipe) -> ChatEncoder:
+    """How the recipe's model writes dialogues. Errors: UserError."""
+    return load_chat_encoder(
+        recipe.model.model_name_or_path,
+        recipe.chat_template,
+        recipe.model.additional_special_tokens,
+    )
+
+
 def open_run(recipe: Recipe, load: Load[Recipe, Loaded]) -> Opened[Loaded] | RunFolder:
     """The run's folder, seeds and examples; only its folder if it is finished already.
 
@@ -90,7 +99,7 @@ def open_run(recipe: Recipe, load: Load[Recipe, Loaded]) -> Opened[Loaded] | Run
         return folder
     seed_everything(recipe.run.seed)
 
-    encoder = load_chat_encoder(recipe.model.model_name_or_path, recipe.chat_template)
+    encoder = encoder_of(recipe)
     uses: list[SourceUse] = []
     examples = load(recipe.data.dataset_mixer, encoder, recipe, folder.counts, uses)
     held_out = None
@@ -103,7 +112,7 @@ def open_run(recipe: Recipe, load: Load[Recipe, Loaded]) -> Opened[Loaded] | Run
 
 def load_for_plan(recipe: Recipe, load: Load[Recipe, Loaded]) -> tuple[Loaded, ExampleCounts]:
     """The examples that a run would learn from, for --dry-run. Errors: as in ``open_run``."""
-    encoder = load_chat_encoder(recipe.model.model_name_or_path, recipe.chat_template)
+    encoder = encoder_of(recipe)
     counts = ExampleCounts()
     return load(recipe.data.dataset_mixer, encoder, recipe, counts, []), counts
 
