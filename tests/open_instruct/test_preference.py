@@ -152,6 +152,7 @@ SHARED_WITH_TRL = [  # our loss_type and keys, TRL's
         dict(loss_type=("hinge", "apo_zero"), beta=0.1, loss_weights=(0.7, 2.0)),
         ["hinge", "apo_zero"],
     ),
+    (dict(loss_type="dpo_norm", beta=5.0, rpo_alpha=0.3), ["sigmoid_norm", "sft"]),
 ]
 
 
@@ -162,6 +163,8 @@ def test_loss_and_gradients_equal_trl_on_random_log_probabilities(
     loss = LossConfig(**keys)
     trl_trainer.loss_types, trl_trainer.beta = their_names, loss.beta_in_use
     trl_trainer.loss_weights = list(loss.loss_weights or [1.0])
+    if loss.rpo_alpha is not None:
+        trl_trainer.loss_weights.append(loss.rpo_alpha)
     trl_trainer.label_smoothing = loss.label_smoothing
     trl_trainer.use_weighting = "wpo" in loss.names
 
@@ -170,7 +173,8 @@ def test_loss_and_gradients_equal_trl_on_random_log_probabilities(
     examples = preference.pair_examples(
         recipe.data.dataset_mixer, encoder, recipe, ExampleCounts(), []
     )
-    numbers = [3, 0, 9, 14]
+    # TRL adds the chosen answers' mean over all tokens: ours, where they are of one length.
+    numbers = [3, 0, 9, 14] if loss.rpo_alpha is None else [0, 7, 14, 21]
     batch = examples.batch(numbers)
     reference_42 = torch.randn(4, 2, generator=torch.Generator().manual_seed(3)) * 3 - 50
 
