@@ -30,6 +30,7 @@ from open_instruct.loop import HeldOut, Loss, MeasuredLoss, SummedLoss, TrainCon
 from open_instruct.losses import chosen_nll, implicit_rewards, kto_kl, kto_loss
 from open_instruct.pair_losses import LossConfig, PairScores, value_or
 from open_instruct.reference import answer_logprobs, reference_logprobs
+from open_instruct.sample_log import SampleLogConfig
 from open_instruct.tuning import (
     Model,
     input_files,
@@ -75,6 +76,7 @@ class PreferenceRecipe:
     optim: PreferenceOptim = field(default_factory=PreferenceOptim)
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    shown: SampleLogConfig = field(default_factory=SampleLogConfig)
     run: RunConfig
 
     def __post_init__(self) -> None:
@@ -432,5 +434,6 @@ def run(recipe: PreferenceRecipe) -> RunFolder:
         steps,
         losses["train"],
         held_out,
+        model.sample_log(recipe, folder, opened.encoder, held_out, workers),
     )
     return folder

@@ -27,7 +27,7 @@ from olmo_base.run.artefact import (
 )
 from olmo_base.run.errors import UserError
 from olmo_base.run.metrics import LogConfig
-from olmo_base.run.recipe import setting
+from olmo_base.run.recipe import RecipeError, setting
 from olmo_base.run.resume import CheckpointConfig
 from open_instruct.adapters import (
     HEAD,
@@ -61,6 +61,7 @@ from open_instruct.examples import DataConfig, Source, SourceUse, read_pairs
 from open_instruct.logprobs import Wrapped, padding_mask
 from open_instruct.loop import HeldOut, SummedLoss, TrainConfig
 from open_instruct.losses import bradley_terry_loss, centering_loss
+from open_instruct.sample_log import SampleLogConfig
 from open_instruct.tuning import (
     about_adapter,
     input_files,
@@ -99,7 +100,15 @@ class RewardRecipe:
     optim: RewardOptim = field(default_factory=RewardOptim)
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    shown: SampleLogConfig = field(default_factory=SampleLogConfig)
     run: RunConfig
+
+    def __post_init__(self) -> None:
+        if self.shown.num_eval_samples:
+            raise RecipeError(
+                "num_eval_samples",
+                f"{self.shown.num_eval_samples}, but a reward model writes nothing. Remove it.",
+            )
 
 
 # ---------------------------------------------------------------- data and loss

@@ -27,6 +27,7 @@ from open_instruct.encode import ChatEncoder, encode_dialogues
 from open_instruct.examples import DataConfig, Source, SourceUse, read_dialogues
 from open_instruct.loop import HeldOut, SummedLoss, TrainConfig
 from open_instruct.losses import dft_loss, sft_loss, smoothed_sft_loss
+from open_instruct.sample_log import SampleLogConfig
 from open_instruct.tuning import (
     Model,
     input_files,
@@ -80,6 +81,7 @@ class SftRecipe:
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    shown: SampleLogConfig = field(default_factory=SampleLogConfig)
     run: RunConfig
 
 
@@ -220,5 +222,6 @@ def run(recipe: SftRecipe) -> RunFolder:
         steps,
         loss,
         held_out,
+        model.sample_log(recipe, folder, opened.encoder, held_out, workers),
     )
     return folder

@@ -10,6 +10,7 @@ import torch
 
 from olmo_base.optim import OptimConfig
 from olmo_base.run.artefact import ExampleCounts, RunConfig, RunFolder, model_files
+from olmo_base.run.errors import UserError
 from olmo_base.run.launch import seed_everything
 from olmo_base.run.metrics import LogConfig
 from olmo_base.run.resume import CheckpointConfig
@@ -28,6 +29,7 @@ from open_instruct.encode import ChatEncoder, find_template, load_chat_encoder
 from open_instruct.examples import DataConfig, Source, SourceUse, mixture_lines, source_files
 from open_instruct.logprobs import LabelLogprobs, Wrapped
 from open_instruct.loop import HeldOut, Loss, TrainConfig, Workers, steps_of, train
+from open_instruct.sample_log import SampleLog, SampleLogConfig, first_prompts
 
 STEPS_LOOKED_AT = 200  # by a plan, for the largest micro-batch
 
@@ -49,6 +51,8 @@ class TuningRecipe(Protocol):
     def checkpoints(self) -> CheckpointConfig: ...
     @property
     def log(self) -> LogConfig: ...
+    @property
+    def shown(self) -> SampleLogConfig: ...
     @property
     def run(self) -> RunConfig: ...
 
@@ -78,6 +82,22 @@ class Opened(Generic[Loaded]):
     held_out: Loaded | None
 
 
+def check_held_out(recipe: TuningRecipe) -> None:
+    """Errors: UserError if something looks at held-out examples and there are none."""
+    if recipe.data.eval_dataset_mixer:
+        return
+    asking = {
+        "load_best_model_at_end": recipe.train.load_best_model_at_end,
+        "early_stopping_patience": recipe.train.early_stopping_patience,
+        "num_eval_samples": recipe.shown.num_eval_samples,
+    }
+    for key, value in asking.items():
+        if value:
+            raise UserError(
+                f"{key}: {value}, but no examples are held out. Set eval_dataset_mixer."
+            )
+
+
 def encoder_of(recipe: TuningRecipe) -> ChatEncoder:
     """How the recipe's model writes dialogues. Errors: UserError."""
     return load_chat_encoder(
@@ -92,6 +112,7 @@ def open_run(recipe: Recipe, load: Load[Recipe, Loaded]) -> Opened[Loaded] | Run
 
     Errors: UserError, DataError for what the user can mend.
     """
+    check_held_out(recipe)
     workers = Workers(recipe.train.bf16)
     with workers.main_first():
         folder = RunFolder.open(recipe, input_files(recipe))
@@ -112,6 +133,7 @@ def open_run(recipe: Recipe, load: Load[Recipe, Loaded]) -> Opened[Loaded] | Run
 
 def load_for_plan(recipe: Recipe, load: Load[Recipe, Loaded]) -> tuple[Loaded, ExampleCounts]:
     """The examples that a run would learn from, for --dry-run. Errors: as in ``open_run``."""
+    check_held_out(recipe)
     encoder = encoder_of(recipe)
     counts = ExampleCounts()
     return load(recipe.data.dataset_mixer, encoder, recipe, counts, []), counts
@@ -177,6 +199,22 @@ class Model:
             folder.log(about_adapter(self.language_model))
         self.logprobs: LabelLogprobs = workers.place(self.language_model)
 
+    def sample_log(
+        self,
+        recipe: TuningRecipe,
+        folder: RunFolder,
+        encoder: ChatEncoder,
+        held_out: HeldOut | None,
+        workers: Workers,
+    ) -> SampleLog | None:
+        """What answers held-out prompts while training goes on; None where nobody asks."""
+        if held_out is None or recipe.shown.num_eval_samples == 0:
+            return None
+        prompts = first_prompts(held_out.examples, recipe.shown.num_eval_samples)
+        return SampleLog(
+            folder, self.language_model, encoder, prompts, recipe.shown, workers.precision
+        )
+
     def save(self, folder: RunFolder, encoder: ChatEncoder) -> None:
         """Write the run's model folder. Changes the model's precision."""
         save_causal_lm(folder, self.language_model, encoder, self._stored_dtype)
@@ -218,6 +256,7 @@ def train_and_finish(
     steps: Steps,
     loss: Loss,
     held_out: HeldOut | None,
+    samples: SampleLog | None = None,
 ) -> None:
     """Go through all steps, ``save`` the model folder and mark the run as finished."""
     results = train(
@@ -232,6 +271,7 @@ def train_and_finish(
         optim=recipe.optim,
         checkpoints=recipe.checkpoints,
         log=recipe.log,
+        samples=samples,
     )
     if workers.rank == 0:
         save()
