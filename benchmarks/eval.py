@@ -118,8 +118,8 @@ def load_engine(engine: str, model: str, device: str) -> Any:
         from lm_eval.models.huggingface import HFLM
 
         return HFLM(pretrained=model, dtype="auto", batch_size=STOCK_BATCH, device=device)
-    from eval.asking import load_subject
     from eval.lm_engine import ScoredModel
+    from eval.subject import load_subject
 
     return ScoredModel(load_subject(model, batch_tokens=8192, batch_size=64))
 

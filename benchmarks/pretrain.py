@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from olmo_base.corpus.batches import Batch
 from olmo_base.model.transformer import ModelConfig, Transformer, flops_per_token
 from olmo_base.optim import OptimConfig, build_optimizer, clip_gradients
-from olmo_base.pretrain import add_gradients
+from olmo_base.pretrain_loop import add_gradients
 
 B, T = 8, 256
 SHAPE = ModelConfig(
@@ -41,7 +41,7 @@ Step = Callable[[], object]
 
 
 def our_step(device: torch.device, batch: Batch, *, bf16: bool, optim: str) -> Step:
-    """The step of olmo_base.pretrain: loss, gradients, clipping, update."""
+    """The step of olmo_base.pretrain_loop: loss, gradients, clipping, update."""
     model = Transformer(SHAPE).to(device)
     config = OptimConfig(learning_rate=1e-3, optim=optim)  # type: ignore[arg-type]
     optimizer = build_optimizer(model, config, bf16=bf16)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval.report.gather import EVALUATION, ModelResult, Report, gather
-from eval.report.pages import difference_text, visible
+from eval.report.words import difference_text, visible
 from eval.scores import compare
 from eval.statistics import CONFIDENCE, Difference, holm
 from eval.tasks import LOWER_IS_BETTER

@@ -1,7 +1,8 @@
 """The evaluation stage: models and a suite in, samples and a report out.
 
 recipe -> tasks and their questions -> each model asked each task -> samples/<model>/<task>.jsonl
--> the report. A finished samples file is never made twice.
+-> the report. A finished samples file is never made twice, and nor is a request of an unfinished
+one: the cache has it. Under torchrun or accelerate launch the processes share the requests.
 """
 
 import dataclasses
@@ -17,11 +18,15 @@ from typing import Any, Literal
 
 import torch
 
-from eval.asking import OnProgress, Subject, ask, load_encoders, load_subject
+from eval.asking import ask
+from eval.cache import RequestCache, fingerprint
+from eval.contamination import note_overlaps, question_texts, refuse_unreadable
 from eval.questions import Document, Foreign, Item, data_file, drawn, examples_file, read_items
+from eval.ranks import end_ranks, gathered, is_first, start_ranks, wait_for_all
 from eval.report import write_report
-from eval.report.gather import EVALUATION, SAMPLES
+from eval.report.gather import EVALUATION, SAMPLES, read_samples
 from eval.report.training import model_facts
+from eval.subject import OnProgress, Subject, load_encoders, load_subject
 from eval.tasks import Selection, Task, lm_engine, select
 from olmo_base.run.artefact import (
     RunConfig,
@@ -32,13 +37,15 @@ from olmo_base.run.artefact import (
     resolve_model,
 )
 from olmo_base.run.errors import Stopped, UserError
-from olmo_base.run.launch import StopFlag, seed_everything, stop_signals
+from olmo_base.run.launch import StopFlag, pick_device, seed_everything, stop_signals
 from olmo_base.run.metrics import Progress
 from olmo_base.run.recipe import RecipeError, setting
 from olmo_base.scorer import MAX_LOGITS
 from open_instruct.verifiers import VERIFIERS
 
-SAMPLES_VERSION = 1  # raise it when the same question would be asked or judged differently
+CACHE = "cache"  # folder of the computed requests in an evaluation's own
+SPENT = ("computed", "reused", "prompt_tokens", "answer_tokens")
+SAMPLES_VERSION = 2  # raise it when the same question would be asked or judged differently
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,10 @@ class EvalRecipe:
     tasks: tuple[str, ...] = ()  # of the suite, or any if there is none
     include_path: str | None = None  # a folder of further task files
     data_dir: str | None = setting(None, changes_result=False)  # where tasks find their files
+    # Where requests are kept: in output_dir if null; evaluations may share a folder.
+    cache_dir: str | None = setting(None, changes_result=False)
     limit: int | None = setting(None, low=1)  # questions of each task, drawn with the seed
+    samples_only_failures: bool = False  # the texts of right answers are not kept
     max_new_tokens: int | None = setting(None, low=1)  # of an answer; the task's own if null
     # Of lm-eval's tasks; ours use a model's chat template wherever it answers in words.
     apply_chat_template: bool = False
@@ -60,6 +70,8 @@ class EvalRecipe:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: as the weights are stored
     batch_tokens: int = setting(8192, low=1, changes_result=False)
     generation_batch_size: int = setting(64, low=1, changes_result=False)
+    # Training files or token shards, in which the questions are looked for.
+    contamination: tuple[str, ...] = setting((), changes_result=False)
 
     def __post_init__(self) -> None:
         if not self.models:
@@ -144,13 +156,25 @@ def run(recipe: EvalRecipe) -> RunFolder:
     After a kill the same call makes only the samples that are missing. Errors: UserError,
     DataError; Stopped on Ctrl-C or SIGTERM.
     """
+    has_joined = start_ranks()
+    try:
+        return _run(recipe)
+    finally:
+        if has_joined:
+            end_ranks()
+
+
+def _run(recipe: EvalRecipe) -> RunFolder:
+    if not is_first():
+        wait_for_all()  # the first process makes the folder
     folder = RunFolder.open(recipe, input_files(recipe))
+    if is_first():
+        wait_for_all()
     if folder.is_finished:
-        if folder.is_main:
+        if is_first():
+            _note_overlaps(recipe, folder)
             write_report([folder.path], show=True)
         return folder
-    if not folder.is_main:
-        return folder  # the first process asks; the others have nothing to do yet
     try:
         _evaluate(recipe, folder)
     finally:
@@ -173,13 +197,20 @@ def _evaluate(recipe: EvalRecipe, folder: RunFolder) -> None:
                 f"{model} has no chat template, which apply_chat_template needs. Leave it out, or "
                 "give a model that was tuned on dialogues."
             )
+    for training_path in recipe.contamination:
+        refuse_unreadable(Path(training_path))
     for task in selection.tasks:
         if task.verifier is not None:
             VERIFIERS[task.verifier].check_ready()
     jobs = _jobs(recipe, folder, selection)
     models = [{"name": name, "path": model} for name, model in _named(recipe.models)]
     content = json.dumps(selection.as_dict() | {"models": models}, indent=2)
-    atomic_write(folder.path / EVALUATION, content + "\n")
+    if is_first():
+        atomic_write(folder.path / EVALUATION, content + "\n")
+    # The first process says what is finished: it may already be writing when the others look.
+    is_finished = gathered(
+        {number: job.is_finished() for number, job in enumerate(jobs)} if is_first() else {}
+    )
     seed_everything(recipe.run.seed)
     total = sum(job.weight for job in jobs)
     with (
@@ -187,16 +218,22 @@ def _evaluate(recipe: EvalRecipe, folder: RunFolder) -> None:
         Progress(folder, "evaluation", total, unit="questions") as progress,
     ):
         done = 0
-        for model, of_model in itertools.groupby(jobs, key=lambda job: job.model):
+        numbered = enumerate(jobs)
+        for model, of_model in itertools.groupby(numbered, key=lambda item: item[1].model):
             subject: Subject | None = None
-            for job in of_model:
-                if not job.is_finished():
-                    subject = subject or _load(recipe, model)
+            for number, job in of_model:
+                if not is_finished[number]:
+                    subject = subject or _load(recipe, folder, model)
                     _ask(recipe, folder, job, subject, _Ticker(progress, stop, done, job))
                 done += job.weight
                 progress.update(done)
+            if subject is not None and subject.cache is not None:
+                subject.cache.close()
             del subject
             gc.collect()  # one model's weights, before the next one's are loaded
+    if not is_first():
+        return
+    _note_overlaps(recipe, folder)
     folder.note_time()
     path = write_report([folder.path], show=True)
     report = json.loads((folder.path / "report.json").read_text(encoding="utf-8"))
@@ -208,6 +245,20 @@ def _evaluate(recipe: EvalRecipe, folder: RunFolder) -> None:
             for item in report["models"]
         },
     )
+
+
+def _note_overlaps(recipe: EvalRecipe, folder: RunFolder) -> None:
+    """Look for the questions in the training text that the recipe names, if it names any."""
+    if not recipe.contamination:
+        return
+    selection = _selection(recipe)
+    first_model, _ = _named(recipe.models)[0]
+    texts = {}
+    for name, items in _read_questions(recipe, selection).items():
+        theirs = any(isinstance(item, Foreign) for item in items)
+        samples = folder.path / SAMPLES / first_model / f"{name}.jsonl"
+        texts[name] = question_texts(items, read_samples(samples) if theirs else ())
+    note_overlaps(folder.path, recipe.contamination, texts, folder.log)
 
 
 @dataclass(frozen=True)
@@ -252,7 +303,7 @@ def _jobs(recipe: EvalRecipe, folder: RunFolder, selection: Selection) -> list[J
     inputs = (read_manifest(folder.path) or {}).get("inputs", {})
     jobs = []
     for name, model in _named(recipe.models):
-        weights = sorted((path.name, inputs[str(path)]["sha256"]) for path in model_files(model))
+        weights = _weights(folder, model)
         for task in selection.tasks:
             content = {
                 "version": SAMPLES_VERSION,
@@ -264,6 +315,7 @@ def _jobs(recipe: EvalRecipe, folder: RunFolder, selection: Selection) -> list[J
                 "limit": recipe.limit,
                 "seed": recipe.run.seed,
                 "max_new_tokens": recipe.max_new_tokens,
+                "samples_only_failures": recipe.samples_only_failures,
                 "dtype": recipe.dtype,
             }
             if task.kind == "lm_eval":
@@ -277,13 +329,32 @@ def _jobs(recipe: EvalRecipe, folder: RunFolder, selection: Selection) -> list[J
     return jobs
 
 
-def _load(recipe: EvalRecipe, model: str) -> Subject:
-    return load_subject(
+def _weights(folder: RunFolder, model: str) -> list[tuple[str, str]]:
+    """What a model is: the names and digests of its weights, tokenizer, template and settings."""
+    inputs = (read_manifest(folder.path) or {}).get("inputs", {})
+    return sorted((path.name, inputs[str(path)]["sha256"]) for path in model_files(model))
+
+
+def _load(recipe: EvalRecipe, folder: RunFolder, model: str) -> Subject:
+    subject = load_subject(
         model,
         batch_tokens=recipe.batch_tokens,
         batch_size=recipe.generation_batch_size,
         dtype=None if recipe.dtype == "auto" else getattr(torch, recipe.dtype),
     )
+    cache_dir = Path(recipe.cache_dir) if recipe.cache_dir else folder.path / CACHE
+    name = fingerprint(
+        model=_weights(folder, model),
+        dtype=str(next(subject.model.parameters()).dtype),
+        device=pick_device().type,
+    )
+    subject.cache = RequestCache(cache_dir / f"{name}.cache")
+    if subject.cache.num_damaged:
+        folder.log(
+            f"{subject.cache.path}: {subject.cache.num_damaged:,} entries are damaged; what they "
+            "held is computed again."
+        )
+    return subject
 
 
 @dataclass(frozen=True)
@@ -299,7 +370,7 @@ class _Ticker:
         share = count / len(self.job.items)
         self.progress.update(self.done_before + int(share * self.job.weight))
         if self.stop.requested:
-            raise Stopped(self.stop.signal_number, "finished tasks are kept")
+            raise Stopped(self.stop.signal_number, "what was computed is kept")
 
 
 def _ask(
@@ -307,6 +378,7 @@ def _ask(
 ) -> None:
     """Ask one task and keep the samples."""
     started = time.monotonic()
+    subject.spent.clear()
     settings: dict[str, Any] = {
         "max_new_tokens": recipe.max_new_tokens,
         "seed": recipe.run.seed,
@@ -327,6 +399,8 @@ def _ask(
     else:
         rows = ask(subject, job.task, job.items, **settings)
         is_chat = subject.encoder is not None and job.task.kind in ("exact_match", "verified")
+    if not is_first():
+        return
     record = {
         "key": job.key,
         "task": job.task.name,
@@ -335,9 +409,13 @@ def _ask(
         "uses_chat_template": is_chat,
         "not_fitting": sum(bool(row.get("not_fitting")) for row in rows),
         "context_cut": sum(bool(row.get("context_cut")) for row in rows),
+        # Requests computed and found in the cache; tokens of prompts and answers, cached or not.
+        **{key: subject.spent[key] for key in SPENT},
     }
     if whole:
         record["whole"] = whole
+    if recipe.samples_only_failures:
+        rows = [without_texts(row) if row["correct"] else row for row in rows]
     atomic_write(job.samples, "".join(json.dumps(row) + "\n" for row in rows))
     # Written last: samples count as finished once their record is there.
     atomic_write(job.record, json.dumps(record, indent=2) + "\n")
@@ -353,6 +431,12 @@ def _ask(
         )
 
 
+def without_texts(row: dict[str, Any]) -> dict[str, Any]:
+    """A sample with all that is counted, but not what was asked and answered."""
+    texts: dict[str, Any] = {"prompt": "", "question": "", "answer": "", "answers": [], "found": ""}
+    return row | {key: text for key, text in texts.items() if key in row} | {"left_out": True}
+
+
 # ---------------------------------------------------------------- the verb
 
 
@@ -364,13 +448,16 @@ def evaluate(
     tasks: Sequence[str] = (),
     data_dir: str | None = None,
     include_path: str | None = None,
+    cache_dir: str | None = None,
     limit: int | None = None,
+    samples_only_failures: bool = False,
     max_new_tokens: int | None = None,
     apply_chat_template: bool = False,
     system_prompt: str | None = None,
     batch_tokens: int = 8192,
     generation_batch_size: int = 64,
     seed: int = 42,
+    contamination: Sequence[str] = (),
 ) -> RunFolder:
     """Compare models on a suite or on tasks: the verb ``open-instruct eval``.
 
@@ -386,11 +473,14 @@ def evaluate(
         tasks=tuple(tasks),
         data_dir=data_dir,
         include_path=include_path,
+        cache_dir=cache_dir,
         limit=limit,
+        samples_only_failures=samples_only_failures,
         max_new_tokens=max_new_tokens,
         apply_chat_template=apply_chat_template,
         system_prompt=system_prompt,
         batch_tokens=batch_tokens,
         generation_batch_size=generation_batch_size,
+        contamination=tuple(contamination),
     )
     return run(recipe)

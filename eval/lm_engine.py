@@ -23,12 +23,13 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from eval.asking import EXCERPT, OnProgress, Subject, encode_pairs
+from eval.asking import EXCERPT
 from eval.questions import Foreign
+from eval.subject import OnProgress, Subject, encode_pairs
 from eval.tasks import LOWER_IS_BETTER, TEXT_METRICS, Task
-from olmo_base.model.generate import before_stop
+from olmo_base.model.generate import Sampling, before_stop
 from olmo_base.run.errors import UserError
-from olmo_base.scorer import Score, continuation_logprobs, rolling_logprobs
+from olmo_base.scorer import Score
 
 FEWSHOT_SEED = 1234  # lm-eval's own, so that the same examples are shown
 DEFAULT_NEW_TOKENS = 256  # of an answer where a task does not say; lm-eval's own
@@ -224,13 +225,8 @@ class ScoredModel(LM):
                 f"A continuation has {longest} tokens and the model reads {self.subject.window}: "
                 "lm-eval's tasks cannot leave a question out. Choose another task or model."
             )
-        found = continuation_logprobs(
-            self.subject.model,
-            encoded,
-            batch_tokens=self.subject.batch_tokens,
-            pad_id=self.subject.start_id,
-            max_length=self.subject.window,
-            on_progress=lambda done: self.on_progress(done / len(unique)),
+        found = self.subject.logprobs(
+            encoded, on_progress=lambda done: self.on_progress(done / len(unique))
         )
         self.scores |= dict(zip(unique, found, strict=True))
         self.cut_prompts |= {
@@ -243,16 +239,9 @@ class ScoredModel(LM):
         texts = [request.args[0] for request in requests]
         encoded = self.subject.encode(texts)
         filled = [ids for ids in encoded if ids]
-        num_windows = sum(-(-len(ids) // self.subject.window) for ids in filled)
         found = iter(
-            rolling_logprobs(
-                self.subject.model,
-                filled,
-                prefix_id=self.subject.start_id,
-                max_length=self.subject.window,
-                batch_tokens=self.subject.batch_tokens,
-                pad_id=self.subject.start_id,
-                on_progress=lambda done: self.on_progress(done / num_windows),
+            self.subject.document_logprobs(
+                filled, on_progress=lambda done: self.on_progress(done / len(filled))
             )
         )
         scores = [next(found) if ids else Score(0.0, 0, True) for ids in encoded]
@@ -284,10 +273,11 @@ class ScoredModel(LM):
                 f"it reads {', '.join(sorted(GENERATION_KEYS))}."
             )
         stops = [stop for stop in normal["until"] if stop]
-        drawing: dict[str, Any] = {}
+        sampling = Sampling()
         if normal.get("do_sample"):
             names = ("temperature", "top_p", "top_k", "min_p")
             drawing = {"temperature": 1.0} | {key: normal[key] for key in names if key in normal}
+            sampling = Sampling(**drawing, seed=self.seed)
         limit = self.max_new_tokens or normal["max_gen_toks"]
         generator = self.subject.generator
         room = generator.max_length - limit
@@ -304,22 +294,17 @@ class ScoredModel(LM):
             prompts[number] = prompt[-room:]
             if len(prompt) > room:
                 self.cut_prompts.add(text)
-        # What is drawn depends on the place among all prompts; greedy answers stand alone.
-        size = len(numbers) if drawing else self.subject.batch_size
-        ordered = sorted(numbers, key=lambda number: (-len(prompts[number]), number))
-        for start in range(0, len(ordered), size):
-            batch = ordered[start : start + size]
-            found = generator.generate(
-                [prompts[number] for number in batch],
-                max_new_tokens=limit,
-                stop_strings=stops,
-                seed=self.seed,
-                **drawing,
-            )
-            for number, ids in zip(batch, found, strict=True):
-                text = self.subject.decode(ids, skip_special_tokens=True)
-                answers[number] = before_stop(text, stops)
-            self.on_progress(len(answers) / len(requests))
+        found = self.subject.answers(
+            [prompts[number] for number in numbers],
+            max_new_tokens=limit,
+            sampling=sampling,
+            places=numbers,
+            stop_strings=stops,
+            on_progress=lambda done: self.on_progress((len(answers) + done) / len(requests)),
+        )
+        for number, ids in zip(numbers, found, strict=True):
+            text = self.subject.decode(ids, skip_special_tokens=True)
+            answers[number] = before_stop(text, stops)
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True

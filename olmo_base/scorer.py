@@ -366,6 +366,7 @@ def continuation_logprobs(
     pad_id: int = 0,
     max_length: int | None = None,
     on_progress: Callable[[int], None] | None = None,
+    on_scored: Callable[[dict[int, Score]], None] | None = None,
 ) -> list[Score]:
     """The log-likelihood of each continuation after its context, in the order asked.
 
@@ -373,7 +374,8 @@ def continuation_logprobs(
     padded tokens of a batch; neither it nor the order changes a score beyond rounding (1e-5 in
     fp32). ``max_length`` is what the model can read (its own length if None); longer contexts
     lose their beginning, and ``Score.num_cut`` says how much. ``on_progress`` is told the number
-    of requests done. Errors: ValueError for an empty side or a continuation that cannot fit.
+    of requests done, ``on_scored`` the scores of each batch by the number of their request.
+    Errors: ValueError for an empty side or a continuation that cannot fit.
     """
     limit = max_length or context_length(model)
     fitted = [_fit(request, limit, number) for number, request in enumerate(requests)]
@@ -387,14 +389,19 @@ def continuation_logprobs(
     for beginning, rows in _by_prefix(_shared_rows(kept, has_trees), has_trees):
         prefix = _run_prefix(model, beginning) if beginning else None
         for batch in _batches(rows, len(beginning), batch_tokens, vocab_size):
-            for number, logprobs, is_greedy in _read_batch(model, batch, kept, pad_id, prefix):
-                scores[number] = Score(
+            found = {
+                number: Score(
                     logprob=sum(logprobs),
                     num_tokens=len(logprobs),
                     is_greedy=is_greedy,
                     token_logprobs=tuple(logprobs),
                     num_cut=fitted[number][1],
                 )
+                for number, logprobs, is_greedy in _read_batch(model, batch, kept, pad_id, prefix)
+            }
+            scores |= found
+            if on_scored is not None:
+                on_scored(found)
             if on_progress is not None:
                 on_progress(len(scores))
     model.train(was_training)
@@ -533,18 +540,17 @@ def rolling_logprobs(
             on_progress=on_progress,
         )
     )
-    documents_scores = []
-    for parts in windows:
-        found = [next(scores) for _ in parts]
-        documents_scores.append(
-            Score(
-                logprob=sum(score.logprob for score in found),
-                num_tokens=sum(score.num_tokens for score in found),
-                is_greedy=all(score.is_greedy for score in found),
-                token_logprobs=tuple(item for score in found for item in score.token_logprobs),
-            )
-        )
-    return documents_scores
+    return [document_score([next(scores) for _ in parts]) for parts in windows]
+
+
+def document_score(windows: Sequence[Score]) -> Score:
+    """The score of a document from those of its windows."""
+    return Score(
+        logprob=sum(score.logprob for score in windows),
+        num_tokens=sum(score.num_tokens for score in windows),
+        is_greedy=all(score.is_greedy for score in windows),
+        token_logprobs=tuple(item for score in windows for item in score.token_logprobs),
+    )
 
 
 def rolling_logprob(

@@ -259,7 +259,7 @@ def serve(models: tuple[str, ...], votes: str, **options: Any) -> None:
             f"serve needs {error.name}, which is not installed. "
             "Install the extra: pip install 'open-instruct[serve]'"
         ) from None
-    from open_instruct.chat.server import Settings
+    from open_instruct.chat.guard import Settings
     from open_instruct.chat.server import serve as run_server
 
     run_server(models, Settings(votes=Path(votes), **options))
@@ -275,11 +275,19 @@ def serve(models: tuple[str, ...], votes: str, **options: Any) -> None:
 @click.option("--output-dir", required=True, help="The report's folder.")
 @click.option("--data-dir", help="Where tasks find their files.")
 @click.option("--include-path", metavar="DIR", help="A folder of further tasks (YAML).")
+@click.option("--cache-dir", metavar="DIR", help="Requests computed before, of any evaluation.")
 @click.option("--limit", type=click.IntRange(min=1), help="Questions of each task, not all.")
+@click.option("--samples-only-failures", is_flag=True, help="Keep no text of right answers.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), help="Longest answer, in tokens.")
 @click.option("--apply-chat-template", is_flag=True, help="Put lm-eval's tasks as dialogues.")
 @click.option("--system-prompt", help="What lm-eval's dialogues begin with.")
 @click.option("--seed", type=click.IntRange(min=0), default=42, show_default=True)
+@click.option(
+    "--contamination",
+    metavar="PATH",
+    multiple=True,
+    help="Training files or token shards to look for the questions in; may be given again.",
+)
 @click.option("--baseline", metavar="FILE", help="report.json of an earlier evaluation.")
 @click.option(
     "--fail-if-worse",
@@ -305,7 +313,9 @@ def evaluate(
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     before = open_baseline(baseline, fail_if_worse)  # a mistake here is found before the work
     folder = run_evaluation(models, tasks=names, **options)
-    return 0 if before is None or passes(before, folder.path, fail_if_worse) else 1
+    if before is None or not folder.is_main:
+        return 0
+    return 0 if passes(before, folder.path, fail_if_worse) else 1
 
 
 @cli.command()
@@ -412,7 +422,7 @@ def inspect(
 
 
 def _list_documents(recipe: str, overrides: Sequence[str], step: int) -> None:
-    from olmo_base.pretrain import PretrainRecipe, num_steps, open_corpus, read_in_step
+    from olmo_base.pretrain_recipe import PretrainRecipe, num_steps, open_corpus, read_in_step
     from open_instruct import pipeline
 
     kept = Path(recipe) / "recipe.yaml"

@@ -10,23 +10,33 @@ closes a turn only where the template wrote it (control_tokens.py).
 import contextlib
 import difflib
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from olmo_base.run.artefact import ExampleCounts, atomic_write, resolve_model
 from olmo_base.run.errors import DataError, UserError
 from open_instruct import shipped_folder
+from open_instruct.chat_template import (
+    THINK,
+    ChatTemplate,
+    Layout,
+    Learnt,
+    Shape,
+    frames_of,
+    locate,
+    marked_around,
+    shape_of,
+    whole_text,
+)
 from open_instruct.control_tokens import CannotEncode, ControlTokens, Encoded, Rendered, Span
-from open_instruct.examples import DataConfig, Dialogue, Message, Pair, Rated
+from open_instruct.examples import DataConfig, Dialogue, Pair, Rated
+from open_instruct.turns import Message, Tools
 
 BATCH_SIZE = 512  # examples tokenised in one call
+MOST_LAYOUTS = 10_000  # kept at a time; dialogues that call tools have one each
 
 
 class EncodedPair(NamedTuple):
@@ -44,89 +54,6 @@ class EncodedRated(NamedTuple):
     sequence: Encoded
     prompt_length: int  # ids before the answer
     is_desirable: bool
-
-
-# ---------------------------------------------------------------- messages -> text
-
-
-class ChatTemplate:
-    """A Jinja chat template, with the values it takes from a tokenizer (``eos_token``, ...)."""
-
-    def __init__(self, source: str, special_tokens: dict[str, Any], name: str) -> None:
-        self.source = source
-        self.name = name
-        self.has_markers = re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
-        self._special_tokens = special_tokens
-
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        """The dialogue as text. Errors: CannotEncode with what the template said against it."""
-        return self._render(messages, add_generation_prompt, with_marked=False)[0]
-
-    def render_with_marked(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
-        """The text, and the characters between ``{% generation %}`` and ``{% endgeneration %}``."""
-        return self._render(messages, False, with_marked=True)
-
-    def _render(
-        self, messages: Sequence[Message], add_generation_prompt: bool, with_marked: bool
-    ) -> tuple[str, list[Span]]:
-        turns = [{"role": turn["role"], "content": turn["content"]} for turn in messages]
-        try:
-            rendered: Any = render_jinja_template(
-                [turns],
-                chat_template=self.source,
-                return_assistant_tokens_mask=with_marked,
-                add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
-            )
-        except jinja2.TemplateSyntaxError as error:
-            raise UserError(
-                f"{self.name}, line {error.lineno}: not a Jinja template: {error.message}."
-            ) from None
-        except jinja2.UndefinedError as error:
-            raise CannotEncode(
-                f"{self.name} needs what this tokenizer or dialogue does not have: {error}.",
-                "refused by the chat template",
-            ) from None
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise CannotEncode(
-                f"{self.name} refuses this dialogue: {error}", "refused by the chat template"
-            ) from None
-        texts, spans = rendered
-        return texts[0], spans[0] if with_marked else []
-
-    def frames(self, roles: Sequence[str], add_generation_prompt: bool = False) -> tuple[str, ...]:
-        """The template's own text before, between and after messages with these roles."""
-        text = self.render(_placeholders(roles), add_generation_prompt)
-        pieces = _PLACEHOLDER.split(text)
-        if pieces[1::2] != [str(number) for number in range(len(roles))]:
-            raise CannotEncode(
-                f"{self.name} does not write every message of {' → '.join(roles)} once and in "
-                "order, so it cannot be said which tokens are whose.",
-                "rewritten by the chat template",
-            )
-        return tuple(pieces[0::2])
-
-
-_PLACEHOLDER = re.compile("\ue000([0-9]+)\ue001")  # private use characters: nobody's text
-
-
-def _placeholders(roles: Sequence[str]) -> list[Message]:
-    """Messages whose texts can be found again in what a template makes of them."""
-    return [{"role": role, "content": f"\ue000{number}\ue001"} for number, role in enumerate(roles)]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a template writes a sequence of roles, whatever the messages say.
-
-    ``frames[i]`` is the template's own text before message i; the last frame ends the dialogue.
-    """
-
-    frames: tuple[str, ...]
-    controls: tuple[list[Span], ...]  # the control strings in each frame
-    # Of message i, how many characters of the frames before and after it are learnt with it;
-    # None where the message is not learnt.
-    learnt_around: tuple[tuple[int, int] | None, ...]
 
 
 # ---------------------------------------------------------------- messages -> ids
@@ -151,57 +78,117 @@ class ChatEncoder:
         self.tokenizer = tokenizer
         self.template = template
         self._template = ChatTemplate(template, tokenizer.special_tokens_map, template_name)
-        self._layouts: dict[tuple[tuple[str, ...], bool, bool], Layout] = {}
+        self._layouts: dict[Any, Layout] = {}
+        self._spells_control: Callable[[str], object] = lambda text: False  # not known yet
 
-        samples = self._sample_role_sequences()
-        frames = [self._template.frames(roles) for roles in samples]
+        samples = self._samples()
+        frames = [self._frames(messages) for messages in samples]
         self._control_tokens = ControlTokens(tokenizer, frames)
+        self._spells_control = self._control_tokens.spans
         self.control_ids = frozenset(self._control_tokens.ids.values())
         self.end_of_turn_ids = set()
+        self._ends_of_turn: set[str] = set()
         if tokenizer.eos_token_id is not None:
             self.end_of_turn_ids.add(tokenizer.eos_token_id)
-        for roles in samples:  # finds the ends of turns; whoever learns from such a dialogue
+        self._first_sample = samples[0]
+        for messages in samples:  # finds the ends of turns; whoever learns from such a dialogue
             with contextlib.suppress(CannotEncode):  # is told what is wrong with the template
-                self._layout(roles, is_learnt=True)
+                self._layout(self._shape(messages), is_learnt=True)
         # A sequence cut from the left keeps the token that opens every document.
         openers = {tokenizer.bos_token, tokenizer.eos_token} - {None}
-        self.opens_with_bos = any(frames[0][0].startswith(str(opener)) for opener in openers)
+        self._opener = next((str(item) for item in openers if frames[0][0].startswith(item)), "")
+        self.opens_with_bos = bool(self._opener)
 
-    def _sample_role_sequences(self) -> list[tuple[str, ...]]:
-        """Short dialogues that the template can write; the first must be among them."""
+    def _shape(self, messages: Sequence[Message], tools: Tools | None = None) -> Shape:
+        return shape_of(messages, tools, self._spells_control)
+
+    def _frames(self, messages: Sequence[Message]) -> tuple[str, ...]:
+        """The template's own text around messages; what opens reasoning may stand in any text."""
+        frames, _ = frames_of(self._template, self._shape(messages))
+        return tuple(frame.replace(THINK, "") for frame in frames)
+
+    def _samples(self) -> list[list[Message]]:
+        """Short dialogues that the template can write; one of a single turn must be among them.
+
+        A template of reasoning models may ask that answers begin with their reasoning.
+        """
         turn = ("user", "assistant")
-        usable: list[tuple[str, ...]] = []
-        for roles in (turn, ("system", *turn), turn + turn, ("system", *turn, *turn)):
-            try:
-                self._template.frames(roles)
-            except CannotEncode:
-                if roles == turn:
-                    raise
-                continue  # no system turns, or one turn only; dialogues that need them say so
-            usable.append(roles)
-        return usable
+        usable: list[list[Message]] = []
+        refusal: CannotEncode | None = None
+        for opening in ("", THINK):
+            for roles in (turn, ("system", *turn), turn + turn, ("system", *turn, *turn)):
+                messages: list[Message] = [
+                    {"role": role, "content": (opening if role == "assistant" else "") + "x"}
+                    for role in roles
+                ]
+                try:
+                    self._frames(messages)
+                except CannotEncode as error:
+                    refusal = refusal or error
+                    if roles == turn:
+                        break
+                    continue  # no system turns, or one turn only; dialogues of those say so
+                usable.append(messages)
+            if usable:
+                return usable
+        assert refusal is not None
+        raise refusal
 
     # ------------------------------------------------ what callers ask for
 
     def check_can_be_learnt(self) -> None:
         """Refuse a template whose answers cannot be told apart token by token, saying why."""
-        self._layout(("user", "assistant"), is_learnt=True)
+        self._layout(self._shape(self._first_sample), is_learnt=True)
 
-    def encode_dialogue(self, messages: Sequence[Message]) -> Encoded:
-        """A whole dialogue. Every assistant turn is learnt, with the token that ends it."""
-        return self.encode_many([messages])[0]
+    def encode_dialogue(
+        self, messages: Sequence[Message], *, tools: Tools | None = None
+    ) -> Encoded:
+        """A whole dialogue. Every assistant turn is learnt, with the token that ends it.
 
-    def encode_many(self, dialogues: Sequence[Sequence[Message]]) -> list[Encoded]:
-        """``encode_dialogue`` for many, in one call of the tokenizer."""
+        Except those whose ``train`` is false.
+        """
+        return self.encode_many([(messages, tools)])[0]
+
+    def encode_many(
+        self,
+        dialogues: Sequence[tuple[Sequence[Message], Tools | None] | str],
+        *,
+        learn_last_only: bool = False,
+    ) -> list[Encoded]:
+        """``encode_dialogue`` for many, in one call of the tokenizer.
+
+        A text among them is a document without turns, learnt from its first token to its end.
+        """
         return self._control_tokens.encode(
-            [self._rendered(turns, learn_from=0) for turns in dialogues]
+            [
+                self._document(item)
+                if isinstance(item, str)
+                else self._rendered(*item, learnt=learnt_turns(item[0], 0, learn_last_only))
+                for item in dialogues
+            ]
         )
 
+    def _document(self, text: str) -> Rendered:
+        """A text between the tokens that open and end every document, all of it learnt."""
+        opener, end = self._opener, self.tokenizer.eos_token
+        if end is None:
+            raise CannotEncode(
+                "this tokenizer has no eos token to end a text with. Use one that has.",
+                "no end of text",
+            )
+        whole = opener + text + end
+        controls = [(0, len(opener)), (len(whole) - len(end), len(whole))]
+        return Rendered(whole, [(len(opener), len(whole))], controls if opener else controls[1:])
+
     def encode_prompt(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Tools | None = None,
     ) -> list[int]:
         """The ids that a model goes on from when it answers."""
-        rendered = self._rendered(messages, add_generation_prompt=add_generation_prompt)
+        rendered = self._rendered(messages, tools, add_generation_prompt=add_generation_prompt)
         return self._control_tokens.encode([rendered])[0].ids
 
     def encode_pair(
@@ -212,19 +199,25 @@ class ChatEncoder:
         ``shared_prompt_length`` counts the ids of ``encode_prompt(prompt)``, without those at its
         end (rarely any) that the tokenizer merged with the first characters of an answer.
         """
-        return self.encode_many_pairs([(prompt, chosen, rejected)])[0]
+        return self.encode_many_pairs([(prompt, chosen, rejected, None)])[0]
 
     def encode_many_pairs(
         self,
-        pairs: Sequence[tuple[Sequence[Message], Sequence[Message], Sequence[Message]]],
+        pairs: Sequence[
+            tuple[Sequence[Message], Sequence[Message], Sequence[Message], Tools | None]
+        ],
+        *,
+        learn_last_only: bool = False,
     ) -> list[EncodedPair]:
         """``encode_pair`` for many, in one call of the tokenizer."""
         texts = []
-        for prompt, chosen, rejected in pairs:
-            rendered_prompt = self._rendered(prompt, add_generation_prompt=True)
+        for prompt, chosen, rejected, tools in pairs:
+            rendered_prompt = self._rendered(prompt, tools, add_generation_prompt=True)
             texts.append(rendered_prompt)
             for answer in (chosen, rejected):
-                whole = self._rendered([*prompt, *answer], learn_from=len(prompt))
+                messages = [*prompt, *answer]
+                learnt = learnt_turns(messages, len(prompt), learn_last_only)
+                whole = self._rendered(messages, tools, learnt=learnt)
                 if not whole.text.startswith(rendered_prompt.text):
                     raise CannotEncode(
                         f"{self._template.name} writes the prompt differently once an answer "
@@ -244,25 +237,22 @@ class ChatEncoder:
     def _rendered(
         self,
         messages: Sequence[Message],
+        tools: Tools | None = None,
         *,
         add_generation_prompt: bool = False,
-        learn_from: int | None = None,
+        learnt: frozenset[int] | None = None,
     ) -> Rendered:
-        """The text of a dialogue, learnt from message number ``learn_from`` on (None: nothing)."""
-        key = (
-            tuple(turn["role"] for turn in messages),
-            add_generation_prompt,
-            learn_from is not None,
-        )
-        text = self._template.render(messages, add_generation_prompt)
-        contents = [turn["content"] for turn in messages]
-        is_known = key in self._layouts
-        rendered = _locate(text, contents, self._layout(*key), learn_from or 0)
+        """The text of a dialogue of which the messages with these numbers are learnt."""
+        shape = self._shape(messages, tools)
+        settings = (add_generation_prompt, learnt is not None)
+        is_known = (shape.key, *settings) in self._layouts
+        text = self._template.render(messages, tools, add_generation_prompt)
+        rendered = locate(text, shape, self._layout(shape, *settings), learnt or ())
         if rendered is None and is_known:  # a template that writes the date, and a new day
-            del self._layouts[key]
-            rendered = _locate(text, contents, self._layout(*key), learn_from or 0)
+            del self._layouts[(shape.key, *settings)]
+            rendered = locate(text, shape, self._layout(shape, *settings), learnt or ())
         if rendered is None:
-            if learn_from is None and not any(map(self._control_tokens.spans, contents)):
+            if learnt is None and not any(map(self._spells_control, shape.leaves)):
                 return Rendered(text, [], self._control_tokens.spans(text))
             raise CannotEncode(
                 f"{self._template.name} changes the text of a message (or what stands around it, "
@@ -272,42 +262,54 @@ class ChatEncoder:
         return rendered
 
     def _layout(
-        self, roles: tuple[str, ...], add_generation_prompt: bool = False, is_learnt: bool = False
+        self, shape: Shape, add_generation_prompt: bool = False, is_learnt: bool = False
     ) -> Layout:
-        key = (roles, add_generation_prompt, is_learnt)
+        key = (shape.key, add_generation_prompt, is_learnt)
         if key not in self._layouts:
-            frames = self._template.frames(roles, add_generation_prompt)
+            if len(self._layouts) >= MOST_LAYOUTS:
+                self._layouts.clear()
+            frames, slots = frames_of(self._template, shape, add_generation_prompt)
             controls = tuple(self._control_tokens.spans(frame) for frame in frames)
-            learnt = tuple(
-                self._learnt_around(roles, number, frames, controls)
-                if is_learnt and role == "assistant"
-                else None
-                for number, role in enumerate(roles)
-            )
-            self._layouts[key] = Layout(frames, controls, learnt)
+            learnt: list[Learnt] = []
+            if is_learnt:
+                marked = (
+                    marked_around(self._template, shape) if self._template.has_markers else None
+                )
+                learnt = [
+                    self._learnt(shape, number, frames, slots, controls, marked)
+                    for number, turn in enumerate(shape.messages)
+                    if turn["role"] == "assistant"
+                ]
+            self._layouts[key] = Layout(frames, slots, controls, tuple(learnt))
         return self._layouts[key]
 
-    def _learnt_around(
+    def _learnt(
         self,
-        roles: tuple[str, ...],
+        shape: Shape,
         number: int,
         frames: tuple[str, ...],
+        slots: tuple[int, ...],
         controls: tuple[list[Span], ...],
-    ) -> tuple[int, int]:
+        marked: dict[int, tuple[int, int]] | None,
+    ) -> Learnt:
         """How much of the template's text around assistant turn ``number`` is learnt with it.
 
         A template with ``{% generation %}`` markers says so itself. One without is asked for the
         prompt of this turn: what follows the prompt is learnt, up to the end-of-turn token.
         """
         name = self._template.name
-        after = frames[number + 1]
-        first_control = next(iter(controls[number + 1]), (0, 0))
-        end_of_turn = after[slice(*first_control)]
-        if not end_of_turn or after[: first_control[0]].strip():
+        first, last = shape.slots_of(number, slots)
+        after, spans = frames[last + 1], controls[last + 1]
+        has_calls = "tool_calls" in shape.messages[number]
+        if has_calls:  # the template closes its calls before it ends the turn
+            spans = [span for span in spans if after[slice(*span)] in self._ends_of_turn]
+        end_span = next(iter(spans), (0, 0))
+        end_of_turn = after[slice(*end_span)]
+        if not end_of_turn or (after[: end_span[0]].strip() and not has_calls):
             raise CannotEncode(
                 f"{name} writes no token that ends an assistant's turn"
-                f"{' at the end of a dialogue' if number == len(roles) - 1 else ''}: the model "
-                "would never learn to stop. Choose a template that does, such as tulu.",
+                f"{' at the end of a dialogue' if number == len(shape.messages) - 1 else ''}: the "
+                "model would never learn to stop. Choose a template that does, such as tulu.",
                 "no end of turn",
             )
         if end_of_turn not in self._control_tokens.ids:
@@ -317,53 +319,43 @@ class ChatEncoder:
                 "with the tokenizer's eos token, such as tulu, or train the tokenizer with it.",
                 "no end of turn",
             )
+        self._ends_of_turn.add(end_of_turn)
         self.end_of_turn_ids.add(self._control_tokens.ids[end_of_turn])
-        if not self._template.has_markers:
-            return self._unprompted_length(roles, number, frames), first_control[1]
-        before_length, after_length = self._marked_around(roles, number)
-        if after_length < first_control[1]:
+        if marked is None:
+            before = self._unprompted_length(shape, number, frames, slots)
+            return Learnt(number, first, last, before, end_span[1])
+        before, behind = marked[number]
+        if behind < end_span[1]:
             raise CannotEncode(
                 f"{name} has its {{% endgeneration %}} before {end_of_turn!r}: the model would "
                 "never learn to end its turn. Move the marker behind it.",
                 "no end of turn",
             )
-        if number == 1 and roles[0] == "user":
-            self._unprompted_length(roles, number, frames, before_length)
-        return before_length, after_length
-
-    def _marked_around(self, roles: tuple[str, ...], number: int) -> tuple[int, int]:
-        """Characters inside the markers before and after message ``number``."""
-        text, marked = self._template.render_with_marked(_placeholders(roles))
-        places = {int(found[1]): found.span() for found in _PLACEHOLDER.finditer(text)}
-        around = {
-            inner: (places[inner][0] - start, end - places[inner][1])
-            for start, end in marked
-            for inner in places
-            if start <= places[inner][0] and places[inner][1] <= end
-        }
-        if sorted(around) != [item for item, role in enumerate(roles) if role == "assistant"]:
-            raise CannotEncode(
-                f"{self._template.name} does not have its {{% generation %}} markers around every "
-                "assistant turn and nothing else.",
-                "generation markers misplaced",
-            )
-        return around[number]
+        if number == 1 and shape.messages[0]["role"] == "user":
+            self._unprompted_length(shape, number, frames, slots, before)
+        return Learnt(number, first, last, before, behind)
 
     def _unprompted_length(
-        self, roles: tuple[str, ...], number: int, frames: tuple[str, ...], marked_before: int = 0
+        self,
+        shape: Shape,
+        number: int,
+        frames: tuple[str, ...],
+        slots: tuple[int, ...],
+        marked_before: int = 0,
     ) -> int:
         """Characters between the generation prompt and message ``number``.
 
         Apart from ``marked_before`` of them, which the template itself marks as learnt, they may
-        only be spaces.
+        only be spaces, what opens an answer, or what opens the call of a tool.
         """
-        turns = _placeholders(roles[:number])
-        prompt = self._template.render(turns, add_generation_prompt=True)
-        before = frames[0] + "".join(
-            turn["content"] + frame for turn, frame in zip(turns, frames[1:], strict=False)
-        )
-        unlearnt = before[len(prompt) : len(before) - marked_before]
-        if not before.startswith(prompt) or unlearnt.strip():
+        messages = shape.messages[:number]
+        prompt = self._template.render(messages, shape.tools, add_generation_prompt=True)
+        first, _ = shape.slots_of(number, slots)
+        before = whole_text(frames, slots, first)
+        unlearnt = before[len(prompt) : len(before) - marked_before].strip()
+        may_stand = ("", shape.openings[number])
+        is_call = "tool_calls" in shape.messages[number] and not marked_before
+        if not before.startswith(prompt) or (unlearnt not in may_stand and not is_call):
             raise CannotEncode(
                 f"{self._template.name} writes a prompt (add_generation_prompt) that is not the "
                 "start of what it writes once the answer is there, so the model would learn to "
@@ -373,33 +365,14 @@ class ChatEncoder:
         return len(before) - len(prompt)
 
 
-def _locate(text: str, contents: Sequence[str], layout: Layout, learn_from: int) -> Rendered | None:
-    """The text with its learnt and control spans; None if it is not frames and contents in turn.
-
-    A template may trim the spaces around a message; any other change makes None.
-    """
-    learnt, controls, position = [], [], 0
-    for number, frame in enumerate(layout.frames):
-        if not text.startswith(frame, position):
-            return None
-        controls += [(position + a, position + b) for a, b in layout.controls[number]]
-        position += len(frame)
-        if number == len(contents):
-            break
-        raw = contents[number]
-        for written in (raw, raw.strip(), raw.lstrip(), raw.rstrip()):
-            end = position + len(written)
-            if text.startswith(written, position) and text.startswith(
-                layout.frames[number + 1], end
-            ):
-                break
-        else:
-            return None
-        around = layout.learnt_around[number]
-        if around is not None and number >= learn_from:
-            learnt.append((position - around[0], end + around[1]))
-        position = end
-    return Rendered(text, learnt, controls) if position == len(text) else None
+def learnt_turns(messages: Sequence[Message], start: int, last_only: bool) -> frozenset[int]:
+    """The numbers of the assistant turns that are learnt, from ``start`` on."""
+    numbers = [
+        number
+        for number, turn in enumerate(messages)
+        if number >= start and turn["role"] == "assistant" and turn.get("train", True)
+    ]
+    return frozenset(numbers[-1:] if last_only else numbers)
 
 
 def _common_length(*sequences: Sequence[int]) -> int:
@@ -449,7 +422,10 @@ def encode_whole_dialogues(
     encoder.check_can_be_learnt()
     return _encode_each(
         dialogues,
-        lambda batch: encoder.encode_many([item.messages for item in batch]),
+        lambda batch: encoder.encode_many(
+            [item.text or (item.messages, item.tools) for item in batch],
+            learn_last_only=config.learn_turns == "last",
+        ),
         config,
         counts,
     )
@@ -463,7 +439,8 @@ def encode_whole_pairs(
 
     def encode_many(batch: Sequence[Pair]) -> list[EncodedPair]:
         encoded = encoder.encode_many_pairs(
-            [(item.prompt, item.chosen, item.rejected) for item in batch]
+            [(item.prompt, item.chosen, item.rejected, item.tools) for item in batch],
+            learn_last_only=config.learn_turns == "last",
         )
         return [
             pair._replace(margin=item.margin) for item, pair in zip(batch, encoded, strict=True)
@@ -492,7 +469,8 @@ def encode_whole_rated(
     def encode_many(batch: Sequence[Rated]) -> list[EncodedRated]:
         # A pair of the answer with itself: pairs know where the prompt ends.
         pairs = encoder.encode_many_pairs(
-            [(item.prompt, item.answer, item.answer) for item in batch]
+            [(item.prompt, item.answer, item.answer, item.tools) for item in batch],
+            learn_last_only=config.learn_turns == "last",
         )
         return [
             EncodedRated(pair.chosen, pair.shared_prompt_length, item.is_desirable)

@@ -15,7 +15,8 @@ from olmo_base.corpus.tokenize import run as tokenize
 from olmo_base.model.hf_weights import load_native
 from olmo_base.model.presets import PRESETS
 from olmo_base.model.transformer import Transformer, num_parameters
-from olmo_base.pretrain import model_config, open_corpus, plan
+from olmo_base.pretrain import plan
+from olmo_base.pretrain_recipe import model_config, open_corpus
 from olmo_base.run.artefact import RunConfig, read_manifest
 from olmo_base.run.recipe import read_keys, read_stage
 from olmo_base.tokenizer import TokenizerRecipe

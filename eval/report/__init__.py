@@ -1,11 +1,13 @@
-"""From what is on disk to report.html, report.md and report.json."""
+"""From what is on disk to report.html, report.md, report.json and plots/."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from eval.report.gather import EVALUATION, gather
-from eval.report.pages import html_page, markdown, print_summary
+from eval.report.markdown import markdown, print_summary
+from eval.report.page import html_page
+from eval.report.plots import has_pillow, write_plots
 from olmo_base.run.artefact import atomic_write
 
 
@@ -28,7 +30,8 @@ def write_report(
     content = json.dumps(report.as_dict(), indent=2, allow_nan=False)
     atomic_write(target / "report.json", content + "\n")
     atomic_write(target / "report.md", markdown(report))
-    atomic_write(target / "report.html", html_page(report))
+    write_plots(report, target)
+    atomic_write(target / "report.html", html_page(report, has_png=has_pillow()))
     if show:
         if report.models:
             print_summary(report)

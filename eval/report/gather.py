@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from eval.contamination import Contamination, Overlap, read_overlaps
 from eval.report.training import ModelFacts, Stage, life_of, model_facts, read_stage
 from eval.scores import chance_level, compare, estimate, guessing_p_value, is_right, measured
 from eval.statistics import Difference, Estimate, holm, macro_average, macro_difference
@@ -30,6 +31,21 @@ class TaskResult:
     rows: Sequence[dict[str, Any]]
     metrics: dict[str, Estimate]
     guessing: float | None = None  # p-value of the main metric against guessing
+    overlap: Overlap | None = None  # with training text, where it was looked for
+    clean: Estimate | None = None  # the main metric on the questions that do not overlap
+
+    @property
+    def cost(self) -> dict[str, float | int | None]:
+        """Seconds, and the tokens that were scored or written; what stands before them not."""
+        numbers = [_num_tokens(row) for row in self.rows]
+        seconds = self.record.get("seconds")
+        return {"seconds": seconds, "tokens": sum(number or 0 for number in numbers)}
+
+
+def _num_tokens(row: dict[str, Any]) -> int | None:
+    if "options" in row:
+        return sum(option.get("num_tokens") or 0 for option in row["options"])
+    return row.get("num_answer_tokens", row.get("num_tokens"))
 
 
 @dataclass(frozen=True)
@@ -75,6 +91,7 @@ class Report:
     stages: Sequence[Stage]
     evaluations: Sequence[Stage]  # the evaluations' own folders
     chance: dict[str, float] = field(default_factory=dict)
+    contamination: Sequence[Contamination] = ()  # of the evaluations that looked for it
 
     @property
     def seconds(self) -> float:
@@ -127,6 +144,12 @@ class Report:
                         for name, result in model.tasks.items()
                         if result.guessing is not None
                     },
+                    "without_overlap": {
+                        name: dataclasses.asdict(result.clean)
+                        for name, result in model.tasks.items()
+                        if result.clean is not None
+                    },
+                    "cost": {name: result.cost for name, result in model.tasks.items()},
                     "not_fitting": {
                         name: result.record["not_fitting"]
                         for name, result in model.tasks.items()
@@ -156,6 +179,7 @@ class Report:
                 }
                 for item in self.comparisons
             ],
+            "contamination": [item.as_dict() for item in self.contamination],
             "training": [
                 {
                     "name": stage.name,
@@ -183,6 +207,7 @@ def gather(runs: Iterable[Path]) -> Report:
     evaluations: list[Stage] = []
     extra_stages: list[Stage] = []
     suites: list[str] = []
+    contamination: list[Contamination] = []
     for folder in runs:
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder. Give evaluation or training run folders.")
@@ -210,13 +235,14 @@ def gather(runs: Iterable[Path]) -> Report:
         tasks |= {name: best_of_task(name, members) for name, members in best_of.items()} | found
         groups |= {name: tuple(members) for name, members in content["groups"].items()}
         taken = {model.name for model in models}
+        overlaps = read_overlaps(folder)
+        contamination += [] if overlaps is None else [overlaps]
         for item in content["models"]:
             name = item["name"]
             while name in taken:
                 name = f"{folder.name}/{name}"
-            models.append(
-                _read_model(folder, item["name"], name, item["path"], found, groups, best_of)
-            )
+            model = _read_model(folder, item["name"], name, item["path"], found, groups, best_of)
+            models.append(model if overlaps is None else _with_overlaps(model, tasks, overlaps))
             taken.add(name)
     comparisons = _comparisons(models, tasks, groups)
     stages: dict[Path, Stage] = {}
@@ -231,6 +257,7 @@ def gather(runs: Iterable[Path]) -> Report:
         best=_best(models, tasks, groups),
         stages=list(stages.values()),
         evaluations=evaluations,
+        contamination=contamination,
         chance={
             name: level
             for name in tasks
@@ -286,6 +313,23 @@ def _read_model(
         tasks=results,
         groups=averages,
     )
+
+
+def _with_overlaps(
+    model: ModelResult, tasks: dict[str, Task], contamination: Contamination
+) -> ModelResult:
+    """Its tasks with what training text holds of them, and their scores without that."""
+    results = {}
+    for name, result in model.tasks.items():
+        overlap = contamination.tasks.get(result.record.get("form", name))
+        clean = None
+        if overlap is not None:
+            rows = [row for row in result.rows if str(row["doc_id"]) not in overlap.overlapping]
+            metric = tasks[name].main_metric
+            is_told = bool(rows) and metric not in result.record.get("whole", {})
+            clean = estimate(rows, metric) if is_told else None
+        results[name] = dataclasses.replace(result, overlap=overlap, clean=clean)
+    return dataclasses.replace(model, tasks=results)
 
 
 def _best_result(folder: Path, asked: dict[str, tuple[str, TaskResult]]) -> TaskResult:

@@ -144,7 +144,7 @@ class DocumentStream:
             if name.endswith(".gz"):
                 file = cast(IO[bytes], gzip.GzipFile(fileobj=raw))
             elif name.endswith(".zst"):
-                file = io.BufferedReader(_ZstandardFile(raw), 1 << 20)
+                file = io.BufferedReader(ZstandardFile(raw), 1 << 20)
             try:
                 if name.endswith(TEXT_ENDINGS):
                     text = _decoded(file.read(), path, None)
@@ -153,18 +153,18 @@ class DocumentStream:
                     yield Document(text, path, None)
                 else:
                     yield from _read_json_lines(file, path, text_field)
-            except (EOFError, gzip.BadGzipFile, zlib.error, _ZstandardDamage) as error:
+            except (EOFError, gzip.BadGzipFile, zlib.error, ZstandardDamage) as error:
                 kind = "zstandard" if name.endswith(".zst") else "gzip"
                 raise DataError(
                     path, None, f"the {kind} data is damaged ({error}).", "Fetch the file again."
                 ) from None
 
 
-class _ZstandardDamage(Exception):
+class ZstandardDamage(Exception):
     """Packed bytes that cannot be unpacked."""
 
 
-class _ZstandardFile(io.RawIOBase):
+class ZstandardFile(io.RawIOBase):
     """The unpacked bytes of a file of one or more Zstandard frames.
 
     The package's own reader takes a file that was cut off for one that ends there.
@@ -196,7 +196,7 @@ class _ZstandardFile(io.RawIOBase):
             try:
                 self._ready = memoryview(self._frame.decompress(packed))
             except self._damage as error:
-                raise _ZstandardDamage(str(error)) from None
+                raise ZstandardDamage(str(error)) from None
             if self._frame.eof:
                 self._rest = self._frame.unused_data
                 self._frame = None

@@ -132,6 +132,11 @@ class KeyValueCache:
         if self._padding_B is not None:
             self._padding_B = self._padding_B[rows]
 
+    def reorder_key_channels(self, order_h: Tensor) -> None:
+        """Put the channels of every kept key into another order; later ones must come in it."""
+        for store in self._stores.values():
+            store.data[0] = store.data[0][..., order_h]
+
     def _range(self, start: int, end: int) -> Tensor:
         device = next(iter(self._stores.values())).data.device
         return torch.arange(start, end, device=device)

@@ -6,17 +6,25 @@ of token ids; the words are the caller's business (``Generator.tokenizer``).
 B rows still being decoded, T positions, V vocabulary.
 """
 
-import inspect
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from olmo_base.model.decode import (
+    Decoder,
+    LaidOutDecoder,
+    LaidOutWeights,
+    NativeDecoder,
+    TransformersDecoder,
+    identity_of,
+    is_fast_alone,
+)
 from olmo_base.model.hf_weights import is_native, load_native
 from olmo_base.model.transformer import Transformer
 from olmo_base.run.artefact import (
@@ -29,7 +37,6 @@ from olmo_base.run.errors import UserError
 from olmo_base.run.launch import pick_device
 
 MAX_ROWS = 64  # prompts decoded together; more wins little on a CPU and costs cache
-FIRST_CAPACITY = 64  # new positions a cache has room for before it grows
 
 
 # ---------------------------------------------------------------- choosing the next token
@@ -93,106 +100,6 @@ def _inverse_cdf(weights_BV: Tensor, uniform_B: Tensor) -> Tensor:
     # Rounding can bring the target up to the total: then it is the last index of any weight.
     last_B = (cumulated_BV < cumulated_BV[:, -1:]).sum(-1)
     return torch.searchsorted(cumulated_BV, target_B1, right=True).squeeze(-1).minimum(last_B)
-
-
-# ---------------------------------------------------------------- the two engines
-
-
-class Decoder(Protocol):
-    """A batch of rows on their way through a model: what both engines do."""
-
-    def prefill(self) -> Tensor:
-        """Read the prompts; the logits after each, BV."""
-
-    def step(self, ids_B: Tensor) -> Tensor:
-        """Read one more token of each row; the logits after it, BV."""
-
-    def keep_rows(self, rows: list[int]) -> None:
-        """Only these rows go on, in this order."""
-
-
-def _left_padded(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, list[int]]:
-    """ids_BT ending in the prompts, and how much padding stands before each."""
-    width = max(map(len, prompts))
-    padding_B = [width - len(prompt) for prompt in prompts]
-    rows = [
-        [pad_id] * padding + list(prompt)
-        for padding, prompt in zip(padding_B, prompts, strict=True)
-    ]
-    return torch.tensor(rows), padding_B
-
-
-class NativeDecoder:
-    """Our model with a preallocated cache of keys and values."""
-
-    def __init__(self, model: Transformer, prompts: Sequence[Sequence[int]]) -> None:
-        ids_BT, padding_B = _left_padded(prompts, model.config.pad_token_id)
-        self.model = model
-        self.prompt_ids_BT = ids_BT.to(model.device)
-        self.cache = model.new_cache(padding_B, capacity=ids_BT.shape[1] + FIRST_CAPACITY)
-
-    def prefill(self) -> Tensor:
-        """See Decoder."""
-        return self._last_logits(self.prompt_ids_BT)
-
-    def step(self, ids_B: Tensor) -> Tensor:
-        """See Decoder."""
-        return self._last_logits(ids_B[:, None])
-
-    def _last_logits(self, ids_BT: Tensor) -> Tensor:
-        hidden_BTD = self.model(ids_BT, cache=self.cache)
-        return self.model.logits(hidden_BTD[:, -1])
-
-    def keep_rows(self, rows: list[int]) -> None:
-        """See Decoder."""
-        self.cache.keep_rows(rows)
-
-
-class TransformersDecoder:
-    """Any causal language model of transformers, with the cache of its own kind."""
-
-    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], pad_id: int) -> None:
-        from transformers import DynamicCache  # heavy; the native engine needs none of it
-
-        ids_BT, padding_B = _left_padded(prompts, pad_id)
-        self.model = model
-        self.prompt_ids_BT = ids_BT.to(model.device)
-        columns_T = torch.arange(ids_BT.shape[1], device=model.device)
-        self.mask_BT = (columns_T >= torch.tensor(padding_B, device=model.device)[:, None]).long()
-        self.cache: Any = DynamicCache(config=model.config.get_text_config(decoder=True))
-        accepted = inspect.signature(model.forward).parameters
-        self.takes_positions = "position_ids" in accepted
-        names = [name for name in ("past_key_values", "cache_params") if name in accepted]
-        if not names:
-            raise UserError(
-                f"{type(model).__name__} keeps no cache that generation could use. "
-                "Choose a decoder-only model."
-            )
-        self.cache_name = names[0]
-        self.extra = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-
-    def prefill(self) -> Tensor:
-        """See Decoder."""
-        return self._last_logits(self.prompt_ids_BT)
-
-    def step(self, ids_B: Tensor) -> Tensor:
-        """See Decoder."""
-        self.mask_BT = torch.cat([self.mask_BT, self.mask_BT.new_ones(len(ids_B), 1)], dim=-1)
-        return self._last_logits(ids_B[:, None])
-
-    def _last_logits(self, ids_BT: Tensor) -> Tensor:
-        inputs = {"input_ids": ids_BT, "attention_mask": self.mask_BT, **self.extra}
-        if self.takes_positions:
-            positions_BT = (self.mask_BT.cumsum(-1) - 1).clamp(min=0)
-            inputs["position_ids"] = positions_BT[:, -ids_BT.shape[1] :]
-        outputs = self.model(**inputs, **{self.cache_name: self.cache}, use_cache=True)
-        return outputs.logits[:, -1]
-
-    def keep_rows(self, rows: list[int]) -> None:
-        """See Decoder."""
-        kept = torch.tensor(rows, device=self.mask_BT.device)
-        self.cache.reorder_cache(kept)  # named after beam search; it selects rows
-        self.mask_BT = self.mask_BT[kept]
 
 
 # ---------------------------------------------------------------- where an answer ends
@@ -267,6 +174,8 @@ class Generator:
         config = model.config if self.is_native else model.config.get_text_config(decoder=True)
         self.vocab_size: int = config.vocab_size
         pad_id = getattr(config, "pad_token_id", None)  # a transformers config may lack it
+        self._laid_out_identity: tuple[tuple[int, int], ...] = ()
+        self._laid_out_weights: dict[bool, LaidOutWeights] = {}  # by whether they are for one row
         self.pad_id: int = min(self.eos_token_ids, default=0) if pad_id is None else pad_id
 
     @cached_property
@@ -298,8 +207,11 @@ class Generator:
         seed: int = 0,
         stop_token_ids: Iterable[int] = (),
         stop_strings: Sequence[str] = (),
+        places: Sequence[int] | None = None,
     ) -> list[list[int]]:
         """An answer for each prompt, in their order; batches of similar length are made inside.
+
+        ``places`` replaces the prompts' own (0, 1, …) in what decides a sampled answer.
 
         Errors: UserError for an empty or too long prompt, an unknown id, or a value out of range.
         """
@@ -310,7 +222,7 @@ class Generator:
         longest_first = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
         for start in range(0, len(prompts), MAX_ROWS):
             batch = {index: prompts[index] for index in longest_first[start : start + MAX_ROWS]}
-            for index, token in self._decode(batch, max_new_tokens, sampling, stop):
+            for index, token in self._decode(batch, max_new_tokens, sampling, stop, places):
                 answers[index].append(token)
         return answers
 
@@ -367,6 +279,7 @@ class Generator:
         max_new_tokens: int,
         sampling: Sampling,
         stop: StopRule,
+        places: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, int]]:
         """(key of the prompt, its next id), step by step for all rows; finished rows leave."""
         tails: dict[int, list[int]] = {key: [] for key in prompts}
@@ -375,7 +288,7 @@ class Generator:
             for key, prompt in prompts.items()
         }
         uniforms = {
-            key: _uniforms(limit, sampling.seed, key)
+            key: _uniforms(limit, sampling.seed, key if places is None else places[key])
             for key, limit in limits.items()
             if sampling.temperature > 0.0
         }
@@ -412,9 +325,20 @@ class Generator:
             logits_BV = decoder.step(ids_B)
 
     def _new_decoder(self, prompts: Sequence[Sequence[int]]) -> Decoder:
-        if isinstance(self.model, Transformer):
-            return NativeDecoder(self.model, prompts)
-        return TransformersDecoder(self.model, prompts, self.pad_id)
+        if not isinstance(self.model, Transformer):
+            return TransformersDecoder(self.model, prompts, self.pad_id)
+        if is_fast_alone(self.model):
+            return LaidOutDecoder(self.model, prompts, self._laid_out(len(prompts)))
+        return NativeDecoder(self.model, prompts)
+
+    def _laid_out(self, num_rows: int) -> LaidOutWeights:
+        """The weights laid out for one row or for several; anew where they were changed."""
+        identity, is_one = identity_of(self.model), num_rows == 1
+        if self._laid_out_identity != identity:
+            self._laid_out_identity, self._laid_out_weights = identity, {}
+        if is_one not in self._laid_out_weights:
+            self._laid_out_weights[is_one] = LaidOutWeights(self.model, num_rows)
+        return self._laid_out_weights[is_one]
 
 
 def _uniforms(number: int, seed: int, index: int) -> list[float]:

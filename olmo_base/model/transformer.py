@@ -408,17 +408,7 @@ class Transformer(nn.Module):
             return {None: Sight(_at(tree.positions_BT, *turns), tree.may_attend)}
         if cache is not None:
             assert document_ids_BT is None, "a cache holds one document per row"
-            cache.reserve(num_positions)
-            self._check_length(cache.longest_row + num_positions)
-            positions = cache.positions(num_positions)
-            end = cache.length + num_positions
-            return {
-                window: Sight(
-                    _at(positions, *table(end, ids_BT.device)),
-                    cache.may_attend(num_positions, window),
-                )
-                for window, table in self.rotary_tables.items()
-            }
+            return self.sights_after(cache, num_positions)
         self._check_length(num_positions)
         is_same_B1TT = None
         if document_ids_BT is not None:
@@ -433,6 +423,19 @@ class Transformer(nn.Module):
                 may_attend = near_TT[None, None] if may_attend is None else may_attend & near_TT
             sights[window] = Sight((cos_Sh[:num_positions], sin_Sh[:num_positions]), may_attend)
         return sights
+
+    def sights_after(self, cache: KeyValueCache, num_positions: int) -> dict[int | None, Sight]:
+        """Of the next positions of what ``cache`` holds, for which it then has room; by window."""
+        cache.reserve(num_positions)
+        self._check_length(cache.longest_row + num_positions)
+        positions = cache.positions(num_positions)
+        end = cache.length + num_positions
+        return {
+            window: Sight(
+                _at(positions, *table(end, self.device)), cache.may_attend(num_positions, window)
+            )
+            for window, table in self.rotary_tables.items()
+        }
 
     def _sights_of_branches(self, branches: Branches) -> dict[int | None, Sight]:
         """By window, which counts positions of a sequence and not columns of the row."""

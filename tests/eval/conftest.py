@@ -78,7 +78,12 @@ def training_rows(start: float, end: float, steps: int, with_accuracy: bool = Fa
 def make_evaluation(tmp_path: Path) -> Callable[..., Path]:
     """Builds runs/{base,sft,dpo} and an evaluation of them; ``answer`` may replace every answer."""
 
-    def make(n: int = 120, names=("base", "sft", "dpo"), answer: str | None = None) -> Path:
+    def make(
+        n: int = 120,
+        names=("base", "sft", "dpo"),
+        answer: str | None = None,
+        tasks=("recall", "sort", "format", "choice", "text"),
+    ) -> Path:
         runs = tmp_path / "runs"
         parent = None
         for name, stage, rows in (
@@ -88,7 +93,7 @@ def make_evaluation(tmp_path: Path) -> Callable[..., Path]:
         ):
             write_run(runs / name, stage, parent, rows)
             parent = runs / name
-        tasks = [
+        known = [
             {
                 "name": name,
                 "kind": "exact_match",
@@ -97,21 +102,23 @@ def make_evaluation(tmp_path: Path) -> Callable[..., Path]:
             }
             for name in SKILLS
         ]
-        tasks[2]["answer_rule"] = "as_written"
-        tasks.append({"name": "choice", "kind": "multiple_choice", "file": "eval_choice.jsonl"})
-        tasks.append({"name": "text", "kind": "perplexity", "file": "text.txt"})
+        known[2]["answer_rule"] = "as_written"
+        known.append({"name": "choice", "kind": "multiple_choice", "file": "eval_choice.jsonl"})
+        known.append({"name": "text", "kind": "perplexity", "file": "text.txt"})
+        asked = [task for task in known if task["name"] in tasks]
+        groups = {
+            "accuracy": ["recall", "sort"],
+            "instruction following": ["format"],
+            "choosing among options": ["choice"],
+            "text prediction": ["text"],
+        }
         folder = runs / "eval"
         write_json(
             folder / "evaluation.json",
             {
                 "suite": "quickstart",
-                "tasks": tasks,
-                "groups": {
-                    "accuracy": ["recall", "sort"],
-                    "instruction following": ["format"],
-                    "choosing among options": ["choice"],
-                    "text prediction": ["text"],
-                },
+                "tasks": asked,
+                "groups": {group: of for group, of in groups.items() if {*of} <= {*tasks}},
                 "models": [{"name": name, "path": str(runs / name)} for name in names],
             },
         )
@@ -125,7 +132,7 @@ def make_evaluation(tmp_path: Path) -> Callable[..., Path]:
             },
         )
         for number, name in enumerate(names):
-            for task in tasks:
+            for task in asked:
                 rows = samples(task, number, n, answer)
                 write_rows(folder / "samples" / name / f"{task['name']}.jsonl", rows)
                 write_json(

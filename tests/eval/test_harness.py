@@ -11,9 +11,10 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from eval.asking import ask, encode_pairs, load_subject
+from eval.asking import ask
 from eval.harness import EvalRecipe, evaluate, input_files, model_names, plan, run
 from eval.questions import Choice, Document, Question
+from eval.subject import encode_pairs, load_subject
 from eval.tasks import Task
 from olmo_base.corpus.documents import DocumentSource
 from olmo_base.model.hf_weights import export_hf
@@ -241,6 +242,24 @@ def test_a_finished_evaluation_is_shown_again_and_not_asked(models, data, tmp_pa
     assert "report.html" in capsys.readouterr().out
 
 
+def test_training_text_is_looked_through_without_asking_again(models, data, tmp_path):
+    """The text is in it whole; the other questions have too few words to tell."""
+    folder = run(recipe(models, data, tmp_path / "out", "base")).path
+    samples_file = folder / "samples" / "base" / "words.jsonl"
+    time = samples_file.stat().st_mtime_ns
+    train = tmp_path / "train.txt"
+    train.write_text("Before. " + (data / "text.txt").read_text())
+    again = recipe(models, data, tmp_path / "out", "base", contamination=[str(train)])
+    assert run(again).is_finished
+    assert samples_file.stat().st_mtime_ns == time
+    report = json.loads((folder / "report.json").read_text())
+    (found,) = report["contamination"]
+    assert found["tasks"]["text"]["overlapping"]
+    assert len(found["tasks"]["words"]["too_short"]) == len(QUESTIONS)
+    with pytest.raises(UserError, match="Give the files that the models were trained on"):
+        run(recipe(models, data, tmp_path / "new", "base", contamination=["nowhere"]))
+
+
 def test_a_changed_question_makes_it_another_run(models, data, tmp_path):
     settings = recipe(models, data, tmp_path / "out", "base")
     run(settings)
@@ -363,7 +382,7 @@ def test_a_stop_signal_keeps_finished_tasks(models, data, tmp_path, monkeypatch)
         update(self, done, **shown)
 
     monkeypatch.setattr(Progress, "update", update_and_be_told_to_stop)
-    with pytest.raises(Stopped, match="finished tasks are kept") as stopped:
+    with pytest.raises(Stopped, match="what was computed is kept") as stopped:
         run(settings)
     assert stopped.value.signal_number == signal.SIGTERM
     assert kept == ["choices", "requests", "words"]

@@ -21,9 +21,9 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from eval.asking import load_subject
 from eval.harness import evaluate
 from eval.lm_engine import ScoredModel
+from eval.subject import load_subject
 from eval.tasks import select
 from olmo_base.corpus.documents import DocumentSource
 from olmo_base.run.artefact import RunConfig

@@ -1,5 +1,8 @@
 """The report from what is on disk: its numbers, its pages, and hostile text in them."""
 
+import base64
+import gzip
+import hashlib
 import html.parser
 import json
 import re
@@ -8,16 +11,10 @@ import pytest
 from rich.console import Console
 
 from eval.report import write_report
+from eval.report.answers import pack_of, sample_cards
 from eval.report.gather import gather
-from eval.report.pages import (
-    clipped,
-    difference_text,
-    duration_text,
-    markdown,
-    print_summary,
-    sample_cards,
-    visible,
-)
+from eval.report.markdown import markdown, print_summary
+from eval.report.words import clipped, difference_text, duration_text, visible
 from eval.statistics import wilson_interval
 from olmo_base.run.errors import DataError, UserError
 
@@ -29,13 +26,20 @@ class Page(html.parser.HTMLParser):
         super().__init__()
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.text = ""
+        self.scripts: list[tuple[dict[str, str | None], str]] = []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         self.elements.append((tag, dict(attrs)))
+        if tag == "script":
+            self.scripts.append((dict(attrs), ""))
 
     def handle_data(self, data):
-        self.text += data
+        if self.elements and self.elements[-1][0] == "script" and self.cdata_elem == "script":
+            attributes, before = self.scripts[-1]
+            self.scripts[-1] = (attributes, before + data)
+        else:
+            self.text += data
 
 
 def test_report_json_has_the_agreed_shape(make_evaluation):
@@ -95,7 +99,7 @@ def test_p_values_are_corrected_for_the_number_of_comparisons(make_evaluation):
     titles = [attributes.get("title") or "" for _, attributes in page.elements]
     assert any("when corrected for all comparisons" in title for title in titles)
     (head,) = [
-        line for line in (folder / "report.md").read_text().splitlines() if "corrected p" in line
+        line for line in (folder / "report.md").read_text().splitlines() if "corrected p |" in line
     ]
     assert head.count("|") == 12
 
@@ -183,12 +187,71 @@ def test_the_page_needs_nothing_but_itself(make_evaluation):
     text = write_report([make_evaluation()]).read_text()
     page = Page(text)
     tags = {tag for tag, _ in page.elements}
-    assert not tags & {"script", "link", "iframe", "img", "object", "embed", "form", "base"}
+    assert not tags & {"link", "iframe", "img", "object", "embed", "form", "base"}
     for tag, attributes in page.elements:
-        assert not {"src", "href", "onload", "onclick", "onerror"} & attributes.keys(), tag
+        assert not {"src", "onload", "onclick", "onerror"} & attributes.keys(), tag
+        assert (attributes.get("href") or "#").startswith("#")
     assert "default-src 'none'" in text
     assert not re.search(r"url\(|@import|https?://", text)
     assert len(text) < 300_000
+
+
+def own_script_only(page: Page, text: str) -> bool:
+    """Whether the page's policy allows one script, which is the last, and all others are data."""
+    *packs, (own, code) = page.scripts
+    digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+    return (
+        f"script-src 'sha256-{digest}'" in text
+        and own == {}
+        and all(attributes["type"] == "text/plain" for attributes, _ in packs)
+        and all(re.fullmatch(r"[A-Za-z0-9+/=]+", content) for _, content in packs)
+    )
+
+
+def test_the_page_runs_one_script_known_by_its_hash(make_evaluation):
+    text = write_report([make_evaluation()]).read_text()
+    assert own_script_only(Page(text), text)
+
+
+def test_every_answer_is_packed_into_the_page(make_evaluation):
+    folder = make_evaluation(n=30)
+    page = Page(write_report([folder]).read_text())
+    packs = {a["data-task"]: content for a, content in page.scripts if "data-task" in a}
+    assert list(packs) == ["recall", "sort", "format", "choice", "text"]
+    content = json.loads(gzip.decompress(base64.b64decode(packs["choice"])))
+    assert [name for name, _ in content["models"]] == ["base", "sft", "dpo"]
+    assert len(content["questions"]) == 30
+    rows = [
+        json.loads(line)
+        for line in (folder / "samples" / "sft" / "choice.jsonl").read_text().splitlines()
+    ]
+    for question, row in zip(content["questions"], rows, strict=True):
+        doc_id, _, words, target, overlaps, ((head, rest),), answers = question
+        assert (doc_id, words, target) == (row["doc_id"], row["question"], row["target"].strip())
+        assert overlaps is None
+        assert content["heads"][head] + rest == row["prompt"]
+        _, verdict, _, _, options, more = answers[1]
+        assert verdict == row["correct"] and more == []
+        assert [option[0] for option in options] == ["red", "green", "dark blue", "yellow"]
+        assert [option[3] for option in options].index(True) == row["gold"]
+        best = max(range(4), key=lambda number: row["options"][number]["logprob"])
+        assert [option[2] for option in options].index(True) == best
+
+
+def test_what_all_prompts_begin_with_is_packed_once(make_evaluation):
+    folder = make_evaluation(n=30, names=("base",))
+    path = folder / "samples" / "base" / "sort.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    prompts = ["An example. " * 5000 + row["prompt"] for row in rows]
+    lines = [json.dumps(row | {"prompt": p}) for row, p in zip(rows, prompts, strict=True)]
+    path.write_text("\n".join(lines) + "\n")
+    pack = pack_of(gather([folder]), "sort")
+    assert pack is not None
+    content = json.loads(gzip.decompress(base64.b64decode(pack.base64)))
+    assert len(json.dumps(content)) < 100_000 < len(path.read_text())
+    for question, prompt in zip(content["questions"], prompts, strict=True):
+        (head, rest) = question[5][0]
+        assert content["heads"][head] + rest == prompt
 
 
 def test_the_page_shows_table_bars_curves_answers_and_settings(make_evaluation):
@@ -224,9 +287,10 @@ HOSTILE = (
 
 
 def test_hostile_answers_stay_inert_in_the_page(make_evaluation):
-    page = Page(write_report([make_evaluation(n=30, answer=HOSTILE)]).read_text())
-    tags = {tag for tag, _ in page.elements}
-    assert not tags & {"script", "img"}
+    text = write_report([make_evaluation(n=30, answer=HOSTILE)]).read_text()
+    page = Page(text)
+    assert "img" not in {tag for tag, _ in page.elements}
+    assert own_script_only(page, text)
     assert all("onload" not in attributes for _, attributes in page.elements)
     assert "<script>alert(1)</script>" in page.text  # shown as text
     assert "{{ 7*7 }}" in page.text
@@ -248,8 +312,8 @@ def test_hostile_names_stay_inert_everywhere(make_evaluation, capsys):
     content = json.loads((folder / "evaluation.json").read_text())
     content["suite"] = "<script>x</script>[red]"
     (folder / "evaluation.json").write_text(json.dumps(content))
-    page = Page(write_report([folder], show=True).read_text())
-    assert "script" not in {tag for tag, _ in page.elements}
+    text = write_report([folder], show=True).read_text()
+    assert own_script_only(Page(text), text)
     assert "[red]" in capsys.readouterr().out  # not taken for a colour
 
 

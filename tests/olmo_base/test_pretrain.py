@@ -29,16 +29,14 @@ from olmo_base.model.hf_weights import export_hf, load_native
 from olmo_base.model.presets import ModelShape
 from olmo_base.model.transformer import Transformer
 from olmo_base.optim import learning_rate_at
-from olmo_base.pretrain import (
+from olmo_base.pretrain import computes_in_bf16, plan, run
+from olmo_base.pretrain_loop import add_gradients
+from olmo_base.pretrain_recipe import (
     PretrainRecipe,
-    add_gradients,
-    computes_in_bf16,
     model_config,
     num_steps,
     open_corpus,
-    plan,
     read_in_step,
-    run,
 )
 from olmo_base.run.artefact import RunConfig
 from olmo_base.run.errors import UserError

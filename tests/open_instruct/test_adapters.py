@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eval.asking import load_subject
+from eval.subject import load_subject
 from olmo_base.model.generate import load_generator
 from olmo_base.optim import build_optimizer, learning_rate_at, set_learning_rate
 from olmo_base.run.artefact import model_files

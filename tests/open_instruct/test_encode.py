@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from olmo_base.run.artefact import ExampleCounts
 from olmo_base.run.errors import DataError, UserError
+from open_instruct.chat_template import THINK
 from open_instruct.control_tokens import CannotEncode, Encoded
 from open_instruct.encode import (
     ChatEncoder,
@@ -20,6 +21,7 @@ from open_instruct.encode import (
     encode_pairs,
     encode_rated,
     find_template,
+    learnt_turns,
     load_chat_encoder,
     save_chat_files,
     template_names,
@@ -74,8 +76,23 @@ GOLDEN = {
         "<|start_header_id|>assistant<|end_header_id|>\n\n⟦four<|eot_id|>⟧"
     ),
 }
+THINKING = (
+    "<|bos|><|system|>\nbe kind\n<|user|>\nhello\n<|assistant|>\n<think>⟦hi.<|endoftext|>⟧\n"
+    "<|user|>\ntwo plus two?\n<|assistant|>\n<think>⟦four<|endoftext|>⟧"
+)
+GOLDEN["olmo2_think"] = THINKING
 END_OF_TURN = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}  # the others: the tokenizer's eos
-WITH_BOS = {"olmo", "llama3"}
+WITH_BOS = {"olmo", "olmo2_think", "llama3"}
+
+
+def worded_for(name: str, messages: list[Message]) -> list[Message]:
+    """The dialogue as a template wants it: answers to olmo2_think begin with their reasoning."""
+    if not name.endswith("olmo2_think"):
+        return messages
+    return [
+        assistant(THINK + turn["content"]) if turn["role"] == "assistant" else turn
+        for turn in messages
+    ]
 
 
 def readable(tokenizer: PreTrainedTokenizerFast, encoded: Encoded) -> str:
@@ -169,12 +186,15 @@ def test_every_template_has_a_golden_text():
 @pytest.mark.parametrize("name", sorted(GOLDEN))
 def test_what_is_learnt_is_every_answer_with_its_end(name, chat_tokenizer):
     encoder = encoder_for(chat_tokenizer, name)
-    assert readable(chat_tokenizer, encoder.encode_dialogue(DIALOGUE)) == GOLDEN[name]
+    assert (
+        readable(chat_tokenizer, encoder.encode_dialogue(worded_for(name, DIALOGUE)))
+        == GOLDEN[name]
+    )
 
 
 @pytest.mark.parametrize("name", sorted(GOLDEN))
 def test_one_bos_where_the_template_has_one_and_none_elsewhere(name, chat_tokenizer):
-    ids = encoder_for(chat_tokenizer, name).encode_dialogue(DIALOGUE).ids
+    ids = encoder_for(chat_tokenizer, name).encode_dialogue(worded_for(name, DIALOGUE)).ids
     bos = chat_tokenizer.bos_token_id
     assert ids.count(bos) == (1 if name in WITH_BOS else 0)
     assert (ids[0] == bos) == (name in WITH_BOS)
@@ -183,7 +203,7 @@ def test_one_bos_where_the_template_has_one_and_none_elsewhere(name, chat_tokeni
 @pytest.mark.parametrize("name", sorted(GOLDEN))
 def test_the_end_token_is_learnt_on_every_assistant_turn(name, chat_tokenizer):
     encoder = encoder_for(chat_tokenizer, name)
-    ids, is_learnt = encoder.encode_dialogue(DIALOGUE)
+    ids, is_learnt = encoder.encode_dialogue(worded_for(name, DIALOGUE))
     end = chat_tokenizer.convert_tokens_to_ids(END_OF_TURN.get(name, "<|endoftext|>"))
     last_learnt = [
         ids[place]
@@ -203,8 +223,9 @@ def test_olmo_opens_with_eos_if_the_tokenizer_has_no_bos(train_tokenizer):
 
 def test_a_prompt_is_how_the_dialogue_begins(usable):
     for name, _, encoder in usable:
-        prompt = encoder.encode_prompt(DIALOGUE[:4])
-        ids, is_learnt = encoder.encode_dialogue(DIALOGUE)
+        messages = worded_for(name, DIALOGUE)
+        prompt = encoder.encode_prompt(messages[:4])
+        ids, is_learnt = encoder.encode_dialogue(messages)
         assert ids[: len(prompt)] == prompt, name
         assert is_learnt[len(prompt)], name
 
@@ -215,14 +236,18 @@ def test_a_template_without_markers_is_masked_by_its_prompts(name, chat_tokenize
     unmarked = re.sub(r"\{%-? (end)?generation -?%\}", "", marked)
     assert "generation -" not in unmarked
     encoder = ChatEncoder(chat_tokenizer, unmarked)
-    assert readable(chat_tokenizer, encoder.encode_dialogue(DIALOGUE)) == GOLDEN[name]
+    assert (
+        readable(chat_tokenizer, encoder.encode_dialogue(worded_for(name, DIALOGUE)))
+        == GOLDEN[name]
+    )
 
 
 def test_ids_and_mask_are_those_of_transformers_on_ordinary_text(usable):
     draw = random.Random(0)
     for name, tokenizer, encoder in usable:
-        dialogues = [random_dialogue(draw, ORDINARY) for _ in range(25)]
-        for messages, encoded in zip(dialogues, encoder.encode_many(dialogues), strict=True):
+        dialogues = [worded_for(name, random_dialogue(draw, ORDINARY)) for _ in range(25)]
+        many = encoder.encode_many([(messages, None) for messages in dialogues])
+        for messages, encoded in zip(dialogues, many, strict=True):
             theirs = tokenizer.apply_chat_template(
                 messages,
                 chat_template=encoder.template,
@@ -245,8 +270,8 @@ def test_ids_and_mask_are_those_of_transformers_on_ordinary_text(usable):
 def test_spaces_around_an_answer_are_learnt_with_it(usable):
     messages = [user("hello"), assistant("  \n four \n")]
     for name, tokenizer, encoder in usable:
-        if name.startswith("metaspace") or name.endswith("llama3"):
-            continue  # writes spaces as another character; trims
+        if name.startswith("metaspace") or name.endswith(("llama3", "olmo2_think")):
+            continue  # writes spaces as another character; trims; needs <think>
         text = readable(tokenizer, encoder.encode_dialogue(messages))
         assert "⟦  \n four \n<|" in text, name
 
@@ -287,8 +312,10 @@ def test_messages_never_make_a_control_token_and_keep_their_text(usable):
         words = forgeries(encoder) + ORDINARY
         control_ids = set(encoder._control_tokens.ids.values())
         for _ in range(40):
-            messages = random_dialogue(draw, words)
-            harmless = [{"role": turn["role"], "content": "z"} for turn in messages]
+            messages = worded_for(name, random_dialogue(draw, words))
+            harmless = worded_for(
+                name, [{"role": turn["role"], "content": "z"} for turn in messages]
+            )
             ids, is_learnt = encoder.encode_dialogue(messages)
             expected = encoder.encode_dialogue(harmless)
 
@@ -342,7 +369,8 @@ def test_guarded_encoding_changes_nothing_on_ordinary_text(usable):
     draw = random.Random(3)
     for name, _, encoder in usable:
         for _ in range(20):
-            rendered = encoder._rendered(random_dialogue(draw, ORDINARY), learn_from=0)
+            messages = worded_for(name, random_dialogue(draw, ORDINARY))
+            rendered = encoder._rendered(messages, learnt=learnt_turns(messages, 0, False))
             plain = encoder._control_tokens.encode([rendered])[0]
             assert encoder._control_tokens._encode_guarded(rendered) == plain, name
 
@@ -418,13 +446,15 @@ def test_a_marker_that_can_be_written_in_one_way_only_is_refused(train_tokenizer
 
 def test_a_pair_shares_its_prompt_and_learns_only_the_answers(usable):
     for name, tokenizer, encoder in usable:
-        other: list[Message] = [assistant("five?")]
-        pair = encoder.encode_pair(DIALOGUE[:4], DIALOGUE[4:], other)
-        prompt = encoder.encode_prompt(DIALOGUE[:4])
+        (*before, chosen), opening = worded_for(name, DIALOGUE), worded_for(name, [assistant("")])
+        other: list[Message] = [assistant(opening[0]["content"] + "five?")]
+        pair = encoder.encode_pair(before, [chosen], other)
+        prompt = encoder.encode_prompt(before)
         assert pair.shared_prompt_length == len(prompt), name
         assert pair.chosen.ids[: len(prompt)] == pair.rejected.ids[: len(prompt)] == prompt, name
         for side, answer in ((pair.chosen, "four"), (pair.rejected, "five?")):
-            assert side.ids == encoder.encode_dialogue([*DIALOGUE[:4], assistant(answer)]).ids
+            whole = [*before, assistant(opening[0]["content"] + answer)]
+            assert side.ids == encoder.encode_dialogue(whole).ids
             learnt = [i for i, is_learnt in zip(*side, strict=True) if is_learnt]
             assert tokenizer.decode(learnt[:-1]).strip() == answer, name
             assert learnt[-1] in encoder.end_of_turn_ids, name
@@ -725,3 +755,21 @@ def test_a_broken_tokenizer_is_refused_with_its_folder(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model": 3}')
     with pytest.raises(UserError, match=f"tokenizer in {tmp_path} cannot be loaded"):
         load_chat_encoder(tmp_path, "tulu")
+
+
+def test_plain_text_stands_between_the_tokens_of_a_document_and_is_learnt(train_tokenizer):
+    tokenizer = train_tokenizer(bos=True)
+    text = "Hello <|user|> world"
+    for name, opener in (("tulu", []), ("olmo", [tokenizer.bos_token_id])):
+        encoder = ChatEncoder(tokenizer, find_template(name).read_text())
+        settings = config(max_length=50)
+        given = [Dialogue([], "x", 1, text), Dialogue(DIALOGUE, "x", 2)]
+        sequence, dialogue = encode_dialogues(given, encoder, settings, ExampleCounts())
+        assert sequence.ids[: len(opener)] == opener
+        assert sequence.ids[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(sequence.ids[len(opener) : -1]) == text
+        assert encoder.control_ids.isdisjoint(sequence.ids[len(opener) : -1])
+        assert sequence.is_learnt == [False] * len(opener) + [True] * (
+            len(sequence.ids) - len(opener)
+        )
+        assert dialogue == encoder.encode_dialogue(DIALOGUE)

@@ -8,7 +8,9 @@ from typing import Any
 
 import openai
 
-from open_instruct.chat.server import Server, Settings, Uvicorn, listen, load_models
+from open_instruct.chat.app import Server
+from open_instruct.chat.guard import Settings
+from open_instruct.chat.server import Uvicorn, listen, load_models
 from open_instruct.encode import load_chat_encoder, save_chat_files
 from tests.open_instruct.tiny import save_tiny_model
 

@@ -21,13 +21,10 @@ from transformers import AutoModelForCausalLM
 
 from olmo_base.run.artefact import ExampleCounts
 from olmo_base.run.errors import UserError
+from open_instruct.chat.guard import is_loopback
 from open_instruct.chat.protocol import CHAT, CHAT_REFUSED, COMPLETION, COMPLETION_REFUSED
-from open_instruct.chat.server import (
-    append_row,
-    is_loopback,
-    listen,
-    load_models,
-)
+from open_instruct.chat.server import listen, load_models
+from open_instruct.chat.votes import append_row
 from open_instruct.encode import load_chat_encoder
 from open_instruct.examples import Source, read_pairs
 from tests.open_instruct.chat.running import Running, save_chat_model

@@ -1,0 +1,324 @@
+"""What one pretraining run chooses, and what that means: its sequences, model shape and steps."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from olmo_base.corpus.batches import (
+    Mixture,
+    TokenSequences,
+    read_split,
+    refuse_other_tokenizers,
+    shares_of,
+    split_folder,
+)
+from olmo_base.corpus.foreign_shards import foreign_files, read_foreign_shards
+from olmo_base.corpus.shards import Place, Shard
+from olmo_base.model.hf_weights import read_model_config
+from olmo_base.model.presets import ModelShape, padded_vocab_size
+from olmo_base.model.transformer import ModelConfig
+from olmo_base.optim import OptimConfig, Schedule
+from olmo_base.run.artefact import RunConfig, model_files, sha256_file
+from olmo_base.run.errors import UserError
+from olmo_base.run.metrics import LogConfig
+from olmo_base.run.recipe import RecipeError, setting
+from olmo_base.run.resume import CheckpointConfig
+from olmo_base.tokenizer import load_tokenizer, tokenizer_path
+
+
+@dataclass(frozen=True)
+class TokenSource:
+    """One item of a ``dataset_mixer`` of tokens: the output_dir of a tokenize run.
+
+    Or a .npy file of dolma's, a .ds file of datatrove's, or a folder of them; they do not say
+    their tokenizer, so the recipe must.
+    """
+
+    path: str
+    ratio: float | None = setting(None, above=0)  # its part of the run; of all items, or of none
+    max_repeats: float = setting(1.0, above=0)  # with a ratio: how often it may be read
+    tokenizer_name_or_path: str | None = None  # this and the next two: of .npy and .ds files
+    eos_token: str | None = None  # None: what the tokenizer's own configuration says
+    dtype: Literal["uint16", "uint32"] | None = None  # None: the smallest that holds its ids
+
+
+@dataclass(frozen=True)
+class PretrainOptim(OptimConfig):
+    """The optimizer of OLMo-2's pretraining (arXiv:2501.00656, table 1 and section 3.2)."""
+
+    learning_rate: float = setting(4e-4, above=0)
+    lr_scheduler_type: Schedule = "cosine"
+    min_lr_ratio: float = setting(0.1, low=0, high=1)
+    weight_decay: float = setting(0.1, low=0)
+    decay_norms: bool = True
+    adam_beta2: float = setting(0.95, low=0, below=1)
+    skip_spike_sigma: float = setting(0.0, low=0)  # 6 in OLMo-2's runs; 0 skips no finite step
+    max_skipped_steps: int = setting(10, low=1)  # in a row; more stop the run
+
+
+@dataclass(frozen=True)
+class PretrainRecipe:
+    """What one pretraining run chooses."""
+
+    stage: Literal["pretrain"]
+    dataset_mixer: tuple[TokenSource, ...]
+    run: RunConfig = field(default_factory=RunConfig)
+    init_from: str | None = None  # a model folder to go on from: annealing, or a new mix
+    shape: ModelShape = field(default_factory=ModelShape)
+    pad_vocab_to_multiple_of: int = setting(128, low=1)
+    max_length: int = setting(1024, low=1)  # tokens of a sequence
+    mask_documents: bool = False  # a token sees its own document only
+    max_ngram_repeats: int = setting(0, low=0)  # leave out sequences with as many: 32 in OLMo-2
+    per_device_train_batch_size: int = setting(8, low=1)  # sequences of a micro-batch
+    gradient_accumulation_steps: int = setting(1, low=1)
+    num_train_epochs: float = setting(1.0, above=0)
+    max_steps: int = setting(-1, low=-1)  # above 0: instead of num_train_epochs
+    max_tokens: int = setting(-1, low=-1)  # above 0: instead of num_train_epochs
+    optim: PretrainOptim = field(default_factory=PretrainOptim)
+    z_loss: float = setting(0.0, low=0)  # OLMo-2 used 1e-5
+    bf16: bool | Literal["auto"] = "auto"
+    gradient_checkpointing: bool = setting(False, changes_result=False)
+    per_device_eval_batch_size: int = setting(8, low=1, changes_result=False)
+    eval_steps: int = setting(0, low=0, changes_result=False)  # 0: at the start and the end only
+    max_eval_tokens: int = setting(200_000, low=1)  # held-out tokens looked at each time
+    checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        if not self.dataset_mixer:
+            raise RecipeError("dataset_mixer", "the list is empty; name a tokenize run's folder.")
+        with_ratio = [source for source in self.dataset_mixer if source.ratio is not None]
+        if with_ratio and len(with_ratio) < len(self.dataset_mixer):
+            raise RecipeError("dataset_mixer", "give every item a ratio, or none.")
+        if with_ratio and self.max_steps <= 0 and self.max_tokens <= 0:
+            raise RecipeError(
+                "dataset_mixer", "ratios need max_tokens or max_steps to be parts of."
+            )
+        for source in self.dataset_mixer:
+            if source.ratio is None and source.max_repeats != 1.0:
+                raise RecipeError("dataset_mixer", f"{source.path}: max_repeats needs a ratio.")
+        if self.max_steps > 0 and self.max_tokens > 0:
+            raise RecipeError("max_tokens", "max_steps already says how long; keep one of them.")
+        if self.init_from is not None and self.shape != ModelShape():
+            given = next(
+                item.name
+                for item in dataclasses.fields(ModelShape)
+                if getattr(self.shape, item.name) != getattr(ModelShape(), item.name)
+            )
+            raise RecipeError(given, "the shape is that of init_from; leave this key out.")
+        longest = self.shape.max_position_embeddings
+        if longest is not None and longest < self.max_length:
+            raise RecipeError(
+                "max_position_embeddings",
+                f"{longest} is less than max_length {self.max_length}.",
+            )
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Sequences of one optimizer step."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+
+# ---------------------------------------------------------------- what the recipe means
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The token shards of a recipe as sequences, and the tokenizer they were made with."""
+
+    train: TokenSequences | Mixture
+    held_out: TokenSequences | None
+    tokenizer: Path  # its folder, or the tokenizer.json
+
+
+def shards_of_source(source: TokenSource, split: str) -> list[Shard]:
+    """The shards of a split of one source; .npy and .ds files are all to learn from.
+
+    Errors: UserError if there are none, or the source's keys do not go with what it holds.
+    """
+    is_tokenized = split_folder(source.path, "train").is_dir()
+    if not is_tokenized and foreign_files(source.path):
+        if source.tokenizer_name_or_path is None:
+            raise UserError(
+                f"{source.path} does not say which tokenizer its ids are for. Name it with "
+                "tokenizer_name_or_path beside the path."
+            )
+        if split == "eval":
+            return []
+        return read_foreign_shards(
+            source.path,
+            tokenizer_name_or_path=source.tokenizer_name_or_path,
+            eos_token=source.eos_token,
+            dtype=source.dtype,
+        )
+    for key in ("tokenizer_name_or_path", "eos_token", "dtype"):
+        if is_tokenized and getattr(source, key) is not None:
+            raise UserError(
+                f"{source.path} is a tokenize run's folder and says its own {key}. Leave the key "
+                "out."
+            )
+    return read_split([source.path], split)
+
+
+def tokenizer_of(source: TokenSource) -> Path:
+    """The folder or file of the tokenizer that a source was made with."""
+    return Path(source.tokenizer_name_or_path or source.path)
+
+
+def open_corpus(recipe: PretrainRecipe, *, verify: bool) -> Corpus:
+    """Map the shards into memory. ``verify`` compares their content with their descriptions.
+
+    Errors: UserError for missing, damaged or too short shards, for shards of different tokenizers,
+    or a tokenizer beside them that is not the one they were made with.
+    """
+    sources = recipe.dataset_mixer
+    train_by_source = [shards_of_source(source, "train") for source in sources]
+    train_shards = [shard for shards in train_by_source for shard in shards]
+    eval_shards = [shard for source in sources for shard in shards_of_source(source, "eval")]
+    refuse_other_tokenizers(train_shards)
+    train: TokenSequences | Mixture
+    if sources[0].ratio is None:
+        train = TokenSequences(train_shards, recipe.max_length, verify=verify)
+    else:
+        train = _mixture(recipe, train_by_source, verify=verify)
+    held_out = None
+    if eval_shards:
+        refuse_other_tokenizers([*train_shards, *eval_shards])
+        held_out = TokenSequences(eval_shards, recipe.max_length, verify=verify)
+    path = tokenizer_path(tokenizer_of(sources[0]))
+    if sha256_file(path) != train_shards[0].info.tokenizer_sha256:
+        raise UserError(
+            f"{path} is not the tokenizer that the shards beside it were made with. "
+            "Run the tokenize stage again into a new folder."
+        )
+    return Corpus(train, held_out, tokenizer_of(sources[0]))
+
+
+def _mixture(
+    recipe: PretrainRecipe, train_by_source: Sequence[Sequence[Shard]], *, verify: bool
+) -> Mixture:
+    sources = [
+        TokenSequences(shards, recipe.max_length, verify=verify) for shards in train_by_source
+    ]
+    shares = shares_of(
+        [source.path for source in recipe.dataset_mixer],
+        [len(source) for source in sources],
+        [source.ratio or 0.0 for source in recipe.dataset_mixer],
+        [source.max_repeats for source in recipe.dataset_mixer],
+        num_steps(recipe, 0) * recipe.sequences_per_step,
+    )
+    return Mixture(sources, shares)
+
+
+def mixture_table(corpus: Corpus) -> list[str]:
+    """What each source of a mixture was asked for, has and gives, in tokens; a line each."""
+    if not isinstance(corpus.train, Mixture):
+        return []
+    T = corpus.train.max_length
+    return [
+        f"{share.name}: asked {share.ratio:.2%}, available {share.available * T:,} tokens, "
+        f"used {share.used * T:,}, each {share.repeats:.2f} times"
+        for share in corpus.train.shares
+    ]
+
+
+def model_config(recipe: PretrainRecipe, corpus: Corpus) -> ModelConfig:
+    """The model's shape: that of ``init_from``, or the recipe's with the corpus's vocabulary.
+
+    Errors: UserError if ``init_from`` was made for another tokenizer or for shorter rows.
+    """
+    if recipe.init_from is not None:
+        return _config_to_go_on(recipe, recipe.init_from, corpus)
+    eos_token_id = corpus.train.eos_token_id
+    shape = recipe.shape
+    if shape.max_position_embeddings is None:
+        shape = dataclasses.replace(shape, max_position_embeddings=recipe.max_length)
+    return shape.config(
+        vocab_size=padded_vocab_size(corpus.train.vocab_size, recipe.pad_vocab_to_multiple_of),
+        eos_token_id=eos_token_id,
+        pad_token_id=_pad_token_id(corpus.tokenizer, eos_token_id),
+    )
+
+
+def _config_to_go_on(recipe: PretrainRecipe, folder: str, corpus: Corpus) -> ModelConfig:
+    config = read_model_config(folder)
+    ours, theirs = tokenizer_path(folder), tokenizer_path(corpus.tokenizer)
+    if sha256_file(ours) != sha256_file(theirs):
+        raise UserError(
+            f"{ours} is not the tokenizer that {theirs.parent} was tokenized with. Tokenize the "
+            "text with the model's own."
+        )
+    if config.max_position_embeddings < recipe.max_length:
+        raise UserError(
+            f"{folder} reads rows of up to {config.max_position_embeddings} tokens; max_length is "
+            f"{recipe.max_length}. Lower it."
+        )
+    return config
+
+
+def _pad_token_id(tokenizer: Path, eos_token_id: int) -> int:
+    config = read_tokenizer_config(tokenizer_path(tokenizer).parent)
+    token = config.get("pad_token")
+    if isinstance(token, dict):  # an AddedToken written out
+        token = token.get("content")
+    token_id = load_tokenizer(tokenizer).token_to_id(token) if token else None
+    return eos_token_id if token_id is None else token_id
+
+
+def read_tokenizer_config(folder: Path) -> dict[str, Any]:
+    """A folder's tokenizer_config.json; empty if it has none."""
+    path = folder / "tokenizer_config.json"
+    content: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return content
+
+
+def num_steps(recipe: PretrainRecipe, num_sequences: int) -> int:
+    """Optimizer steps of the whole run.
+
+    ``max_tokens`` is rounded up to whole steps, epochs are rounded down: no sequence is seen once
+    more than asked for, unless the corpus is smaller than one step.
+    """
+    if recipe.max_steps > 0:
+        return recipe.max_steps
+    if recipe.max_tokens > 0:
+        return math.ceil(recipe.max_tokens / (recipe.sequences_per_step * recipe.max_length))
+    return max(1, int(recipe.num_train_epochs * num_sequences / recipe.sequences_per_step))
+
+
+def read_in_step(
+    recipe: PretrainRecipe, corpus: Corpus, step: int
+) -> list[tuple[int, list[Place]]]:
+    """What step 1, 2, … reads: each sequence's number and the documents in it, in order."""
+    indices = corpus.train.of_step(
+        step - 1, sequences_per_step=recipe.sequences_per_step, seed=recipe.run.seed
+    )
+    return [(int(index), corpus.train.places(int(index))) for index in indices]
+
+
+def epoch_at(recipe: PretrainRecipe, corpus: Corpus, step: int) -> float:
+    """Passes over the corpus after so many steps."""
+    return round(step * recipe.sequences_per_step / len(corpus.train), 4)
+
+
+def input_files(recipe: PretrainRecipe) -> list[Path]:
+    """The descriptions of the shards, which hold their SHA-256 (or shards without any), and the
+    tokenizer's files.
+
+    Errors: UserError naming a folder without them.
+    """
+    sources = recipe.dataset_mixer
+    described = [
+        shard.identity_file
+        for split in ("train", "eval")
+        for source in sources
+        for shard in shards_of_source(source, split)
+    ]
+    tokenizer = tokenizer_path(tokenizer_of(sources[0]))
+    config = tokenizer.with_name("tokenizer_config.json")
+    beside = [config] if config.is_file() else []
+    model = [] if recipe.init_from is None else model_files(recipe.init_from)
+    return [*described, tokenizer, *beside, *model]
