@@ -65,8 +65,7 @@ def run(recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:
         return
     stage, resolved = pipeline.load_stage_recipe(path, overrides)
     if dry_run:
-        stage.input_files(resolved)
-        click.echo(_described(resolved, stage.plan(resolved)))
+        click.echo(_described(resolved, pipeline.plan_stage(stage, resolved)))
         return
     before = read_manifest(resolved.run.output_dir)
     folder = stage.run(resolved)

@@ -72,6 +72,11 @@ class AdapterConfig:
         }
 
     @property
+    def rank(self) -> int:
+        """``lora_r``, or what is usual."""
+        return self.lora_r or 16
+
+    @property
     def is_quantised(self) -> bool:
         """Whether the frozen weights are kept in few bits."""
         return self.load_in_4bit or self.load_in_8bit
@@ -155,7 +160,7 @@ def add_adapter(
         modules_to_save=[HEAD] if task == "SEQ_CLS" else None,
         trainable_token_indices=_token_rows(model, new_ids) if new_ids else None,
         base_model_name_or_path=base,
-        r=config.lora_r or 16,
+        r=config.rank,
         lora_alpha=config.lora_alpha or 32,
         lora_dropout=0.05 if config.lora_dropout is None else config.lora_dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),

@@ -267,33 +267,45 @@ class Sizes:
         return FLOAT_BYTES * (self.all - self.quantised) + round(few)
 
 
-def count_parameters(config: ModelConfig, adapter: AdapterConfig | None = None) -> Sizes:
-    """Sizes of the model, from its architecture alone."""
+def count_parameters(
+    config: ModelConfig, adapter: AdapterConfig | None = None, architecture: Any | None = None
+) -> Sizes:
+    """Sizes of the model, from its architecture alone; None: the one in its folder."""
     adapter = adapter or AdapterConfig()
-    folder = resolve_model(config.model_name_or_path)
+    folder = resolve_model(config.model_name_or_path) if architecture is None else None
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            load_config(config), trust_remote_code=config.trust_remote_code
+            architecture or load_config(config), trust_remote_code=config.trust_remote_code
         )
-        new_ids = add_new_tokens(load_chat_tokenizer(folder), config.additional_special_tokens)
+        if folder is None:
+            first = model.config.get_text_config().vocab_size
+            new_ids = [first + place for place in range(len(config.additional_special_tokens))]
+        else:
+            tokenizer = load_chat_tokenizer(folder)
+            new_ids = add_new_tokens(tokenizer, config.additional_special_tokens)
         if new_ids:
             add_token_rows(model, new_ids)
         number = sum(weight.numel() for weight in model.parameters())
         if not adapter.use_peft:
             return Sizes(number, number)
         head = model.get_output_embeddings()
-        linear = sum(
-            module.weight.numel()
+        inner = [
+            module
             for module in model.modules()
             if isinstance(module, torch.nn.Linear) and module is not head
-        )
-        if adapter_base(folder) is not None:
-            adapted = new_adapter_like(model, folder)
+        ]
+        linear = sum(module.weight.numel() for module in inner)
+        is_usual = adapter.lora_target_modules is None and not adapter.use_dora and not new_ids
+        if folder is None and is_usual:  # peft takes seconds to say the same of a large model
+            widths = sum(module.in_features + module.out_features for module in inner)
+            trained = adapter.rank * widths
         else:
-            adapted = add_adapter(
-                model, adapter, config.model_name_or_path, seed=0, new_ids=new_ids
-            )
-        trained = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
+            if folder is not None and adapter_base(folder) is not None:
+                adapted = new_adapter_like(model, folder)
+            else:
+                name = config.model_name_or_path
+                adapted = add_adapter(model, adapter, name, seed=0, new_ids=new_ids)
+            trained = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
     bits = 4 if adapter.load_in_4bit else 8
     return Sizes(number + trained, trained, linear if adapter.is_quantised else 0, bits)
 

@@ -380,6 +380,14 @@ class Planned(NamedTuple):
     figures: dict[str, object] | None  # the stage's own plan; None while it waits for others
 
 
+def plan_stage(stage: Stage, recipe: Any) -> dict[str, object]:
+    """What a run of one stage would do. Errors: UserError, for an input that is missing too."""
+    figures = stage.plan(recipe)
+    if "not_here" not in figures:  # the plan of a published model that is not downloaded
+        stage.input_files(recipe)
+    return figures
+
+
 def plan(steps: Sequence[Step]) -> list[Planned]:
     """What running the steps would do now; touches nothing. Errors: UserError."""
     planned: list[Planned] = []

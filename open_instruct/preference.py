@@ -37,6 +37,7 @@ from open_instruct.tuning import (
     load_for_plan,
     open_run,
     plan_figures,
+    plan_from_afar,
     steps_for,
     train_and_finish,
 )
@@ -378,6 +379,9 @@ def learnt(items: Examples | RatedExamples) -> Examples:
 
 def plan(recipe: PreferenceRecipe) -> dict[str, object]:
     """What a run would do, for --dry-run; touches nothing. Errors: as in ``run``."""
+    figures = plan_from_afar(recipe, 1 if recipe.loss.is_rated else 2, recipe.adapter)
+    if figures is not None:
+        return figures
     items, counts = load_for_plan(recipe, load_set)
     examples = learnt(items)
     return plan_figures(recipe, examples, np.ones(len(examples)), counts, recipe.adapter)

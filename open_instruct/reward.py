@@ -68,6 +68,7 @@ from open_instruct.tuning import (
     load_for_plan,
     open_run,
     plan_figures,
+    plan_from_afar,
     steps_for,
     train_and_finish,
 )
@@ -370,6 +371,9 @@ def merge_reward_adapter(adapter: str, out: str) -> Path:
 
 def plan(recipe: RewardRecipe) -> dict[str, object]:
     """What a run would do, for --dry-run; touches nothing. Errors: as in ``run``."""
+    figures = plan_from_afar(recipe, 2, recipe.adapter)
+    if figures is not None:
+        return figures
     (examples, _), counts = load_for_plan(recipe, pair_examples)
     return plan_figures(recipe, examples, np.ones(len(examples)), counts, recipe.adapter)
 

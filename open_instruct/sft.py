@@ -34,6 +34,7 @@ from open_instruct.tuning import (
     load_for_plan,
     open_run,
     plan_figures,
+    plan_from_afar,
     steps_for,
     train_and_finish,
 )
@@ -187,6 +188,9 @@ def row_seed(step_seed: int, example: int) -> int:
 
 def plan(recipe: SftRecipe) -> dict[str, object]:
     """What a run would do, for --dry-run; touches nothing. Errors: as in ``run``."""
+    figures = plan_from_afar(recipe, 1, recipe.adapter)
+    if figures is not None:
+        return figures
     examples, counts = load_for_plan(recipe, dialogue_examples)
     terms = terms_per_dialogue(recipe.loss, examples)
     return plan_figures(recipe, examples, terms, counts, recipe.adapter)

@@ -27,11 +27,13 @@ from open_instruct.causal_lm import (
 )
 from open_instruct.encode import ChatEncoder, find_template, load_chat_encoder
 from open_instruct.examples import DataConfig, Source, SourceUse, mixture_lines, source_files
+from open_instruct.known_shapes import recorded_config
 from open_instruct.logprobs import LabelLogprobs, Wrapped
 from open_instruct.loop import HeldOut, Loss, TrainConfig, Workers, steps_of, train
 from open_instruct.sample_log import SampleLog, SampleLogConfig, first_prompts
 
 STEPS_LOOKED_AT = 200  # by a plan, for the largest micro-batch
+NOT_HERE = "not_here"  # in the figures of a plan: what is missing on this machine
 
 
 class TuningRecipe(Protocol):
@@ -168,6 +170,40 @@ def plan_figures(
             sizes,
             num_positions=num_positions,
             num_labels=num_labels,
+            gradient_checkpointing=recipe.model.gradient_checkpointing,
+        ),
+    }
+
+
+def plan_from_afar(
+    recipe: TuningRecipe, rows_per_example: int, adapter: AdapterConfig
+) -> dict[str, object] | None:
+    """What is known of a run whose published model is not on this machine; None if it is here.
+
+    Without its tokenizer no row can be read: the memory is that of examples of ``max_length``, all
+    of them learnt. Errors: UserError, as in the run.
+    """
+    name = recipe.model.model_name_or_path
+    architecture = recorded_config(name)
+    if architecture is None:
+        return None
+    check_held_out(recipe)
+    check_lengths(recipe.data.max_length, architecture, name)
+    sizes = count_parameters(recipe.model, adapter, architecture)
+    longest = recipe.train.per_device_train_batch_size * rows_per_example * recipe.data.max_length
+    per_rank = recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps
+    trained = {"trained_parameters": sizes.trained} if sizes.trained < sizes.all else {}
+    return {
+        NOT_HERE: f"{name} is not on this machine: its recorded shape is used, and rows, tokens "
+        "and steps are not counted",
+        "examples_per_step": per_rank,
+        "parameters": sizes.all,
+        **trained,
+        "memory_bytes": training_memory(
+            architecture,
+            sizes,
+            num_positions=longest,
+            num_labels=longest,
             gradient_checkpointing=recipe.model.gradient_checkpointing,
         ),
     }

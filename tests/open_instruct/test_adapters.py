@@ -18,7 +18,7 @@ from olmo_base.run.recipe import load_recipe
 from open_instruct import preference, sft
 from open_instruct.__main__ import main
 from open_instruct.adapters import AdapterConfig
-from open_instruct.causal_lm import ModelConfig, count_parameters, load_causal_lm
+from open_instruct.causal_lm import ModelConfig, count_parameters, load_causal_lm, load_config
 from open_instruct.encode import find_template, load_chat_encoder
 from open_instruct.loop import steps_of
 from open_instruct.reference import REFERENCE_FILE
@@ -491,6 +491,15 @@ def test_a_plan_counts_what_is_trained_and_needs_less_memory(folder):
     sft.run(sft_recipe(folder, max_steps=1))
     further = sft.plan(sft_recipe(folder, model_name_or_path="lora", output_dir="next"))
     assert further["trained_parameters"] == expected
+
+
+@pytest.mark.parametrize(
+    "keys", [{}, LORA, LORA | {"use_dora": True}, LORA | {"load_in_4bit": True}]
+)
+def test_a_shape_alone_has_the_sizes_of_its_model(folder, keys):
+    config, adapter = ModelConfig("base"), AdapterConfig(**keys)
+    shape = load_config(config)
+    assert count_parameters(config, adapter, shape) == count_parameters(config, adapter)
 
 
 def test_few_bits_take_less_room(folder):
