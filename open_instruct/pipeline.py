@@ -166,7 +166,9 @@ def find_recipe(name: str) -> Path:
 
 
 def _yaml_in(folder: Path) -> list[Path]:
-    return sorted(file for ending in ("*.yaml", "*.yml") for file in folder.rglob(ending))
+    """The recipes in a folder; those in accelerate/ are for the launcher."""
+    found = sorted(file for ending in ("*.yaml", "*.yml") for file in folder.rglob(ending))
+    return [file for file in found if file.parent.name != "accelerate"]
 
 
 def load_stage_recipe(

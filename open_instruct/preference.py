@@ -29,6 +29,7 @@ from open_instruct.logprobs import LabelLogprobs
 from open_instruct.loop import HeldOut, Loss, MeasuredLoss, SummedLoss, TrainConfig, Workers
 from open_instruct.losses import chosen_nll, implicit_rewards, kto_kl, kto_loss
 from open_instruct.pair_losses import LossConfig, PairScores, value_or
+from open_instruct.publish import HubConfig
 from open_instruct.reference import answer_logprobs, reference_logprobs
 from open_instruct.sample_log import SampleLogConfig
 from open_instruct.tuning import (
@@ -78,6 +79,7 @@ class PreferenceRecipe:
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     shown: SampleLogConfig = field(default_factory=SampleLogConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
     run: RunConfig
 
     def __post_init__(self) -> None:
@@ -439,5 +441,6 @@ def run(recipe: PreferenceRecipe) -> RunFolder:
         losses["train"],
         held_out,
         model.sample_log(recipe, folder, opened.encoder, held_out, workers),
+        uses=opened.uses,
     )
     return folder

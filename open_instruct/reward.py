@@ -61,6 +61,7 @@ from open_instruct.examples import DataConfig, Source, SourceUse, read_pairs
 from open_instruct.logprobs import Wrapped, padding_mask
 from open_instruct.loop import HeldOut, SummedLoss, TrainConfig
 from open_instruct.losses import bradley_terry_loss, centering_loss
+from open_instruct.publish import HubConfig
 from open_instruct.sample_log import SampleLogConfig
 from open_instruct.tuning import (
     about_adapter,
@@ -102,6 +103,7 @@ class RewardRecipe:
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     shown: SampleLogConfig = field(default_factory=SampleLogConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
     run: RunConfig
 
     def __post_init__(self) -> None:
@@ -431,5 +433,6 @@ def run(recipe: RewardRecipe) -> RunFolder:
         steps,
         reward_loss(margins_P.to(workers.device), recipe.center_rewards_coefficient),
         held_out,
+        uses=opened.uses,
     )
     return folder

@@ -27,6 +27,7 @@ from open_instruct.encode import ChatEncoder, encode_dialogues
 from open_instruct.examples import DataConfig, Source, SourceUse, read_dialogues
 from open_instruct.loop import HeldOut, SummedLoss, TrainConfig
 from open_instruct.losses import dft_loss, sft_loss, smoothed_sft_loss
+from open_instruct.publish import HubConfig
 from open_instruct.sample_log import SampleLogConfig
 from open_instruct.tuning import (
     Model,
@@ -83,6 +84,7 @@ class SftRecipe:
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     shown: SampleLogConfig = field(default_factory=SampleLogConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
     run: RunConfig
 
 
@@ -227,5 +229,6 @@ def run(recipe: SftRecipe) -> RunFolder:
         loss,
         held_out,
         model.sample_log(recipe, folder, opened.encoder, held_out, workers),
+        uses=opened.uses,
     )
     return folder

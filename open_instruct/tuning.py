@@ -1,6 +1,6 @@
 """What the tuning stages share: how a run opens, what a plan says, the model's load and end."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -30,6 +30,7 @@ from open_instruct.examples import DataConfig, Source, SourceUse, mixture_lines,
 from open_instruct.known_shapes import recorded_config
 from open_instruct.logprobs import LabelLogprobs, Wrapped
 from open_instruct.loop import HeldOut, Loss, TrainConfig, Workers, steps_of, train
+from open_instruct.publish import HubConfig, push_if_asked, write_model_card
 from open_instruct.sample_log import SampleLog, SampleLogConfig, first_prompts
 
 STEPS_LOOKED_AT = 200  # by a plan, for the largest micro-batch
@@ -55,6 +56,8 @@ class TuningRecipe(Protocol):
     def log(self) -> LogConfig: ...
     @property
     def shown(self) -> SampleLogConfig: ...
+    @property
+    def hub(self) -> HubConfig: ...
     @property
     def run(self) -> RunConfig: ...
 
@@ -82,6 +85,7 @@ class Opened(Generic[Loaded]):
     encoder: ChatEncoder
     train: Loaded
     held_out: Loaded | None
+    uses: list[SourceUse]
 
 
 def check_held_out(recipe: TuningRecipe) -> None:
@@ -130,7 +134,7 @@ def open_run(recipe: Recipe, load: Load[Recipe, Loaded]) -> Opened[Loaded] | Run
         held_out = load(recipe.data.eval_dataset_mixer, encoder, recipe, ExampleCounts(), uses)
     for line in mixture_lines(uses):
         folder.log(line)
-    return Opened(workers, folder, encoder, examples, held_out)
+    return Opened(workers, folder, encoder, examples, held_out, uses)
 
 
 def load_for_plan(recipe: Recipe, load: Load[Recipe, Loaded]) -> tuple[Loaded, ExampleCounts]:
@@ -293,8 +297,14 @@ def train_and_finish(
     loss: Loss,
     held_out: HeldOut | None,
     samples: SampleLog | None = None,
+    *,
+    uses: Sequence[SourceUse],
 ) -> None:
-    """Go through all steps, ``save`` the model folder and mark the run as finished."""
+    """Go through all steps, ``save`` the model folder and mark the run as finished.
+
+    ``uses`` is what was read of each source, for the model card. Errors: UserError if the recipe
+    asks for an upload and that fails; the run is finished all the same.
+    """
     results = train(
         folder,
         workers,
@@ -311,5 +321,9 @@ def train_and_finish(
     )
     if workers.rank == 0:
         save()
+        write_model_card(folder, uses, results)
         folder.finish(**results)
+        address = push_if_asked(folder.path, recipe.hub)
+        if address is not None:
+            folder.log(f"uploaded to {address}")
     workers.wait()

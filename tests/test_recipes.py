@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
 from transformers import AutoModelForCausalLM, Olmo2ForCausalLM, Olmo3ForCausalLM, OlmoForCausalLM
 
 from olmo_base.corpus.documents import DocumentSource
@@ -26,7 +29,13 @@ from open_instruct.known_shapes import recorded_config
 from open_instruct.pipeline import STAGES, load_pipeline, load_stage_recipe
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-FILES = sorted(path for ending in ("*.yaml", "*.yml") for path in RECIPES.rglob(ending))
+LAUNCHED_BY = RECIPES / "accelerate"  # for accelerate launch, and no recipes
+FILES = sorted(
+    path
+    for ending in ("*.yaml", "*.yml")
+    for path in RECIPES.rglob(ending)
+    if path.parent != LAUNCHED_BY
+)
 PIPELINES = [path for path in FILES if read_stage(path) == "pipeline"]
 
 
@@ -100,6 +109,17 @@ def test_the_recipe_of_a_published_model_is_planned_with_its_shape(name, root, c
     with torch.device("meta"):
         model = Transformer(config)
     assert sum(weight.numel() for weight in model.parameters()) == num_parameters(config)
+
+
+def test_accelerate_reads_the_files_of_its_launcher_and_the_loop_trains_with_their_kind():
+    files = sorted(LAUNCHED_BY.glob("*.yaml"))
+    assert [path.stem for path in files] == ["ddp"]
+    for path in files:
+        config = load_config_from_file(str(path))
+        assert config.distributed_type == DistributedType.MULTI_GPU
+        assert config.num_processes > 1 and config.mixed_precision == "no"
+        known = {field.name for field in dataclasses.fields(config)}
+        assert yaml.safe_load(path.read_text(encoding="utf-8")).keys() <= known
 
 
 # ---------------------------------------------------------------- published tunings
