@@ -35,8 +35,9 @@ from olmo_base.optim import OptimConfig, build_optimizer, clip_gradients
 from olmo_base.run.artefact import ExampleCounts
 from open_instruct.batches import Examples
 from open_instruct.control_tokens import Encoded
-from open_instruct.encode import EncodedPair, encode_pairs
+from open_instruct.encode import EncodedPair
 from open_instruct.examples import DataConfig, Source, read_pairs
+from open_instruct.lengths import encode_pairs
 from open_instruct.loop import Totals, TrainConfig, Workers, add_gradients, steps_of
 from open_instruct.pair_losses import LossConfig
 from open_instruct.preference import loss_against

@@ -37,8 +37,8 @@ from olmo_base.optim import OptimConfig, build_optimizer, clip_gradients
 from olmo_base.run.artefact import ExampleCounts
 from open_instruct.batches import Examples, Steps
 from open_instruct.control_tokens import Encoded
-from open_instruct.encode import encode_dialogues
 from open_instruct.examples import DataConfig, Source, read_dialogues
+from open_instruct.lengths import encode_dialogues
 from open_instruct.loop import Totals, TrainConfig, Workers, add_gradients, steps_of
 from open_instruct.sft import summed_loss
 

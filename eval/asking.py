@@ -153,6 +153,7 @@ def _choose(
             "prompt": item.contexts[item.gold],
             "target": item.options[item.gold],
             "gold": item.gold,
+            **({"golds": list(item.golds)} if item.golds else {}),
             "options": [
                 {
                     "text": text,

@@ -61,6 +61,7 @@ class EvalRecipe:
     data_dir: str | None = setting(None, changes_result=False)  # where tasks find their files
     # Where requests are kept: in output_dir if null; evaluations may share a folder.
     cache_dir: str | None = setting(None, changes_result=False)
+    skip_missing: bool = False  # tasks without their files are left out, and the report says so
     limit: int | None = setting(None, low=1)  # questions of each task, drawn with the seed
     samples_only_failures: bool = False  # the texts of right answers are not kept
     max_new_tokens: int | None = setting(None, low=1)  # of an answer; the task's own if null
@@ -100,7 +101,27 @@ def model_names(models: Sequence[str]) -> list[str]:
 
 
 def _selection(recipe: EvalRecipe) -> Selection:
-    return select(recipe.suite, recipe.tasks, recipe.include_path)
+    """What is asked. Errors: UserError naming all tasks whose files are missing, unless skipped."""
+    selection = select(recipe.suite, recipe.tasks, recipe.include_path)
+    missing: dict[str, str] = {}
+    for task in selection.tasks:
+        if task.kind == "lm_eval":
+            continue
+        try:
+            _data_files(recipe, selection, task)
+        except UserError as error:
+            missing[task.name] = str(error)
+    if not missing:
+        return selection
+    first = next(iter(missing.values()))
+    if len(missing) == len(selection.tasks):
+        raise UserError(first)
+    if not recipe.skip_missing:
+        raise UserError(
+            f"{first} {len(missing)} of {len(selection.tasks)} tasks lack their files "
+            f"({', '.join(missing)}); skip_missing (--skip-missing) leaves them out."
+        )
+    return selection.without(missing)
 
 
 def input_files(recipe: EvalRecipe) -> list[Path]:
@@ -203,6 +224,8 @@ def _evaluate(recipe: EvalRecipe, folder: RunFolder) -> None:
         if task.verifier is not None:
             VERIFIERS[task.verifier].check_ready()
     jobs = _jobs(recipe, folder, selection)
+    for name, reason in selection.skipped.items() if is_first() else ():
+        folder.log(f"{name} is left out: {reason}")
     models = [{"name": name, "path": model} for name, model in _named(recipe.models)]
     content = json.dumps(selection.as_dict() | {"models": models}, indent=2)
     if is_first():
@@ -449,6 +472,7 @@ def evaluate(
     data_dir: str | None = None,
     include_path: str | None = None,
     cache_dir: str | None = None,
+    skip_missing: bool = False,
     limit: int | None = None,
     samples_only_failures: bool = False,
     max_new_tokens: int | None = None,
@@ -474,6 +498,7 @@ def evaluate(
         data_dir=data_dir,
         include_path=include_path,
         cache_dir=cache_dir,
+        skip_missing=skip_missing,
         limit=limit,
         samples_only_failures=samples_only_failures,
         max_new_tokens=max_new_tokens,

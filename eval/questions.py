@@ -1,13 +1,13 @@
 """A task's data file -> its questions. A row that cannot be used is an error with file and line."""
 
 import dataclasses
-import itertools
+import hashlib
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from eval.tasks import Task
 from olmo_base.corpus.documents import DocumentSource, DocumentStream
@@ -16,6 +16,7 @@ from open_instruct.examples import BadRow, Message, read_rows
 from open_instruct.verifiers import VERIFIERS
 from open_instruct.verifiers.verdict import BadProblem, Problem
 
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 ROLES = ("system", "user", "assistant")
 # OLMES request files hold each question a second time, without its text ("Answer:" alone), to
 # measure how likely the options are by themselves; that copy's doc_id is larger by this much.
@@ -47,6 +48,7 @@ class Choice:
     options: tuple[str, ...]  # continuations of the context, their leading blank included
     gold: int
     unconditional_contexts: tuple[str, ...] | None = None
+    golds: tuple[int, ...] = ()  # all right ones, where there may be several
     category: str | None = None
     cluster: str | None = None
 
@@ -117,7 +119,11 @@ def read_items(
     file and line.
     """
     if task.kind == "verified":
-        items = _read_problems(task, path, [] if examples is None else _read_turns(task, examples))
+        items = _read_problems(task, path, {} if examples is None else _read_turns(task, examples))
+    elif task.kind == "multiple_choice":
+        items = _read_choices(task, path, examples)
+    elif task.kind == "requests":
+        items = _read_requests(task, path)
     else:
         items = READERS[task.kind](path)
     if task.main_metric == "acc_uncond":
@@ -253,14 +259,24 @@ def _problems(task: Task, path: Path) -> Iterator[Problem]:
         yield problem
 
 
-def _read_problems(task: Task, path: Path, earlier: list[Message]) -> list[Item]:
+def _read_problems(task: Task, path: Path, turns: dict[str | None, list[Message]]) -> list[Item]:
+    """The problems, each after the examples: those of its category, if the task says so."""
     items: list[Item] = []
     for number, problem in enumerate(_problems(task, path)):
+        kind = problem.category if task.examples_by_category else None
+        if turns and kind not in turns:
+            raise DataError(
+                path,
+                None,
+                f"problem {number} is of the category {kind}; the examples are of "
+                f"{', '.join(map(str, turns))}.",
+                "Give examples of each category.",
+            )
         asked: Message = {"role": "user", "content": problem.prompt}
         items.append(
             Question(
                 str(number),
-                (*earlier, asked),
+                (*turns.get(kind, ()), asked),
                 (problem.shown_truth,),
                 problem.category,
                 truth=problem.truth,
@@ -271,56 +287,153 @@ def _read_problems(task: Task, path: Path, earlier: list[Message]) -> list[Item]
     return items
 
 
-def _read_turns(task: Task, path: Path) -> list[Message]:
-    """The first problems of a file with their solutions, as turns of a dialogue."""
-    turns: list[Message] = []
-    for problem in itertools.islice(_problems(task, path), task.num_examples):
-        if problem.solution is None:
-            number = len(turns) // 2 + 1
-            raise DataError(path, None, f"example {number} has no worked solution.")
-        turns.append({"role": "user", "content": problem.prompt})
-        turns.append({"role": "assistant", "content": problem.solution})
-    if len(turns) < 2 * task.num_examples:
-        raise DataError(
-            path,
-            None,
-            f"it holds {len(turns) // 2} problems; the task {task.name} shows {task.num_examples}.",
-        )
+def _read_turns(task: Task, path: Path) -> dict[str | None, list[Message]]:
+    """The first problems of each category with their solutions, as turns of a dialogue.
+
+    Unless the task shows each question those of its category, there is one, called None.
+    """
+    problems: dict[str | None, list[Problem]] = {}
+    for problem in _problems(task, path):
+        of_kind = problems.setdefault(problem.category if task.examples_by_category else None, [])
+        if len(of_kind) < task.num_examples:
+            of_kind.append(problem)
+        elif not task.examples_by_category:
+            break
+    turns: dict[str | None, list[Message]] = {}
+    for kind, of_kind in (problems or {None: []}).items():
+        if len(of_kind) < task.num_examples:
+            named = "" if kind is None else f" of the category {kind}"
+            raise DataError(
+                path,
+                None,
+                f"it holds {len(of_kind)} problems{named}; the task {task.name} shows "
+                f"{task.num_examples}.",
+            )
+        turns[kind] = []
+        for number, problem in enumerate(of_kind, start=1):
+            if problem.solution is None:
+                raise DataError(path, None, f"example {number} has no worked solution.")
+            turns[kind].append({"role": "user", "content": problem.prompt})
+            turns[kind].append({"role": "assistant", "content": problem.solution})
     return turns
 
 
-def _read_choices(path: Path) -> list[Item]:
-    """Rows {"question": text, "options": [texts], "gold": index of the right one}."""
+def _read_choices(task: Task, path: Path, examples: Path | None) -> list[Item]:
+    """Questions with their options, after the task's instruction and examples.
+
+    Where the rows have categories, so must the examples, and a question is shown those of its own.
+    """
+    shown = {} if examples is None else _shown_examples(task, examples)
     items: list[Item] = []
     for number, (line, content) in _numbered(path):
-        row = _Row(path, line, content)
-        question = row.get("question", str, "text")
-        options = row.texts("options", "a list of texts")
-        gold = row.get("gold", int, "the number of the right option, counted from 0")
-        if len(options) < 2:
-            row.fail(f"there is {len(options)} option.", "A choice needs at least 2.")
-        if len(set(options)) < len(options):
-            row.fail("two options are the same.", "Make them differ.")
-        if not all(option.strip() for option in options):
-            row.fail("an option is empty.", "Nothing is always likely.")
-        if not 0 <= gold < len(options):
-            row.fail(f"'gold' is {gold}.", f"It counts from 0 to {len(options) - 1} here.")
-        context = f"Question: {question}\nAnswer:"
+        row = _choice_row(_Row(path, line, content))
+        before = []
+        if task.instruction is not None:
+            if "{category}" in task.instruction and row.category is None:
+                raise DataError(path, line, f"it has no category, which {task.name} names.")
+            words = (row.category or "").replace("_", " ")
+            before.append(task.instruction.replace("{category}", words))
+        if examples is not None:
+            kind = row.category if row.category in shown else None
+            if len(shown.get(kind, [])) < task.num_examples:
+                raise DataError(
+                    examples,
+                    None,
+                    f"it holds {len(shown.get(kind, []))} examples of the category "
+                    f"{row.category}; the task {task.name} shows {task.num_examples}.",
+                )
+            before += shown[kind]
+        context = "\n\n".join([*before, _asked(task, row)])
         items.append(
             Choice(
                 str(number),
-                question=question,
-                contexts=(context,) * len(options),
-                options=tuple(f" {option}" for option in options),
-                gold=gold,
-                category=row.text_or_none("category"),
-                cluster=row.text_or_none("cluster"),
+                question=row.question,
+                contexts=(context,) * len(row.options),
+                options=tuple(f" {option}" for option in _continuations(task, row)),
+                gold=row.gold,
+                golds=row.golds,
+                category=row.category,
+                cluster=row.cluster,
             )
         )
     return items
 
 
-def _read_requests(path: Path) -> list[Item]:
+class _ChoiceRow(NamedTuple):
+    """A row {"question", "options" or "choices", "gold" or "answer", ...}."""
+
+    question: str
+    options: tuple[str, ...]
+    gold: int
+    category: str | None
+    cluster: str | None
+    golds: tuple[int, ...] = ()
+
+
+def _choice_row(row: _Row) -> _ChoiceRow:
+    """The right option is a number counted from 0, or a letter; a "subject" is a category too.
+
+    TruthfulQA's "mc2_targets" hold {"choices", "labels"}, a label of 1 for each right option.
+    """
+    if "mc2_targets" in row.row:
+        return _many_right(row)
+    question = row.get("question", str, "text")
+    options = row.texts("choices" if "choices" in row.row else "options", "a list of texts")
+    key = "answer" if "gold" not in row.row and "answer" in row.row else "gold"
+    needed = "the number of the right option, counted from 0, or its letter"
+    gold = row.get(key, (int, str), needed)
+    if isinstance(gold, str):
+        gold = LETTERS.find(gold) if len(gold) == 1 else -1
+    if len(options) < 2:
+        row.fail(f"there is {len(options)} option.", "A choice needs at least 2.")
+    if len(set(options)) < len(options):
+        row.fail("two options are the same.", "Make them differ.")
+    if not all(option.strip() for option in options):
+        row.fail("an option is empty.", "Nothing is always likely.")
+    if not 0 <= gold < len(options):
+        row.fail(f"{key!r} is {row.row[key]}.", f"It counts from 0 to {len(options) - 1} here.")
+    category = row.text_or_none("category") or row.text_or_none("subject")
+    return _ChoiceRow(question, options, gold, category, row.text_or_none("cluster"))
+
+
+def _many_right(row: _Row) -> _ChoiceRow:
+    question = row.get("question", str, "text")
+    inner = _Row(row.path, row.line, row.get("mc2_targets", dict, '{"choices", "labels"}'))
+    options = tuple(dict.fromkeys(inner.texts("choices", "a list of texts")))
+    labels = inner.get("labels", list, "a list of 0 and 1")
+    choices = inner.row["choices"]
+    if len(labels) != len(choices) or not {0, 1} >= {*labels} or {*labels} != {0, 1}:
+        row.fail("'labels' must be 0 or 1 for each choice, and both must occur.")
+    right = {text for text, label in zip(choices, labels, strict=True) if label}
+    golds = tuple(number for number, option in enumerate(options) if option in right)
+    return _ChoiceRow(question, options, golds[0], row.text_or_none("category"), None, golds)
+
+
+def _continuations(task: Task, row: _ChoiceRow) -> Sequence[str]:
+    return row.options if task.form == "text" else LETTERS[: len(row.options)]
+
+
+def _asked(task: Task, row: _ChoiceRow) -> str:
+    """A question as OLMES writes it (arXiv:2406.08446), up to its answer."""
+    listed = ""
+    if task.form == "letters":
+        pairs = zip(LETTERS, row.options, strict=False)
+        listed = "".join(f"\n {letter}. {option}" for letter, option in pairs)
+    return f"Question: {row.question}{listed}\nAnswer:"
+
+
+def _shown_examples(task: Task, path: Path) -> dict[str | None, list[str]]:
+    """The first examples of each category, solved; of all rows, under None, if none has one."""
+    shown: dict[str | None, list[str]] = {}
+    for line, content in _rows(path):
+        row = _choice_row(_Row(path, line, content))
+        of_kind = shown.setdefault(row.category, [])
+        if len(of_kind) < task.num_examples:
+            of_kind.append(f"{_asked(task, row)} {_continuations(task, row)[row.gold]}")
+    return shown
+
+
+def _read_requests(task: Task, path: Path) -> list[Item]:
     """OLMES request files: one row per option, {doc_id, idx, label, request: {context, ...}}."""
     options_of: dict[int, dict[int, tuple[str, str, int, int]]] = {}
     for line, content in _rows(path):
@@ -366,9 +479,16 @@ def _read_requests(path: Path) -> list[Item]:
                 options=tuple(continuations),
                 gold=labels.pop(),
                 unconditional_contexts=alone_contexts,
+                cluster=_passage(options[0][0]) if task.cluster_by == "passage" else None,
             )
         )
     return items
+
+
+def _passage(context: str) -> str | None:
+    """A short name for what stands before the question itself, in its own paragraph."""
+    passage = _last_question(context).rpartition("\nQuestion:")[0]
+    return hashlib.sha256(passage.encode()).hexdigest()[:16] if passage else None
 
 
 def _last_question(context: str) -> str:
@@ -394,7 +514,5 @@ def _numbered(path: Path) -> Iterator[tuple[int, tuple[int, dict[str, Any]]]]:
 
 READERS = {
     "exact_match": _read_questions,
-    "multiple_choice": _read_choices,
-    "requests": _read_requests,
     "perplexity": _read_documents,
 }

@@ -1,5 +1,6 @@
 """Sample rows, as they stand in samples/<model>/<task>.jsonl, -> metrics with their intervals."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,6 +11,8 @@ from eval.statistics import (
     bootstrap_interval,
     chance_p_value,
     clustered_mean,
+    macro_average,
+    macro_difference,
     mean,
     paired_bootstrap,
     paired_clusters,
@@ -18,7 +21,7 @@ from eval.statistics import (
     proportion,
     ratio,
 )
-from eval.tasks import LOWER_IS_BETTER, METRICS
+from eval.tasks import LOWER_IS_BETTER, MACRO, METRICS
 
 Row = Mapping[str, Any]  # one sample
 
@@ -37,6 +40,7 @@ UNCONDITIONAL = {"acc_uncond", "acc_mutual_info"}
 PERPLEXITY_UNITS = {"word_perplexity": "num_words", "byte_perplexity": "num_bytes"}
 
 
+MIN_DOCUMENTS = 20  # whose blocks are added up; fewer clusters give intervals that are too short
 # Counted over all instructions of all questions, instead of over questions.
 PER_PART = {"instruction_loose", "instruction_strict"}
 
@@ -46,7 +50,7 @@ def picked_option(row: Row, metric: str) -> int | None:
 
     Under any other metric it is the likeliest.
     """
-    options = row["options"]
+    options, metric = row["options"], metric.removesuffix(MACRO)
     if any(option["logprob"] is None for option in options):
         return None
     if metric in UNCONDITIONAL:
@@ -59,11 +63,29 @@ def picked_option(row: Row, metric: str) -> int | None:
 
 def is_right(row: Row, metric: str) -> bool:
     """Whether the answer of one sample counts as correct under a metric that is an accuracy."""
+    metric = metric.removesuffix(MACRO)
     if metric == "exact_match":
         return bool(row["correct"])
+    if metric == "mc2":
+        return _grade(row, metric) > 0.5
     if "scores" in row:
         return bool(row["scores"].get(metric) == 1.0)
     return picked_option(row, metric) == row["gold"]
+
+
+def _grade(row: Row, metric: str) -> float:
+    """A score between 0 and 1: a verifier's, or TruthfulQA's share of probability (mc2).
+
+    mc2 is what the right options have of the probability of all (arXiv:2109.07958).
+    """
+    if metric != "mc2":
+        return float(row["scores"][metric])
+    logprobs = [option["logprob"] for option in row["options"]]
+    if None in logprobs:
+        return 0.0  # it could not be read
+    largest = max(logprobs)
+    shares = [math.exp(value - largest) for value in logprobs]
+    return sum(shares[number] for number in row["golds"]) / sum(shares)
 
 
 def _surprise(row: Row, metric: str) -> tuple[float, float]:
@@ -89,6 +111,10 @@ def measured(kind: str, rows: Sequence[Row]) -> list[str]:
         ]
         if not read or any(option["logprob_alone"] is None for option in read):
             names.remove("acc_uncond")
+    if "mc2" in names and not all("golds" in row for row in rows):
+        names.remove("mc2")
+    if not all(row.get("category") for row in rows):
+        names = [name for name in names if not name.endswith(MACRO)]
     if not any(map(_is_readable, rows)):
         names = [name for name in names if name not in LOWER_IS_BETTER]
     return names
@@ -96,23 +122,29 @@ def measured(kind: str, rows: Sequence[Row]) -> list[str]:
 
 def estimate(rows: Sequence[Row], metric: str) -> Estimate:
     """One metric over the samples of a task."""
+    if metric.endswith(MACRO):
+        by_category = _by_category(rows)
+        return macro_average(
+            [estimate(part, metric.removesuffix(MACRO)) for part in by_category.values()]
+        )
     if metric in PER_PART and len({row["scores"][metric] for row in rows}) > 1:
         numbers = [row["num_parts"] for row in rows]
         followed = [row["scores"][metric] * row["num_parts"] for row in rows]
         return _within_one(ratio(followed, numbers))
-    if _is_graded(rows, metric):
-        grades = [row["scores"][metric] for row in rows]
+    if metric == "mc2" or _is_graded(rows, metric):
+        grades = [_grade(row, metric) for row in rows]
         found = mean(grades)
         return Estimate(found.value, found.stderr, *bootstrap_interval(grades), found.n)
     if metric not in LOWER_IS_BETTER and (clusters := _clusters(rows)) is not None:
         return _within_one(clustered_mean([is_right(row, metric) for row in rows], clusters))
     if metric not in LOWER_IS_BETTER:
         return proportion([is_right(row, metric) for row in rows])
-    pairs = [_surprise(row, metric) for row in rows if _is_readable(row)]
-    above, below = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    readable = [row for row in rows if _is_readable(row)]
+    above, below = _by_document(readable, [_surprise(row, metric) for row in readable])
     if metric not in PERPLEXITY_UNITS:
-        return mean(above) if "options" in rows[0] else ratio(above, below)
-    nats = ratio(above, below)
+        found = mean(above) if "options" in rows[0] else ratio(above, below)
+        return dataclasses.replace(found, n=len(readable))
+    nats = dataclasses.replace(ratio(above, below), n=len(readable))
     return Estimate(
         math.exp(nats.value),
         None if nats.stderr is None else math.exp(nats.value) * nats.stderr,
@@ -120,6 +152,13 @@ def estimate(rows: Sequence[Row], metric: str) -> Estimate:
         None if nats.high is None else math.exp(nats.high),
         nats.n,
     )
+
+
+def _by_category(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    parts: dict[str, list[Row]] = {}
+    for row in rows:
+        parts.setdefault(row["category"], []).append(row)
+    return parts
 
 
 def _within_one(item: Estimate) -> Estimate:
@@ -136,7 +175,7 @@ def _within_one(item: Estimate) -> Estimate:
 def _clusters(rows: Sequence[Row]) -> list[str] | None:
     """The cluster of each question, a question without one being its own; None if there are none.
 
-    Only right and wrong answers are clustered; bits per byte have blocks as they are.
+    Of right and wrong answers; the blocks of predicted text are added up by document.
     """
     if not any("cluster" in row for row in rows):
         return None
@@ -163,6 +202,15 @@ def compare(first: Sequence[Row], second: Sequence[Row], metric: str) -> Differe
     """
     if metric in PERPLEXITY_UNITS or ("scores" in first[0] and metric not in first[0]["scores"]):
         return None
+    if metric.endswith(MACRO):
+        of_first_by_category = _by_category(first)
+        parts = [
+            compare(of_first_by_category[category], rows, metric.removesuffix(MACRO))
+            for category, rows in _by_category(second).items()
+            if category in of_first_by_category
+        ]
+        differences = [part for part in parts if part is not None]
+        return macro_difference(differences) if differences else None
     of_first = {row["doc_id"]: row for row in first}
     pairs = [(of_first[row["doc_id"]], row) for row in second if row["doc_id"] in of_first]
     if metric in LOWER_IS_BETTER:
@@ -176,8 +224,8 @@ def compare(first: Sequence[Row], second: Sequence[Row], metric: str) -> Differe
             for side in (0, 1)
         )
         return paired_ratios(before, after, numbers, lower_is_better=False)
-    if any(_is_graded(side, metric) for side in zip(*pairs, strict=True)):
-        before, after = ([pair[side]["scores"][metric] for pair in pairs] for side in (0, 1))
+    if metric == "mc2" or any(_is_graded(side, metric) for side in zip(*pairs, strict=True)):
+        before, after = ([_grade(pair[side], metric) for pair in pairs] for side in (0, 1))
         return paired_bootstrap(before, after)
     if metric not in LOWER_IS_BETTER:
         first_right, second_right = (
@@ -187,25 +235,46 @@ def compare(first: Sequence[Row], second: Sequence[Row], metric: str) -> Differe
         if clusters is not None:
             return paired_clusters(first_right, second_right, clusters)
         return paired_proportions(first_right, second_right)
-    before, after = ([_surprise(pair[side], metric) for pair in pairs] for side in (0, 1))
-    return paired_ratios(
-        [item[0] for item in before],
-        [item[0] for item in after],
-        [item[1] for item in before],
-        lower_is_better=True,
-    )
+    readable = [row for row, _ in pairs]
+    sums = [
+        _by_document(readable, [_surprise(pair[side], metric) for pair in pairs]) for side in (0, 1)
+    ]
+    return paired_ratios(sums[0][0], sums[1][0], sums[0][1], lower_is_better=True)
+
+
+def _by_document(
+    rows: Sequence[Row], pairs: Sequence[tuple[float, float]]
+) -> tuple[list[float], list[float]]:
+    """Numerators and denominators, the blocks of a document ("3:0", "3:1") added up.
+
+    A document's blocks are alike, so documents are what varies; where there are too few to tell how
+    much they do, blocks are.
+    """
+    sums: dict[str, tuple[float, float]] = {}
+    for row, (above, below) in zip(rows, pairs, strict=True):
+        document = str(row["doc_id"]).partition(":")[0]
+        before = sums.get(document, (0.0, 0.0))
+        sums[document] = (before[0] + above, before[1] + below)
+    units = list(sums.values()) if len(sums) >= MIN_DOCUMENTS else list(pairs)
+    return [above for above, _ in units], [below for _, below in units]
 
 
 def chance_level(rows: Sequence[Row]) -> float | None:
     """The accuracy of guessing, where there are options to guess from."""
-    if not rows or "options" not in rows[0]:
-        return None
+    if not rows or "options" not in rows[0] or "golds" in rows[0]:
+        return None  # of mc2: depends on how likely the model finds texts of their lengths
     return sum(1 / len(row["options"]) for row in rows) / len(rows)
 
 
 def guessing_p_value(rows: Sequence[Row], metric: str) -> float | None:
-    """How likely guessing is to score as much; None where there is nothing to guess from."""
+    """How likely guessing is to score as much; None where there is nothing to guess from.
+
+    Of a mean over categories, that of all questions together.
+    """
+    metric = metric.removesuffix(MACRO)
     if not rows or "options" not in rows[0] or metric in LOWER_IS_BETTER:
+        return None
+    if metric == "mc2":
         return None
     if "scores" in rows[0] and (metric not in rows[0]["scores"] or _is_graded(rows, metric)):
         return None

@@ -5,6 +5,8 @@ launch, and everything is kept as soon as it is known.
 """
 
 import functools
+import json
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -31,6 +33,8 @@ from open_instruct.encode import ChatEncoder, load_chat_encoder, load_chat_token
 OnProgress = Callable[[float], None]  # told how many questions of the task are done
 Keep = Callable[[dict[int, Any]], None]  # told values as soon as they are known, by their number
 WINDOW_WITHOUT_LIMIT = 2048  # for architectures that could read on for ever; as in lm-eval
+MIN_COMMON = 200  # characters that texts begin with, from which on they are tokenised once
+MIN_ALIKE = 4  # texts
 # No beginning or end is added, control tokens are spelt out, and texts may be of any length.
 AS_TEXT: dict[str, Any] = {
     "add_special_tokens": False,
@@ -79,10 +83,60 @@ class Subject:
     def encode(self, texts: Sequence[str], *, is_templated: bool = False) -> list[list[int]]:
         """Ids of plain texts, in which a control token that is spelt out is ordinary characters.
 
-        In those that a chat template has written (``is_templated``) it is the token.
+        In those that a chat template has written (``is_templated``) it is the token. What many
+        texts begin with (examples) is read once.
         """
-        found = self.tokenizer(list(texts), **AS_TEXT | {"split_special_tokens": not is_templated})
+        alike: dict[str, list[int]] = {}
+        for number, text in enumerate(texts):
+            alike.setdefault(text[:MIN_COMMON], []).append(number)
+        beginnings: dict[int, tuple[list[int], int]] = {}  # ids, and the characters they stand for
+        for members in alike.values():
+            common = _common_beginning([texts[number] for number in members])
+            if len(members) >= MIN_ALIKE and len(common) >= MIN_COMMON:
+                cut = self._safe_cut(common)
+                (ids,) = self._encode([common[:cut]], is_templated)
+                beginnings |= dict.fromkeys(members, (ids, cut))
+        rests = [text[beginnings.get(n, ([], 0))[1] :] for n, text in enumerate(texts)]
+        found = self._encode(rests, is_templated)
+        return [beginnings[n][0] + ids if n in beginnings else ids for n, ids in enumerate(found)]
+
+    @functools.cached_property
+    def cuts_words(self) -> bool:
+        """Whether the tokenizer is byte-level BPE that adds nothing to a text."""
+        found = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        before = found["pre_tokenizer"] or {}
+        steps = before.get("pretokenizers", [before])
+        return (
+            found["model"]["type"] == "BPE"
+            and found["normalizer"] in (None, {"type": "NFC"})
+            and {step.get("type") for step in steps} <= {"ByteLevel", "Split", "Digits"}
+            and steps[-1].get("type") == "ByteLevel"
+            and not steps[-1].get("add_prefix_space")
+        )
+
+    def _encode(self, texts: list[str], is_templated: bool) -> list[list[int]]:
+        found = self.tokenizer(texts, **AS_TEXT | {"split_special_tokens": not is_templated})
         return [list(ids) for ids in found.input_ids]
+
+    def _safe_cut(self, text: str) -> int:
+        """Where a text can be cut, whatever follows it, and its parts tokenised apart; 0: nowhere.
+
+        Byte-level BPE first cuts a text into words, each of which is a text to itself. Its rules
+        look no further than one character behind a word, so all but the last words stand.
+        """
+        backend = self.tokenizer.backend_tokenizer
+        if not self.cuts_words or not unicodedata.is_normalized("NFC", text):
+            return 0
+        added = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
+        reach = max(map(len, added), default=0)
+        words = backend.pre_tokenizer.pre_tokenize_str(text)
+        for _, (start, _) in reversed(words[:-3]):
+            around = text[max(0, start - reach + 1) : start + reach - 1]
+            is_clear = not any(token in around for token in added if len(token) > 1)
+            is_plain = text[start].isascii() and not text[start - 1].isspace()
+            if start > 0 and start + reach <= len(text) and is_clear and is_plain:
+                return int(start)
+        return 0
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Ids as exactly the characters they stand for."""
@@ -183,18 +237,16 @@ class Subject:
         ]
 
         def compute(numbers: Sequence[int], keep: Keep) -> None:
-            ordered = sorted(numbers, key=lambda n: (-len(prompts[n]), n))
-            for start in range(0, len(ordered), self.batch_size):
-                batch = ordered[start : start + self.batch_size]
-                found = self.generator.generate(
-                    [prompts[n] for n in batch],
-                    max_new_tokens=max_new_tokens,
-                    stop_token_ids=stop_token_ids,
-                    stop_strings=stop_strings,
-                    places=[places[n] for n in batch],
-                    **(asdict(sampling) if sampling is not None else {}),
-                )
-                keep(dict(zip(batch, found, strict=True)))
+            self.generator.generate(
+                [prompts[n] for n in numbers],
+                max_new_tokens=max_new_tokens,
+                stop_token_ids=stop_token_ids,
+                stop_strings=stop_strings,
+                places=[places[n] for n in numbers],
+                max_rows=self.batch_size,
+                on_answer=lambda index, ids: keep({numbers[index]: ids}),
+                **(asdict(sampling) if sampling is not None else {}),
+            )
 
         lengths = [len(prompt) + max_new_tokens for prompt in prompts]
         found = self._through_cache(keys, lengths, compute, on_progress)
@@ -237,6 +289,14 @@ class Subject:
         self.spent["reused"] += len(first) - len(missing)
         on_progress(len(keys))
         return [by_key[key] for key in keys]
+
+
+def _common_beginning(texts: Sequence[str]) -> str:
+    least, most = min(texts), max(texts)  # all others lie between them
+    length = next(
+        (place for place, (a, b) in enumerate(zip(least, most, strict=False)) if a != b), len(least)
+    )
+    return least[:length]
 
 
 def load_encoders(model: str) -> tuple[PreTrainedTokenizerFast, ChatEncoder | None]:

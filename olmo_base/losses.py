@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from olmo_base.model.products import product
+
 # Logits held at once. On a CPU 2**21 are 8 MiB, which stay in cache: at V = 2048 and D = 192 the
 # loss and its gradients then take no longer than their three matrix products, where logits kept
 # whole take half as long again. A GPU wants larger products.
@@ -63,7 +65,7 @@ class _NextTokenLoss(torch.autograd.Function):
                 here = slice(start, start + chunk)
                 hidden_CD = hidden_ND[here].to(dtype)
                 labels_C1 = labels_N[here, None]
-                logits_CV = (hidden_CD @ weight_VD.T).to(sum_dtype)
+                logits_CV = product(hidden_CD, weight_VD).to(sum_dtype)
                 highest_C1 = logits_CV.amax(-1, keepdim=True)
                 logits_CV -= highest_C1
                 chosen_C1 = logits_CV.gather(1, labels_C1)
@@ -79,7 +81,7 @@ class _NextTokenLoss(torch.autograd.Function):
                 grad_CV = weights_CV.mul_((1.0 + 2.0 * z_loss * log_C1) / total_C1)
                 grad_CV.scatter_add_(1, labels_C1, torch.full_like(chosen_C1, -1.0))
                 grad_CV = grad_CV.to(dtype)
-                grad_hidden_ND[here] = grad_CV @ weight_VD
+                grad_hidden_ND[here] = product(grad_CV, weight_VD.T)
                 if dtype == sum_dtype:
                     grad_head_VD.addmm_(grad_CV.T, hidden_CD)
                 else:

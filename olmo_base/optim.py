@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
+from olmo_base.divided import local_tensor, part_of, whole_tensor
 from olmo_base.run.recipe import RecipeError, setting
 
 Schedule = Literal["constant", "linear", "cosine", "warmup_stable_decay", "inverse_sqrt"]
@@ -116,6 +119,8 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     Matrices decay. Norms and biases (fewer than two dimensions) and embeddings decay only if the
     configuration says so. An embedding that is also the output head is an embedding. With Muon the
     matrices between embedding and head are a group of their own, marked ``"muon": True``.
+    Parameters that are divided over different ranks never share a group: fused kernels take one
+    kind at a time.
     """
     embeddings = {
         id(parameter)
@@ -124,7 +129,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
         for parameter in module.parameters(recurse=False)
     }
     head = _output_head(model)
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, bool, int], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
@@ -136,14 +141,16 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
         else:
             decays = True
         is_inner = parameter.ndim == 2 and not is_embedding and parameter is not head
-        groups.setdefault((is_inner and config.optim == "muon", decays), []).append(parameter)
+        ranks = parameter.device_mesh.ndim if isinstance(parameter, DTensor) else 0
+        kind = (is_inner and config.optim == "muon", decays, ranks)
+        groups.setdefault(kind, []).append(parameter)
     return [
         {
-            "params": groups[has_muon, decays],
+            "params": groups[has_muon, decays, ranks],
             "weight_decay": config.weight_decay if decays else 0.0,
             **({"muon": has_muon} if config.optim == "muon" else {}),
         }
-        for has_muon, decays in sorted(groups, reverse=True)
+        for has_muon, decays, ranks in sorted(groups, reverse=True)
     ]
 
 
@@ -174,6 +181,26 @@ def build_optimizer(
     )
 
 
+def start_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give every parameter the state that its first step would begin with, to be filled."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if optimizer.state[parameter]:
+                continue
+            if group.get("muon", False):
+                optimizer.state[parameter]["momentum"] = torch.zeros_like(parameter)
+            else:
+                optimizer.state[parameter] = _start_of_adamw(parameter)
+
+
+def _start_of_adamw(parameter: nn.Parameter) -> dict[str, Tensor]:
+    return {
+        "step": torch.zeros((), device=parameter.device),
+        "exp_avg": torch.zeros_like(parameter),
+        "exp_avg_sq": torch.zeros_like(parameter),
+    }
+
+
 class Muon(torch.optim.Optimizer):
     """Muon for the matrices of the layers, AdamW for embeddings, output head, norms and biases.
 
@@ -181,7 +208,8 @@ class Muon(torch.optim.Optimizer):
     about 1, so that rare directions are learnt as fast as frequent ones (Jordan et al. 2024,
     https://kellerjordan.github.io/posts/muon). It is scaled by ``0.2 sqrt(max(rows, columns))``, to
     the size of AdamW's step, and decays in the same way, so that one learning rate serves both
-    (arXiv:2502.16982, section 2.2).
+    (arXiv:2502.16982, section 2.2). A matrix that is divided over ranks is gathered first: every
+    rank makes all of it orthogonal and keeps its part, so that the step is that of one process.
     """
 
     def __init__(self, groups: list[dict[str, Any]], config: OptimConfig, *, bf16: bool) -> None:
@@ -212,7 +240,7 @@ class Muon(torch.optim.Optimizer):
             if not state:
                 state["momentum"] = torch.zeros_like(parameter)
             state["momentum"].lerp_(gradient, 1 - momentum)
-            direction = gradient.lerp(state["momentum"], momentum)  # Nesterov's
+            direction = whole_tensor(gradient.lerp(state["momentum"], momentum))  # Nesterov's
             rows, columns = sorted(parameter.shape)
             wide = direction if parameter.shape[0] == rows else direction.T
             alike.setdefault((rows, columns), []).append((parameter, wide))
@@ -220,23 +248,22 @@ class Muon(torch.optim.Optimizer):
             steps = orthogonalized(torch.stack([wide for _, wide in members]), self.dtype)
             rate = group["lr"] * 0.2 * math.sqrt(columns)
             for (parameter, wide), step in zip(members, steps, strict=True):
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(step if wide.shape == parameter.shape else step.T, alpha=-rate)
+                local = local_tensor(parameter)
+                local.mul_(1 - group["lr"] * group["weight_decay"])
+                turned = step if wide.shape == parameter.shape else step.T
+                local.add_(part_of(turned, parameter), alpha=-rate)
 
     def _step_adamw(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
         for parameter in parameters:
             if not self.state[parameter]:
-                self.state[parameter] = {
-                    "step": torch.zeros((), device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
+                self.state[parameter] = _start_of_adamw(parameter)
         states = [self.state[parameter] for parameter in parameters]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         adamw(
-            list(parameters),
-            [parameter.grad for parameter in parameters if parameter.grad is not None],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            [local_tensor(parameter) for parameter in parameters],
+            [local_tensor(gradient) for gradient in gradients],
+            [local_tensor(state["exp_avg"]) for state in states],
+            [local_tensor(state["exp_avg_sq"]) for state in states],
             [],
             [state["step"] for state in states],
             fused=True,
@@ -271,10 +298,33 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_grad_norm: float) -> 
     Returns the norm before clipping, as a tensor on the device: reading it is what waits for it.
     """
     with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in with_gradient if parameter.grad is not None]
+    if any(isinstance(gradient, DTensor) for gradient in gradients):
+        norm = _norm_over_ranks(gradients)
+        if max_grad_norm > 0:
+            scale = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch's, below
+            torch._foreach_mul_([local_tensor(gradient) for gradient in gradients], scale)
+        return norm
     if max_grad_norm == 0:
-        gradients = [parameter.grad for parameter in with_gradient if parameter.grad is not None]
         return torch.nn.utils.get_total_norm(gradients)
     return torch.nn.utils.clip_grad_norm_(with_gradient, max_grad_norm)
+
+
+def _norm_over_ranks(gradients: list[Tensor]) -> Tensor:
+    """The norm of gradients of which some are divided over ranks, the same on every rank."""
+    total = torch.zeros((), device=gradients[0].device)
+    for gradient in gradients:
+        num_parts = 1
+        if isinstance(gradient, DTensor):
+            for size, placement in zip(
+                gradient.device_mesh.shape, gradient.placements, strict=True
+            ):
+                num_parts *= 1 if placement.is_replicate() else size
+        # Each part is on so many ranks, which all add it.
+        num_owners = dist.get_world_size() // num_parts
+        total += local_tensor(gradient).float().square().sum() / num_owners
+    dist.all_reduce(total)
+    return total.sqrt()
 
 
 # ---------------------------------------------------------------- steps better not made

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from olmo_base.losses import MAX_LOGITS
 from olmo_base.model.hf_weights import copy_tokenizer, export_hf, load_native
@@ -21,7 +22,14 @@ from olmo_base.model.transformer import (
     flops_per_token,
     num_parameters,
 )
-from olmo_base.pretrain_loop import train
+from olmo_base.parallel import (
+    Ranks,
+    refuse_uneven_shape,
+    shared_model,
+    started_ranks,
+    whole_model,
+)
+from olmo_base.pretrain_loop import refuse_divided_questions, train
 from olmo_base.pretrain_recipe import (
     Corpus,
     PretrainRecipe,
@@ -32,9 +40,11 @@ from olmo_base.pretrain_recipe import (
     num_steps,
     open_corpus,
     read_tokenizer_config,
+    with_global_batch,
 )
 from olmo_base.run.artefact import RunFolder, atomic_write
 from olmo_base.run.launch import pick_device, seed_everything
+from olmo_base.run.trackers import refuse_missing_trackers
 from olmo_base.tokenizer import load_tokenizer, write_tokenizer_files
 
 PROCESS_BYTES = 320_000_000  # Python with torch, before any tensor
@@ -88,6 +98,7 @@ def expected_memory_bytes(
 
 def plan(recipe: PretrainRecipe) -> dict[str, object]:
     """What a run would do and need, for --dry-run."""
+    refuse_missing_trackers(recipe.log.report_to)
     corpus = open_corpus(recipe, verify=False)
     config = model_config(recipe, corpus)
     steps = num_steps(recipe, len(corpus.train))
@@ -99,14 +110,14 @@ def plan(recipe: PretrainRecipe) -> dict[str, object]:
         **({"mixture": "; ".join(mixture_table(corpus))} if mixture_table(corpus) else {}),
         "steps": steps,
         "tokens_per_step": tokens_per_step,
-        "tokens": steps * tokens_per_step,
+        "tokens": recipe.sizes.before(steps) * recipe.max_length,
         "epochs": epoch_at(recipe, corpus, steps),
         "tokens_available": corpus.train.num_tokens,
         "held_out_tokens": corpus.held_out.num_tokens if corpus.held_out else 0,
         "vocab_size": config.vocab_size,
         "parameters": num_parameters(config),
         "flops_per_token": flops,
-        "flops": flops * steps * tokens_per_step,
+        "flops": flops * recipe.sizes.before(steps) * recipe.max_length,
         "bf16": bf16,
         "memory_bytes": expected_memory_bytes(
             config,
@@ -120,36 +131,57 @@ def plan(recipe: PretrainRecipe) -> dict[str, object]:
 
 def run(recipe: PretrainRecipe) -> RunFolder:
     """Train the model and write it as a Hugging Face folder; goes on by itself after a stop."""
-    folder = RunFolder.open(recipe, input_files(recipe))
+    refuse_missing_trackers(recipe.log.report_to)
+    with started_ranks(recipe.parallel) as ranks:
+        return _run(with_global_batch(recipe, ranks), ranks)
+
+
+def _run(recipe: PretrainRecipe, ranks: Ranks) -> RunFolder:
+    with ranks.main_first():
+        folder = RunFolder.open(recipe, input_files(recipe))
     if folder.is_finished:
         return folder
-    corpus = open_corpus(recipe, verify=True)
+    corpus = open_corpus(recipe, verify=folder.is_main)
     config = model_config(recipe, corpus)
-    device = pick_device()
-    bf16 = computes_in_bf16(recipe.bf16, device, config.hidden_size)
+    refuse_uneven_shape(recipe.parallel, config, recipe.max_length)
+    refuse_divided_questions(recipe, ranks)
+    bf16 = computes_in_bf16(recipe.bf16, ranks.device, config.hidden_size)
     seed_everything(recipe.run.seed)
-    if recipe.init_from is None:
-        model = Transformer(config).to(device)
-    else:
-        model = load_native(recipe.init_from, device=device, dtype=torch.float32)
+    model, with_loss = _model(recipe, config, ranks)
     model.gradient_checkpointing = recipe.gradient_checkpointing
     folder.counts.used = len(corpus.train)
     folder.log(
         f"{num_parameters(config):,} parameters, {corpus.train.num_tokens:,} tokens, "
         f"{num_steps(recipe, len(corpus.train)):,} steps of "
         f"{recipe.sequences_per_step * recipe.max_length:,} tokens, "
-        f"{'bf16' if bf16 else 'fp32'} on {device}"
+        f"{'bf16' if bf16 else 'fp32'} on {ranks}"
     )
     for line in mixture_table(corpus):
         folder.log(line)
     if corpus.held_out is None:
         folder.log("no held-out documents: give the tokenize stage an eval_fraction to have some")
-    figures = train(folder, recipe, corpus, model, bf16=bf16)
-    _export(folder, model, corpus)
-    results = {"parameters": num_parameters(config), "bf16": bf16, **figures}
-    atomic_write(folder.path / "README.md", model_card(recipe, corpus, config, results))
-    folder.finish(**results)
+    figures = train(folder, recipe, corpus, model, ranks, with_loss=with_loss, bf16=bf16)
+    whole = model if with_loss is None else whole_model(model)
+    if folder.is_main:
+        _export(folder, whole, corpus)
+        results = {"parameters": num_parameters(config), "bf16": bf16, **figures}
+        atomic_write(folder.path / "README.md", model_card(recipe, corpus, config, results))
+        folder.finish(**results)
+    ranks.wait()
     return folder
+
+
+def _model(
+    recipe: PretrainRecipe, config: ModelConfig, ranks: Ranks
+) -> tuple[Transformer, nn.Module | None]:
+    """The model to train, and what computes its loss if there are several ranks."""
+    device = ranks.device if ranks.num_ranks == 1 else torch.device("cpu")
+    given: Transformer | None = None
+    if recipe.init_from is not None:
+        given = load_native(recipe.init_from, device=device, dtype=torch.float32)
+    if ranks.num_ranks == 1:
+        return given or Transformer(config).to(device), None
+    return shared_model(config, ranks, None if given is None else given.state_dict())
 
 
 def _export(folder: RunFolder, model: Transformer, corpus: Corpus) -> None:

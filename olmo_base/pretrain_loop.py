@@ -5,14 +5,15 @@
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from olmo_base.corpus.batches import Batch, TokenSequences, micro_batches
 from olmo_base.losses import next_token_loss
 from olmo_base.model.transformer import Transformer, flops_per_token
+from olmo_base.olmes_requests import RequestFile, load_requests, score_requests
 from olmo_base.optim import (
     StepGuard,
     build_optimizer,
@@ -20,6 +21,8 @@ from olmo_base.optim import (
     learning_rate_at,
     set_learning_rate,
 )
+from olmo_base.parallel import Ranks, meet_at
+from olmo_base.pretrain_checkpoints import Keeper
 from olmo_base.pretrain_recipe import (
     Corpus,
     PretrainRecipe,
@@ -31,12 +34,8 @@ from olmo_base.run.artefact import RunFolder
 from olmo_base.run.errors import Stopped, UserError
 from olmo_base.run.launch import StopFlag, stop_signals
 from olmo_base.run.metrics import MetricsLog, Progress
-from olmo_base.run.resume import (
-    latest_checkpoint,
-    random_state,
-    restore_random_state,
-    save_checkpoint,
-)
+from olmo_base.run.watch import watched
+from olmo_base.tokenizer import load_tokenizer
 
 # Dense bf16 peak in FLOP/s, found by the first part of a name that matches.
 GPU_PEAKS = {
@@ -52,8 +51,14 @@ GPU_PEAKS = {
 # ---------------------------------------------------------------- loss
 
 
-def summed_loss(model: Transformer, batch: Batch, *, z_loss: float) -> tuple[Tensor, Tensor]:
-    """What to minimise and the cross-entropy alone, in nats, summed over a micro-batch."""
+def summed_loss(model: nn.Module, batch: Batch, *, z_loss: float) -> tuple[Tensor, Tensor]:
+    """What to minimise and the cross-entropy alone, in nats, summed over a micro-batch.
+
+    Of several ranks' model (parallel.py) over this rank's part.
+    """
+    if not isinstance(model, Transformer):
+        found: tuple[Tensor, Tensor] = model(batch, z_loss)
+        return found
     hidden_BTD = model(batch.ids_BT, document_ids_BT=batch.document_ids_BT)
     return next_token_loss(
         hidden_BTD.flatten(0, 1), model.output_weight, batch.labels_BT.flatten(), z_loss=z_loss
@@ -62,8 +67,9 @@ def summed_loss(model: Transformer, batch: Batch, *, z_loss: float) -> tuple[Ten
 
 @torch.no_grad()
 def held_out_loss(
-    model: Transformer,
+    model: nn.Module,
     sequences: TokenSequences,
+    ranks: Ranks,
     *,
     batch_size: int,
     max_tokens: int,
@@ -76,16 +82,63 @@ def held_out_loss(
     it over the bytes of the documents' text, so that tokenizers can be compared.
     """
     num_sequences = min(len(sequences), max(1, max_tokens // sequences.max_length))
-    device = model.device
-    total = torch.zeros((), dtype=widest(device), device=device)
-    for first in range(0, num_sequences, batch_size):
-        indices = range(first, min(first + batch_size, num_sequences))
-        batch = sequences.batch(indices, mask=mask).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+    total = torch.zeros((), dtype=widest(ranks.device), device=ranks.device)
+    for first in range(0, num_sequences, batch_size * ranks.num_data):
+        start = first + batch_size * ranks.data_rank
+        indices = range(start, min(start + batch_size, num_sequences))
+        batch = sequences.batch(indices, mask=mask).to(ranks.device)
+        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=bf16):
             total += summed_loss(model, batch, z_loss=0.0)[1]
-    loss = float(total) / (num_sequences * sequences.max_length)
+        ranks.still_moves()
+    loss = float(ranks.total(total)) / (num_sequences * sequences.max_length)
     tokens_per_byte = sequences.num_tokens / sequences.num_bytes
     return {"eval_loss": loss, "eval_bits_per_byte": loss / math.log(2) * tokens_per_byte}
+
+
+def refuse_divided_questions(recipe: PretrainRecipe, ranks: Ranks) -> None:
+    """Errors: UserError if questions are asked of a model that no rank has whole."""
+    parallel = recipe.parallel
+    is_whole = parallel.data_parallel == "ddp" and parallel.context_parallel == 1
+    if recipe.eval_requests and ranks.num_ranks > 1 and not is_whole:
+        raise UserError(
+            "eval_requests needs the whole model on each rank: say data_parallel: ddp without "
+            "context_parallel, or leave it out and run 'open-instruct eval' on the result."
+        )
+
+
+def evaluation(
+    learner: nn.Module,
+    model: Transformer,
+    recipe: PretrainRecipe,
+    corpus: Corpus,
+    questions: Sequence[RequestFile],
+    ranks: Ranks,
+    *,
+    bf16: bool,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The figures of all held-out text; and those of its sources and of the request files.
+
+    ``learner`` is the model over several ranks, ``model`` this rank's own.
+    """
+
+    def figures(sequences: TokenSequences) -> dict[str, float]:
+        return held_out_loss(
+            learner,
+            sequences,
+            ranks,
+            batch_size=recipe.per_device_eval_batch_size,
+            max_tokens=recipe.max_eval_tokens,
+            mask=recipe.mask_documents,
+            bf16=bf16,
+        )
+
+    row = {} if corpus.held_out is None else figures(corpus.held_out)
+    row_of_parts = {
+        f"{key}/{name}": value
+        for name, sequences in corpus.held_out_by_source.items()
+        for key, value in figures(sequences).items()
+    }
+    return row, row_of_parts | score_requests(model, questions, bf16=bf16)
 
 
 def widest(device: torch.device) -> torch.dtype:
@@ -94,19 +147,6 @@ def widest(device: torch.device) -> torch.dtype:
 
 
 # ---------------------------------------------------------------- where a run stands
-
-
-@dataclass
-class Position:
-    """How far a run has come: what a checkpoint holds beside weights and optimizer."""
-
-    step: int = 0  # optimizer steps done
-    tokens: int = 0  # asked for so far
-    left_out: int = 0  # sequences with repeated n-grams
-    seconds: float = 0.0  # in steps, not in evaluations and checkpoints
-    row_tokens: int = 0  # since the last row of metrics.jsonl, as the next two
-    row_seconds: float = 0.0
-    row_loss: float = 0.0  # summed
 
 
 def refuse_many_skipped(
@@ -132,69 +172,86 @@ def refuse_many_skipped(
     )
 
 
-def resume(
-    folder: RunFolder, model: Transformer, optimizer: torch.optim.Optimizer, guard: StepGuard
-) -> Position:
-    """Put weights, optimizer, guard and generators where the latest checkpoint left them."""
-    checkpoint = latest_checkpoint(folder)
-    if checkpoint is None:
-        return Position()
-    weights, state = checkpoint.load()
-    model.load_state_dict(weights)
-    optimizer.load_state_dict(state["optimizer"])
-    guard.load_state_dict(state["guard"])
-    restore_random_state(state["random"])
-    folder.log(f"going on from {checkpoint.path}, after step {checkpoint.step}")
-    return Position(**state["position"])
-
-
 # ---------------------------------------------------------------- the loop
 
 
 def train(
-    folder: RunFolder, recipe: PretrainRecipe, corpus: Corpus, model: Transformer, *, bf16: bool
+    folder: RunFolder,
+    recipe: PretrainRecipe,
+    corpus: Corpus,
+    model: Transformer,
+    ranks: Ranks,
+    *,
+    with_loss: nn.Module | None = None,
+    bf16: bool,
 ) -> dict[str, float]:
     """Train ``model`` in place to the end, going on from the latest checkpoint if there is one.
 
-    Returns the figures of the end. Errors: Stopped after SIGINT, SIGTERM or SIGUSR1, with a
-    checkpoint written; UserError when too many steps in a row are no good.
+    ``with_loss`` is the model over several ranks. Returns the figures of the end. Errors: Stopped
+    after SIGINT, SIGTERM or SIGUSR1 to any rank, with a checkpoint written; UserError when too many
+    steps in a row are no good, or a checkpoint cannot be written.
     """
-    device = model.device
+    device = ranks.device
+    learner = model if with_loss is None else with_loss
     optimizer = build_optimizer(model, recipe.optim, bf16=bf16)
     guard = StepGuard(device, recipe.optim.skip_spike_sigma)
-    at = resume(folder, model, optimizer, guard)
-    metrics = MetricsLog(folder, resume_step=at.step)
+    keeper = Keeper(folder, recipe, model, optimizer, guard, ranks)
+    at = keeper.resume()
+    metrics = MetricsLog(folder, at.step, recipe.log)
     total_steps = num_steps(recipe, len(corpus.train))
     row_loss = torch.tensor(at.row_loss, dtype=widest(device), device=device)
     shown: dict[str, float] = {}
 
+    questions = load_requests(
+        recipe.eval_requests, load_tokenizer(corpus.tokenizer), recipe.max_eval_requests
+    )
+
     def evaluate() -> None:
-        if corpus.held_out is None:
+        row, row_of_parts = evaluation(learner, model, recipe, corpus, questions, ranks, bf16=bf16)
+        if not row and not row_of_parts:
             return
-        row = held_out_loss(
-            model,
-            corpus.held_out,
-            batch_size=recipe.per_device_eval_batch_size,
-            max_tokens=recipe.max_eval_tokens,
-            mask=recipe.mask_documents,
-            bf16=bf16,
+        metrics.write(
+            at.step,
+            epoch=epoch_at(recipe, corpus, at.step),
+            tokens=at.tokens,
+            **row,
+            **row_of_parts,
         )
-        metrics.write(at.step, epoch=epoch_at(recipe, corpus, at.step), tokens=at.tokens, **row)
         shown.update(row)
         progress.update(at.step, **shown)
 
-    with stop_signals() as stop, Progress(folder, "pretrain", total_steps, at.step) as progress:
+    with (
+        metrics,
+        stop_signals() as stop,
+        watched(recipe.parallel.hang_seconds, f"pretrain {folder.path.name}") as ranks.watch,
+        Progress(folder, "pretrain", total_steps, at.step) as progress,
+    ):
         if at.step == 0:
             evaluate()
         while at.step < total_steps:
             started = time.perf_counter()
+            ranks.at(at.step)
             learning_rate = learning_rate_at(at.step, total_steps, recipe.optim)
             set_learning_rate(optimizer, learning_rate)
-            batches = batches_of_step(recipe, corpus, at.step)
-            at.left_out += recipe.sequences_per_step - sum(len(batch.ids_BT) for batch in batches)
-            step_loss = add_gradients(model, batches, z_loss=recipe.z_loss, bf16=bf16)
+            batches = batches_of_step(recipe, corpus, at.step, ranks)
+            ranks.at(at.step, waits=True)
+            agreed = agree(batches, stop, keeper, ranks)
+            if agreed.has_failed:
+                keeper.finish(has_failed=True)
+            at.left_out += recipe.sizes.at(at.step) - agreed.num_sequences
+            num_tokens = agreed.num_tokens
+            length = recipe.warmup.length_at(at.step, recipe.max_length)
+            batches = [batch.cut(length) for batch in batches]
+            step_loss = add_gradients(
+                learner,
+                batches,
+                z_loss=recipe.z_loss,
+                bf16=bf16,
+                num_tokens=num_tokens,
+                ranks=ranks,
+            )
+            step_loss = ranks.total(step_loss)
             grad_norm = clip_gradients(model.parameters(), recipe.optim.max_grad_norm)
-            num_tokens = sum(batch.num_labels for batch in batches)
             guard.watch(optimizer, step_loss / max(1, num_tokens), grad_norm)
             optimizer.step()
             optimizer.zero_grad()
@@ -204,10 +261,11 @@ def train(
             at.row_tokens += num_tokens
             row_loss += step_loss
 
+            signal_number = agreed.signal_number if ranks.num_ranks > 1 else stop.signal_number
             is_last = at.step == total_steps
             is_row = is_last or at.step % recipe.log.logging_steps == 0
             is_evaluated = is_last or (recipe.eval_steps and at.step % recipe.eval_steps == 0)
-            is_saved = stop.requested or at.step % recipe.checkpoints.save_steps == 0
+            is_saved = signal_number or at.step % recipe.checkpoints.save_steps == 0
             if is_row or is_evaluated or is_saved:
                 refuse_many_skipped(guard, folder, recipe, corpus, at.step)  # waits for the device
             at.seconds += time.perf_counter() - started
@@ -227,7 +285,7 @@ def train(
                     **({"sequences_left_out": at.left_out} if recipe.max_ngram_repeats else {}),
                     **({"skipped_steps": guard.num_skipped} if guard.num_skipped else {}),
                     **{key: shown[key] for key in shown if not key.startswith("eval_")},
-                    **_gpu_figures(model, shown["tokens_per_second"], recipe.max_length),
+                    **_gpu_figures(model, ranks, shown["tokens_per_second"], recipe.max_length),
                 )
                 row_loss.zero_()
                 at.row_tokens, at.row_seconds = 0, 0.0
@@ -236,8 +294,12 @@ def train(
                 evaluate()
             if is_saved and not is_last:  # after the rows: those of a checkpoint's step are kept
                 at.row_loss = float(row_loss)
-                save(folder, recipe, model, optimizer, guard, at)
-                _stop_if_asked(stop, at)
+                keeper.save(at)
+                metrics.note_saved()
+                if signal_number:
+                    keeper.finish()
+                    raise Stopped(signal_number, f" after step {at.step}, which is saved")
+        keeper.finish()
     return {
         **shown,
         "tokens": at.tokens,
@@ -248,69 +310,85 @@ def train(
     }
 
 
-def batches_of_step(recipe: PretrainRecipe, corpus: Corpus, step: int) -> list[Batch]:
-    """The micro-batches of step 0, 1, …"""
+def batches_of_step(recipe: PretrainRecipe, corpus: Corpus, step: int, ranks: Ranks) -> list[Batch]:
+    """This rank's micro-batches of step 0, 1, …"""
     return micro_batches(
         corpus.train,
-        step,
+        recipe.places(step),
         micro_batch_size=recipe.per_device_train_batch_size,
-        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
         seed=recipe.run.seed,
         mask=recipe.mask_documents,
         max_ngram_repeats=recipe.max_ngram_repeats,
+        rank=ranks.data_rank,
+        num_ranks=ranks.num_data,
     )
 
 
+class Agreed(NamedTuple):
+    """What all ranks know of a step before they make it."""
+
+    num_tokens: int  # asked for, counted once
+    num_sequences: int
+    signal_number: int  # some rank was asked to stop; 0: none
+    has_failed: bool  # some rank could not write its part of a checkpoint
+
+
+def agree(batches: Sequence[Batch], stop: StopFlag, keeper: Keeper, ranks: Ranks) -> Agreed:
+    """Tell the other ranks of this step, and learn of theirs."""
+    counts = ranks.reads_first  # of ranks that read the same sequences, one
+    rows = ranks.gathered(
+        [
+            counts * sum(batch.num_labels for batch in batches),
+            counts * sum(len(batch.ids_BT) for batch in batches),
+            stop.signal_number,
+            keeper.has_failed,
+        ]
+    )
+    num_tokens, num_sequences = rows[:, :2].sum(0).tolist()
+    signal_number, has_failed = rows[:, 2:].amax(0).tolist()
+    return Agreed(int(num_tokens), int(num_sequences), int(signal_number), bool(has_failed))
+
+
 def add_gradients(
-    model: Transformer, batches: Sequence[Batch], *, z_loss: float, bf16: bool
+    model: nn.Module,
+    batches: Sequence[Batch],
+    *,
+    z_loss: float,
+    bf16: bool,
+    num_tokens: int | None = None,
+    ranks: Ranks | None = None,
 ) -> Tensor:
     """Add one step's gradients; returns the cross-entropy summed over its tokens, on the device.
 
-    The sum is divided once, by the tokens of all micro-batches, so that how they are cut changes
-    nothing but rounding.
+    The sum is divided once, by the tokens of all micro-batches (and ranks: then ``num_tokens``), so
+    that how they are cut changes nothing but rounding.
     """
-    device = model.device
-    num_labels = max(1, sum(batch.num_labels for batch in batches))
+    device = next(model.parameters()).device
+    if num_tokens is None:
+        num_tokens = sum(batch.num_labels for batch in batches)
+    # What averages gradients over ranks has to give their sum.
+    scale = (1 if ranks is None else ranks.num_weights_ranks) / max(1, num_tokens)
     step_loss = torch.zeros((), device=device)
-    for batch in batches:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss, cross_entropy = summed_loss(model, batch.to(device), z_loss=z_loss)
-        (loss / num_labels).backward()
+    for number, batch in enumerate(batches, start=1):
+        with meet_at(model, is_last=number == len(batches)):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                loss, cross_entropy = summed_loss(model, batch.to(device), z_loss=z_loss)
+            (loss * scale).backward()
         step_loss += cross_entropy
     return step_loss
 
 
-def save(
-    folder: RunFolder,
-    recipe: PretrainRecipe,
-    model: Transformer,
-    optimizer: torch.optim.Optimizer,
-    guard: StepGuard,
-    at: Position,
-) -> None:
-    """Write a checkpoint of this step."""
-    state = {
-        "position": asdict(at),
-        "optimizer": optimizer.state_dict(),
-        "guard": guard.state_dict(),
-        "random": random_state(),
-    }
-    keep = recipe.checkpoints.save_total_limit
-    save_checkpoint(folder, at.step, weights=model.state_dict(), state=state, keep=keep)
-
-
-def _stop_if_asked(stop: StopFlag, at: Position) -> None:
-    if stop.requested:
-        raise Stopped(stop.signal_number, f" after step {at.step}, which is saved")
-
-
-def _gpu_figures(model: Transformer, tokens_per_second: float, max_length: int) -> dict[str, float]:
-    """``peak_memory_bytes``, and ``mfu`` where the chip's peak is known; nothing on a CPU."""
-    if model.device.type != "cuda":
+def _gpu_figures(
+    model: Transformer, ranks: Ranks, tokens_per_second: float, max_length: int
+) -> dict[str, float]:
+    """``peak_memory_bytes`` of the fullest GPU, and ``mfu`` where the chip's peak is known."""
+    if ranks.device.type != "cuda":
         return {}
-    figures: dict[str, float] = {"peak_memory_bytes": torch.cuda.max_memory_allocated(model.device)}
-    name = torch.cuda.get_device_name(model.device)
+    most = ranks.gathered([torch.cuda.max_memory_allocated(ranks.device)]).max()
+    figures: dict[str, float] = {"peak_memory_bytes": float(most)}
+    name = torch.cuda.get_device_name(ranks.device)
     peak = next((peak for part, peak in GPU_PEAKS.items() if part in name), None)
     if peak is not None:
-        figures["mfu"] = tokens_per_second * flops_per_token(model.config, max_length) / peak
+        flops = tokens_per_second * flops_per_token(model.config, max_length)
+        figures["mfu"] = flops / (peak * ranks.num_ranks)
     return figures

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +17,12 @@ from olmo_base.corpus.batches import (
 )
 from olmo_base.corpus.foreign_shards import foreign_files, read_foreign_shards
 from olmo_base.corpus.shards import Place, Shard
+from olmo_base.corpus.warmup import StepSizes, WarmupConfig
 from olmo_base.model.hf_weights import read_model_config
 from olmo_base.model.presets import ModelShape, padded_vocab_size
 from olmo_base.model.transformer import ModelConfig
 from olmo_base.optim import OptimConfig, Schedule
+from olmo_base.parallel import ParallelConfig, Ranks
 from olmo_base.run.artefact import RunConfig, model_files, sha256_file
 from olmo_base.run.errors import UserError
 from olmo_base.run.metrics import LogConfig
@@ -75,9 +76,13 @@ class PretrainRecipe:
     max_ngram_repeats: int = setting(0, low=0)  # leave out sequences with as many: 32 in OLMo-2
     per_device_train_batch_size: int = setting(8, low=1)  # sequences of a micro-batch
     gradient_accumulation_steps: int = setting(1, low=1)
+    global_batch_size: int = setting(
+        0, low=0, help="sequences of a step, all ranks together; 0: what each has, times the ranks"
+    )
     num_train_epochs: float = setting(1.0, above=0)
     max_steps: int = setting(-1, low=-1)  # above 0: instead of num_train_epochs
     max_tokens: int = setting(-1, low=-1)  # above 0: instead of num_train_epochs
+    warmup: WarmupConfig = field(default_factory=WarmupConfig)
     optim: PretrainOptim = field(default_factory=PretrainOptim)
     z_loss: float = setting(0.0, low=0)  # OLMo-2 used 1e-5
     bf16: bool | Literal["auto"] = "auto"
@@ -85,8 +90,15 @@ class PretrainRecipe:
     per_device_eval_batch_size: int = setting(8, low=1, changes_result=False)
     eval_steps: int = setting(0, low=0, changes_result=False)  # 0: at the start and the end only
     max_eval_tokens: int = setting(200_000, low=1)  # held-out tokens looked at each time
+    # Files or folders of OLMES requests, and how many questions of each file (0: all)
+    eval_requests: tuple[str, ...] = setting((), changes_result=False)
+    max_eval_requests: int = setting(200, low=0, changes_result=False)
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
+    checkpoint_dir: str | None = setting(
+        None, changes_result=False, help="a URI (s3://, gs://, file://) instead of the run's folder"
+    )
     log: LogConfig = field(default_factory=LogConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         if not self.dataset_mixer:
@@ -103,6 +115,12 @@ class PretrainRecipe:
                 raise RecipeError("dataset_mixer", f"{source.path}: max_repeats needs a ratio.")
         if self.max_steps > 0 and self.max_tokens > 0:
             raise RecipeError("max_tokens", "max_steps already says how long; keep one of them.")
+        if self.global_batch_size and self.gradient_accumulation_steps > 1:
+            raise RecipeError(
+                "gradient_accumulation_steps",
+                f"{self.gradient_accumulation_steps}, but it follows from global_batch_size "
+                f"{self.global_batch_size}; keep one of them.",
+            )
         if self.init_from is not None and self.shape != ModelShape():
             given = next(
                 item.name
@@ -110,6 +128,11 @@ class PretrainRecipe:
                 if getattr(self.shape, item.name) != getattr(ModelShape(), item.name)
             )
             raise RecipeError(given, "the shape is that of init_from; leave this key out.")
+        self.warmup.refuse_misfits(self.sequences_per_step, self.max_length)
+        if self.warmup.length_warmup_steps and self.parallel.context_parallel > 1:
+            raise RecipeError(
+                "length_warmup_steps", "context_parallel cuts rows over ranks; keep one of them."
+            )
         longest = self.shape.max_position_embeddings
         if longest is not None and longest < self.max_length:
             raise RecipeError(
@@ -118,9 +141,42 @@ class PretrainRecipe:
             )
 
     @property
+    def sizes(self) -> StepSizes:
+        """How many sequences each step reads."""
+        warmup = self.warmup
+        return StepSizes(
+            self.sequences_per_step,
+            warmup.batch_size_warmup_start,
+            warmup.batch_size_warmup_steps,
+        )
+
+    def places(self, step: int) -> range:
+        """Where the sequences of step 0, 1, … stand in the run's row."""
+        first = self.sizes.before(step)
+        return range(first, first + self.sizes.at(step))
+
+    @property
     def sequences_per_step(self) -> int:
-        """Sequences of one optimizer step."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+        """Sequences of one optimizer step, of all ranks."""
+        return (
+            self.global_batch_size
+            or self.per_device_train_batch_size * self.gradient_accumulation_steps
+        )
+
+
+def with_global_batch(recipe: PretrainRecipe, ranks: Ranks) -> PretrainRecipe:
+    """The recipe with the sequences of a step said in one number.
+
+    So a step's sequences hang on the recipe that the run keeps, and not on how many ranks go on
+    with it.
+    """
+    if recipe.global_batch_size or ranks.num_data == 1:
+        return recipe
+    return dataclasses.replace(
+        recipe,
+        global_batch_size=recipe.sequences_per_step * ranks.num_data,
+        gradient_accumulation_steps=1,
+    )
 
 
 # ---------------------------------------------------------------- what the recipe means
@@ -133,6 +189,7 @@ class Corpus:
     train: TokenSequences | Mixture
     held_out: TokenSequences | None
     tokenizer: Path  # its folder, or the tokenizer.json
+    held_out_by_source: dict[str, TokenSequences]  # where there are several; their names
 
 
 def shards_of_source(source: TokenSource, split: str) -> list[Shard]:
@@ -195,7 +252,20 @@ def open_corpus(recipe: PretrainRecipe, *, verify: bool) -> Corpus:
             f"{path} is not the tokenizer that the shards beside it were made with. "
             "Run the tokenize stage again into a new folder."
         )
-    return Corpus(train, held_out, tokenizer_of(sources[0]))
+    return Corpus(train, held_out, tokenizer_of(sources[0]), _held_out_by_source(recipe))
+
+
+def _held_out_by_source(recipe: PretrainRecipe) -> dict[str, TokenSequences]:
+    """The held-out sequences of each source, if several have one at least."""
+    paths = [source.path for source in recipe.dataset_mixer]
+    names = [Path(path).name for path in paths]
+    found = {}
+    for source, name in zip(recipe.dataset_mixer, names, strict=True):
+        shards = shards_of_source(source, "eval")
+        if sum(shard.info.num_tokens for shard in shards) > recipe.max_length:
+            key = name if names.count(name) == 1 else source.path
+            found[key] = TokenSequences(shards, recipe.max_length)
+    return found if len(found) > 1 else {}
 
 
 def _mixture(
@@ -209,7 +279,7 @@ def _mixture(
         [len(source) for source in sources],
         [source.ratio or 0.0 for source in recipe.dataset_mixer],
         [source.max_repeats for source in recipe.dataset_mixer],
-        num_steps(recipe, 0) * recipe.sequences_per_step,
+        recipe.sizes.before(num_steps(recipe, 0)),
     )
     return Mixture(sources, shares)
 
@@ -285,23 +355,21 @@ def num_steps(recipe: PretrainRecipe, num_sequences: int) -> int:
     if recipe.max_steps > 0:
         return recipe.max_steps
     if recipe.max_tokens > 0:
-        return math.ceil(recipe.max_tokens / (recipe.sequences_per_step * recipe.max_length))
-    return max(1, int(recipe.num_train_epochs * num_sequences / recipe.sequences_per_step))
+        return recipe.sizes.steps_for(recipe.max_tokens / recipe.max_length)
+    return max(1, recipe.sizes.steps_within(recipe.num_train_epochs * num_sequences))
 
 
 def read_in_step(
     recipe: PretrainRecipe, corpus: Corpus, step: int
 ) -> list[tuple[int, list[Place]]]:
     """What step 1, 2, … reads: each sequence's number and the documents in it, in order."""
-    indices = corpus.train.of_step(
-        step - 1, sequences_per_step=recipe.sequences_per_step, seed=recipe.run.seed
-    )
+    indices = corpus.train.at(recipe.places(step - 1), seed=recipe.run.seed)
     return [(int(index), corpus.train.places(int(index))) for index in indices]
 
 
 def epoch_at(recipe: PretrainRecipe, corpus: Corpus, step: int) -> float:
     """Passes over the corpus after so many steps."""
-    return round(step * recipe.sequences_per_step / len(corpus.train), 4)
+    return round(recipe.sizes.before(step) / len(corpus.train), 4)
 
 
 def input_files(recipe: PretrainRecipe) -> list[Path]:

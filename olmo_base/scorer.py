@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from olmo_base.model.attention import SharedPrefix, Tree
 from olmo_base.model.transformer import Transformer
 
-# Logits of one batch, in numbers; 2**26 are 256 MiB in fp32. A single longer row is let through.
-MAX_LOGITS = 2**26
+# Logits of one batch, in numbers: 2**24 are 64 MiB in fp32. A single longer row is let through.
+# A processor is as fast with few, which stay in its caches; a GPU wants long batches.
+MAX_LOGITS = 2**24
+MAX_LOGITS_GPU = 2**28
 MIN_SHARED = 8  # tokens of a context, from which on its options share one copy
 MAX_BRANCH_TOKENS = 256  # of all options in a row, unless the context is longer
 MIN_PREFIX = 32  # tokens that rows begin with, from which on they are run once
@@ -335,9 +337,9 @@ def _by_prefix(rows: Sequence[_Row], has_trees: bool) -> list[tuple[tuple[int, .
 
 
 def _batches(
-    rows: Sequence[_Row], num_shared: int, batch_tokens: int, vocab_size: int
+    rows: Sequence[_Row], num_shared: int, batch_tokens: int, max_scored: int
 ) -> Iterator[list[_Row]]:
-    """Rows, longest first, within the budget of padded tokens and of logits."""
+    """Rows, longest first, within the budget of padded tokens and of positions with logits."""
     batch: list[_Row] = []
     num_scored = 0
     for row in sorted(rows, key=lambda row: (-len(row.ids), row.ids)):
@@ -345,7 +347,7 @@ def _batches(
         if batch:
             width = len(batch[0].ids) - num_shared + num_shared // PREFIX_DISCOUNT
             is_full = width * (len(batch) + 1) > batch_tokens
-            if is_full or (num_scored + more) * vocab_size > MAX_LOGITS:
+            if is_full or num_scored + more > max_scored:
                 yield batch
                 batch, num_scored = [], 0
         batch.append(row)
@@ -380,7 +382,8 @@ def continuation_logprobs(
     limit = max_length or context_length(model)
     fitted = [_fit(request, limit, number) for number, request in enumerate(requests)]
     kept = [request for request, _ in fitted]
-    vocab_size = int(_text_config(model).vocab_size)
+    most = MAX_LOGITS_GPU if next(model.parameters()).is_cuda else MAX_LOGITS
+    max_scored = most // int(_text_config(model).vocab_size)
     was_training = model.training
     model.eval()
     scores: dict[int, Score] = {}
@@ -388,7 +391,7 @@ def continuation_logprobs(
     has_trees = can_share and reads_trees(model)
     for beginning, rows in _by_prefix(_shared_rows(kept, has_trees), has_trees):
         prefix = _run_prefix(model, beginning) if beginning else None
-        for batch in _batches(rows, len(beginning), batch_tokens, vocab_size):
+        for batch in _batches(rows, len(beginning), batch_tokens, max_scored):
             found = {
                 number: Score(
                     logprob=sum(logprobs),
@@ -480,8 +483,12 @@ def _read_batch(
     n_M = place_BT[rows_M, positions_M].to(logits_NV.device)
     targets = [token for _, number, _ in readings for token in requests[number][1]]
     targets_M = torch.tensor(targets, device=logits_NV.device)
-    logprobs_M = (logits_NV[n_M, targets_M] - logits_NV.logsumexp(-1)[n_M]).tolist()
-    is_likeliest_M = (logits_NV.argmax(-1)[n_M] == targets_M).tolist()
+    largest_N, likeliest_N = logits_NV.max(-1)
+    target_M = logits_NV[n_M, targets_M]
+    # The logits are overwritten: a second array of their size would double the peak.
+    rest_N = logits_NV.sub_(largest_N[:, None]).exp_().sum(-1).log()
+    logprobs_M = (target_M - largest_N[n_M] - rest_N[n_M]).tolist()
+    is_likeliest_M = (likeliest_N[n_M] == targets_M).tolist()
     found = []
     first = 0
     for _, number, at in readings:

@@ -245,11 +245,22 @@ def chat(
     show_default=True,
     help="Answers that may wait; more are refused with 429.",
 )
-def serve(models: tuple[str, ...], votes: str, **options: Any) -> None:
+@click.option(
+    "--backend",
+    type=click.Choice(["own", "vllm"]),
+    default="own",
+    show_default=True,
+    help="vllm hands over to vLLM's own server, which must be installed; it has no page.",
+)
+def serve(models: tuple[str, ...], votes: str, backend: str, **options: Any) -> None:
     """Serve models to OpenAI clients, with a chat page at /.
 
     MODEL is a run's output_dir or a Hugging Face model folder; clients name it as it is given here.
+    Adapters given beside their base, or several of one base, share it in memory.
     """
+    if backend == "vllm":
+        _serve_by_vllm(models, **options)
+        return
     try:
         import starlette  # noqa: F401 - the extra is either there or not
         import uvicorn  # noqa: F401
@@ -264,6 +275,17 @@ def serve(models: tuple[str, ...], votes: str, **options: Any) -> None:
     run_server(models, Settings(votes=Path(votes), **options))
 
 
+def _serve_by_vllm(models: Sequence[str], max_waiting: int, **options: Any) -> None:
+    from open_instruct.chat.vllm import hand_over
+
+    context = click.get_current_context()
+    for name in ("votes", "max_waiting"):
+        if context.get_parameter_source(name) != click.core.ParameterSource.DEFAULT:
+            option = "--" + name.replace("_", "-")
+            raise UserError(f"{option} means nothing to vLLM. Leave it out, or --backend vllm.")
+    hand_over(models, **options)
+
+
 # ---------------------------------------------------------------- eval and report
 
 
@@ -274,6 +296,7 @@ def serve(models: tuple[str, ...], votes: str, **options: Any) -> None:
 @click.option("--output-dir", required=True, help="The report's folder.")
 @click.option("--data-dir", help="Where tasks find their files.")
 @click.option("--include-path", metavar="DIR", help="A folder of further tasks (YAML).")
+@click.option("--skip-missing", is_flag=True, help="Leave tasks out whose files are not there.")
 @click.option("--cache-dir", metavar="DIR", help="Requests computed before, of any evaluation.")
 @click.option("--limit", type=click.IntRange(min=1), help="Questions of each task, not all.")
 @click.option("--samples-only-failures", is_flag=True, help="Keep no text of right answers.")

@@ -10,14 +10,14 @@ closes a turn only where the template wrote it (control_tokens.py).
 import contextlib
 import difflib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from olmo_base.run.artefact import ExampleCounts, atomic_write, resolve_model
-from olmo_base.run.errors import DataError, UserError
+from olmo_base.run.artefact import atomic_write, resolve_model
+from olmo_base.run.errors import UserError
 from open_instruct import shipped_folder
 from open_instruct.chat_template import (
     THINK,
@@ -32,10 +32,8 @@ from open_instruct.chat_template import (
     whole_text,
 )
 from open_instruct.control_tokens import CannotEncode, ControlTokens, Encoded, Rendered, Span
-from open_instruct.examples import DataConfig, Dialogue, Pair, Rated
 from open_instruct.turns import Message, Tools
 
-BATCH_SIZE = 512  # examples tokenised in one call
 MOST_LAYOUTS = 10_000  # kept at a time; dialogues that call tools have one each
 
 
@@ -140,6 +138,10 @@ class ChatEncoder:
         """Refuse a template whose answers cannot be told apart token by token, saying why."""
         self._layout(self._shape(self._first_sample), is_learnt=True)
 
+    def sample_text(self) -> str:
+        """A short dialogue as the template writes it now."""
+        return self._template.render(self._first_sample)
+
     def encode_dialogue(
         self, messages: Sequence[Message], *, tools: Tools | None = None
     ) -> Encoded:
@@ -147,11 +149,12 @@ class ChatEncoder:
 
         Except those whose ``train`` is false.
         """
-        return self.encode_many([(messages, tools)])[0]
+        return self.encode_many([messages], [tools])[0]
 
     def encode_many(
         self,
-        dialogues: Sequence[tuple[Sequence[Message], Tools | None] | str],
+        dialogues: Sequence[Sequence[Message] | str],
+        tools: Sequence[Tools | None] | None = None,
         *,
         learn_last_only: bool = False,
     ) -> list[Encoded]:
@@ -163,8 +166,12 @@ class ChatEncoder:
             [
                 self._document(item)
                 if isinstance(item, str)
-                else self._rendered(*item, learnt=learnt_turns(item[0], 0, learn_last_only))
-                for item in dialogues
+                else self._rendered(
+                    item, callable_tools, learnt=learnt_turns(item, 0, learn_last_only)
+                )
+                for item, callable_tools in zip(
+                    dialogues, tools or [None] * len(dialogues), strict=True
+                )
             ]
         )
 
@@ -383,273 +390,6 @@ def _common_length(*sequences: Sequence[int]) -> int:
             break
         length += 1
     return length
-
-
-# ---------------------------------------------------------------- many examples, of bounded length
-
-Example = TypeVar("Example", Dialogue, Pair, Rated)
-Result = TypeVar("Result")
-
-
-def encode_dialogues(
-    dialogues: Sequence[Dialogue], encoder: ChatEncoder, config: DataConfig, counts: ExampleCounts
-) -> list[Encoded]:
-    """Dialogues as sequences of at most ``max_length`` ids, in order.
-
-    What is cut or left out is counted, with the reason. Errors: DataError at the first example
-    that cannot be used, UserError if more than ``max_too_long_fraction`` are too long.
-    """
-    whole = encode_whole_dialogues(dialogues, encoder, config, counts)
-    return fit_dialogues(whole, encoder, config, counts)
-
-
-def encode_pairs(
-    pairs: Sequence[Pair], encoder: ChatEncoder, config: DataConfig, counts: ExampleCounts
-) -> list[EncodedPair]:
-    """Pairs whose two sequences have at most ``max_length`` ids each, in order.
-
-    Both sides of a pair keep the same prompt when it is cut. Counts and errors as in
-    ``encode_dialogues``.
-    """
-    whole = encode_whole_pairs(pairs, encoder, config, counts)
-    return fit_pairs(whole, encoder, config, counts)
-
-
-def encode_whole_dialogues(
-    dialogues: Sequence[Dialogue], encoder: ChatEncoder, config: DataConfig, counts: ExampleCounts
-) -> list[tuple[Dialogue, Encoded]]:
-    """The first half of ``encode_dialogues``: sequences of any length."""
-    encoder.check_can_be_learnt()
-    return _encode_each(
-        dialogues,
-        lambda batch: encoder.encode_many(
-            [item.text or (item.messages, item.tools) for item in batch],
-            learn_last_only=config.learn_turns == "last",
-        ),
-        config,
-        counts,
-    )
-
-
-def encode_whole_pairs(
-    pairs: Sequence[Pair], encoder: ChatEncoder, config: DataConfig, counts: ExampleCounts
-) -> list[tuple[Pair, EncodedPair]]:
-    """The first half of ``encode_pairs``: sequences of any length."""
-    encoder.check_can_be_learnt()
-
-    def encode_many(batch: Sequence[Pair]) -> list[EncodedPair]:
-        encoded = encoder.encode_many_pairs(
-            [(item.prompt, item.chosen, item.rejected, item.tools) for item in batch],
-            learn_last_only=config.learn_turns == "last",
-        )
-        return [
-            pair._replace(margin=item.margin) for item, pair in zip(batch, encoded, strict=True)
-        ]
-
-    return _encode_each(pairs, encode_many, config, counts)
-
-
-def encode_rated(
-    rated: Sequence[Rated], encoder: ChatEncoder, config: DataConfig, counts: ExampleCounts
-) -> list[EncodedRated]:
-    """Rated answers as sequences of at most ``max_length`` ids, in order.
-
-    Counts and errors as in ``encode_dialogues``.
-    """
-    whole = encode_whole_rated(rated, encoder, config, counts)
-    return fit_rated(whole, encoder, config, counts)
-
-
-def encode_whole_rated(
-    rated: Sequence[Rated], encoder: ChatEncoder, config: DataConfig, counts: ExampleCounts
-) -> list[tuple[Rated, EncodedRated]]:
-    """The first half of ``encode_rated``: sequences of any length."""
-    encoder.check_can_be_learnt()
-
-    def encode_many(batch: Sequence[Rated]) -> list[EncodedRated]:
-        # A pair of the answer with itself: pairs know where the prompt ends.
-        pairs = encoder.encode_many_pairs(
-            [(item.prompt, item.answer, item.answer, item.tools) for item in batch],
-            learn_last_only=config.learn_turns == "last",
-        )
-        return [
-            EncodedRated(pair.chosen, pair.shared_prompt_length, item.is_desirable)
-            for item, pair in zip(batch, pairs, strict=True)
-        ]
-
-    return _encode_each(rated, encode_many, config, counts)
-
-
-def fit_rated(
-    whole: Sequence[tuple[Rated, EncodedRated]],
-    encoder: ChatEncoder,
-    config: DataConfig,
-    counts: ExampleCounts,
-) -> list[EncodedRated]:
-    """The second half of ``encode_rated``: what to do with those that are too long."""
-    _check_lengths([(item, len(rated.sequence.ids)) for item, rated in whole], config)
-    kept = []
-    for _, rated in whole:
-        if len(rated.sequence.ids) > config.max_length:
-            if config.on_too_long == "drop":
-                counts.drop("longer than max_length")
-                continue
-            pair = EncodedPair(rated.sequence, rated.sequence, rated.prompt_length)
-            cut = _cut_pair(pair, config, encoder.opens_with_bos)
-            if isinstance(cut, str):
-                counts.drop(cut)
-                continue
-            rated = EncodedRated(cut.chosen, cut.shared_prompt_length, rated.is_desirable)
-            counts.truncated += 1
-        kept.append(rated)
-    counts.used += len(kept)
-    return kept
-
-
-def fit_dialogues(
-    whole: Sequence[tuple[Dialogue, Encoded]],
-    encoder: ChatEncoder,
-    config: DataConfig,
-    counts: ExampleCounts,
-) -> list[Encoded]:
-    """The second half of ``encode_dialogues``: what to do with those that are too long."""
-    _check_lengths([(item, len(sequence.ids)) for item, sequence in whole], config)
-    kept = []
-    for _, sequence in whole:
-        if len(sequence.ids) > config.max_length:
-            if config.on_too_long == "drop":
-                counts.drop("longer than max_length")
-                continue
-            sequence = _cut(sequence, config, encoder.opens_with_bos)
-            if not any(sequence.is_learnt):
-                counts.drop("nothing left to learn after truncation")
-                continue
-            counts.truncated += 1
-        kept.append(sequence)
-    counts.used += len(kept)
-    return kept
-
-
-def fit_pairs(
-    whole: Sequence[tuple[Pair, EncodedPair]],
-    encoder: ChatEncoder,
-    config: DataConfig,
-    counts: ExampleCounts,
-) -> list[EncodedPair]:
-    """The second half of ``encode_pairs``: what to do with those that are too long."""
-    _check_lengths([(item, pair_length(pair)) for item, pair in whole], config)
-    kept = []
-    for _, pair in whole:
-        if pair_length(pair) > config.max_length:
-            if config.on_too_long == "drop":
-                counts.drop("longer than max_length")
-                continue
-            cut = _cut_pair(pair, config, encoder.opens_with_bos)
-            if isinstance(cut, str):
-                counts.drop(cut)
-                continue
-            if cut.chosen.ids == cut.rejected.ids:
-                counts.drop("chosen and rejected the same after truncation")
-                continue
-            pair = cut._replace(margin=pair.margin)
-            counts.truncated += 1
-        kept.append(pair)
-    counts.used += len(kept)
-    return kept
-
-
-def _encode_each(
-    items: Sequence[Example],
-    encode_many: Callable[[Sequence[Example]], list[Result]],
-    config: DataConfig,
-    counts: ExampleCounts,
-) -> list[tuple[Example, Result]]:
-    """Each example with its encoding, in batches; where a batch fails, one by one."""
-    encoded: list[tuple[Example, Result]] = []
-    for batch in _batches(items):
-        try:
-            encoded += zip(batch, encode_many(batch), strict=True)
-            continue
-        except CannotEncode:
-            pass  # found and named below
-        for item in batch:
-            try:
-                encoded.append((item, encode_many([item])[0]))
-            except CannotEncode as error:
-                if config.on_bad_row == "error":
-                    raise DataError(item.source, item.line, str(error)) from None
-                counts.drop(error.reason)
-    return encoded
-
-
-def _batches(items: Sequence[Example]) -> Iterator[Sequence[Example]]:
-    for start in range(0, len(items), BATCH_SIZE):
-        yield items[start : start + BATCH_SIZE]
-
-
-def pair_length(pair: EncodedPair) -> int:
-    """Ids of the longer side."""
-    return max(len(pair.chosen.ids), len(pair.rejected.ids))
-
-
-def _check_lengths(
-    lengths: Sequence[tuple[Dialogue | Pair | Rated, int]], config: DataConfig
-) -> None:
-    """Refuse examples that are too long, if the recipe refuses them or if there are too many."""
-    too_long = [(item, length) for item, length in lengths if length > config.max_length]
-    if not too_long:
-        return
-    longest = max(length for _, length in too_long)
-    found = (
-        f"{len(too_long):,} of {len(lengths):,} examples ({len(too_long) / len(lengths):.1%}) are "
-        f"longer than max_length ({config.max_length:,} tokens); the longest has {longest:,}"
-    )
-    if config.on_too_long == "error":
-        first, length = too_long[0]
-        raise DataError(
-            first.source,
-            first.line,
-            f"{length:,} tokens. {found}.",
-            "Raise max_length, or choose on_too_long: drop, truncate_left or truncate_right.",
-        )
-    if len(too_long) > config.max_too_long_fraction * len(lengths):
-        raise UserError(
-            f"{found}; max_too_long_fraction allows {config.max_too_long_fraction:.1%}. Raise "
-            f"max_length, or raise max_too_long_fraction to let on_too_long: {config.on_too_long} "
-            "change that many."
-        )
-
-
-def _cut(sequence: Encoded, config: DataConfig, opens_with_bos: bool) -> Encoded:
-    """The sequence with at most ``max_length`` ids; cut on the left, it keeps its bos."""
-    if config.on_too_long == "truncate_right":
-        return Encoded(sequence.ids[: config.max_length], sequence.is_learnt[: config.max_length])
-    return _without(sequence, int(opens_with_bos), len(sequence.ids) - config.max_length)
-
-
-def _without(sequence: Encoded, start: int, number: int) -> Encoded:
-    """The sequence without ``number`` ids from ``start`` on."""
-    ids, is_learnt = sequence
-    return Encoded(
-        ids[:start] + ids[start + number :], is_learnt[:start] + is_learnt[start + number :]
-    )
-
-
-def _cut_pair(pair: EncodedPair, config: DataConfig, opens_with_bos: bool) -> EncodedPair | str:
-    """The pair with at most ``max_length`` ids a side, or why nothing useful is left of it."""
-    if config.on_too_long == "truncate_right":
-        chosen, rejected = (_cut(side, config, opens_with_bos) for side in pair[:2])
-        shared = min(pair.shared_prompt_length, config.max_length)
-    else:
-        number = pair_length(pair) - config.max_length
-        start = int(opens_with_bos)
-        if number > pair.shared_prompt_length - start:
-            return "answer longer than max_length"
-        chosen, rejected = (_without(side, start, number) for side in pair[:2])
-        shared = pair.shared_prompt_length - number
-    if not any(chosen.is_learnt) or not any(rejected.is_learnt):
-        return "nothing left to learn after truncation"
-    return EncodedPair(chosen, rejected, shared)
 
 
 # ---------------------------------------------------------------- from and to model folders

@@ -6,10 +6,16 @@ A row that cannot be used as it is stops the run with its file and line, or is d
 """
 
 import hashlib
+import io
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from olmo_base.run.artefact import ExampleCounts
 from olmo_base.run.errors import DataError
@@ -62,10 +68,12 @@ __all__ = [
     "source_files",
 ]
 
+TABLE_WIDTH = 120  # characters of the mixture's table
+
 # ---------------------------------------------------------------- what a recipe says about data
 
 OnBadRow = Literal["error", "drop"]
-OnTooLong = Literal["error", "drop", "truncate_left", "truncate_right"]
+OnTooLong = Literal["error", "drop", "truncate_left", "truncate_right", "split_turns"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,10 @@ class DataConfig:
     on_bad_row: OnBadRow = setting("error")
     on_too_long: OnTooLong = setting("error")
     max_too_long_fraction: float = setting(0.01, low=0, high=1)
+    decontaminate_against: tuple[str, ...] = ()  # files of evaluation data
+    keep_tokenised: bool = setting(
+        True, changes_result=False, help="in a folder beside output_dir, for the next run"
+    )
 
     def __post_init__(self) -> None:
         if not self.dataset_mixer:
@@ -149,12 +161,18 @@ class SourceUse:
 
 
 def mixture_lines(uses: Sequence[SourceUse]) -> list[str]:
-    """The mixture, one line a source, for the log."""
-    return [
-        f"{use.path}: {use.used:,} used of {use.available:,} usable rows "
-        f"(asked for {use.asked}; format {', '.join(use.formats)})"
-        for use in uses
-    ]
+    """The mixture as the lines of a table, one row a source, for the log."""
+    table = Table("source", "format", "asked for", "usable", "used", box=SIMPLE, pad_edge=False)
+    for column in table.columns[3:]:
+        column.justify = "right"
+    table.columns[0].overflow = "fold"
+    for use in uses:
+        numbers = (f"{use.available:,}", f"{use.used:,}")
+        table.add_row(*map(Text, (use.path, ", ".join(use.formats), use.asked, *numbers)))
+    console = Console(file=io.StringIO(), width=TABLE_WIDTH, color_system=None)
+    with console.capture() as captured:
+        console.print(table)
+    return [line.rstrip() for line in captured.get().splitlines() if line.strip()]
 
 
 # ---------------------------------------------------------------- rows -> the mixture
@@ -244,20 +262,20 @@ def read_prompts(
     Everything else as in ``read_dialogues``.
     """
 
-    def prompt(row: Row, form: Format[list[Message]], source: Source) -> list[Prompt]:
+    def prompts(row: Row, form: Format[list[Message]], source: Source) -> list[Prompt]:
         messages = form.read(row.value)
         if messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
         check_order(messages, "the prompt")
         if not messages or messages[-1]["role"] not in ASKING:
             raise BadRow(
-                "nothing is asked",
-                "the prompt does not end with a turn that an assistant answers.",
+                "prompt does not end with the user",
+                "the prompt does not end with a user turn, and nothing else can be answered.",
                 "End it with a user turn.",
             )
         return [Prompt(messages, row.source, row.line, read_tools(row.value))]
 
-    return _read(sources, PROMPT_FORMATS, prompt, seed, on_bad_row, counts, uses)
+    return _read(sources, PROMPT_FORMATS, prompts, seed, on_bad_row, counts, uses)
 
 
 def _read(

@@ -386,33 +386,27 @@ RATED_FORMATS: tuple[Format[Rating], ...] = (
 )
 
 
-def _asked_in_pair(row: dict[str, Any], form: Format[list[Sides]]) -> list[Message]:
-    return form.read(row)[0][0]
+def _prompts_of_sides(form: Format[list[Sides]]) -> Format[list[Message]]:
+    """The same rows, of which only the prompt is read."""
+    return Format(form.name, form.keys, lambda row: form.read(row)[0].prompt, form.fits)
 
 
-def _asked_of_rated(row: dict[str, Any], form: Format[Rating]) -> list[Message]:
-    return form.read(row)[0]
+def _prompt_of_rating(form: Format[Rating]) -> Format[list[Message]]:
+    return Format(form.name, form.keys, lambda row: form.read(row)[0], form.fits)
 
 
-# What is asked in rows of any kind, whether they hold an answer or not.
+# What is asked in a row of any kind.
 PROMPT_FORMATS: tuple[Format[list[Message]], ...] = (
-    *(
-        Format(form.name, form.keys, functools.partial(_asked_in_pair, form=form), form.fits)
-        for form in PAIR_FORMATS
-    ),
-    *(
-        Format(form.name, form.keys, functools.partial(_asked_of_rated, form=form), form.fits)
-        for form in RATED_FORMATS
-    ),
+    *map(_prompts_of_sides, PAIR_FORMATS),
+    *map(_prompt_of_rating, RATED_FORMATS),
     *(form for form in DIALOGUE_FORMATS if form is not TEXT_FORMAT),
-    Format("prompt", frozenset({"prompt"}), lambda row: _prompt(row["prompt"])),
+    Format("prompt", frozenset({"prompt"}), lambda row: _prompt(field(row, "prompt"))),
     Format(
         "instruction",
         frozenset({"instruction"}),
         lambda row: _with_system(row, [_instruction(row, "input")]),
     ),
 )
-
 _ALL_FORMATS: tuple[Format[Any], ...] = (*DIALOGUE_FORMATS, *PAIR_FORMATS, *RATED_FORMATS)
 # What ``columns`` of a source may name.
 COLUMNS = {"system", "input", "context", "tools", "margin", "scores"}.union(

@@ -15,18 +15,7 @@ from rich.text import Text
 
 from olmo_base.run.artefact import ExampleCounts
 from olmo_base.run.errors import UserError
-from open_instruct.encode import (
-    ChatEncoder,
-    Encoded,
-    EncodedPair,
-    encode_whole_dialogues,
-    encode_whole_pairs,
-    encode_whole_rated,
-    fit_dialogues,
-    fit_pairs,
-    fit_rated,
-    pair_length,
-)
+from open_instruct.encode import ChatEncoder, Encoded, EncodedPair
 from open_instruct.examples import (
     Dialogue,
     Pair,
@@ -36,6 +25,15 @@ from open_instruct.examples import (
     read_dialogues,
     read_pairs,
     read_rated,
+)
+from open_instruct.lengths import (
+    encode_whole_dialogues,
+    encode_whole_pairs,
+    encode_whole_rated,
+    fit_dialogues,
+    fit_pairs,
+    fit_rated,
+    pair_length,
 )
 from open_instruct.preference import PreferenceRecipe
 from open_instruct.sft import SftRecipe

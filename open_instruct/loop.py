@@ -323,7 +323,7 @@ def save(
     optimizer: torch.optim.Optimizer,
     at: Position,
     row_sums: dict[str, float],
-    keep: int,
+    config: CheckpointConfig,
 ) -> None:
     """Write a checkpoint on the first rank; every rank goes on when it is complete.
 
@@ -341,7 +341,7 @@ def save(
                 "row_sums": row_sums,
                 "optimizer": optimizer.state_dict(),
             },
-            keep=keep,
+            config=config,
         )
     workers.wait()
 
@@ -507,7 +507,7 @@ def train(
             "choose another output_dir."
         )
     at.eval_steps = config.eval_steps
-    metrics = MetricsLog(folder, resume_step=at.step)
+    metrics = MetricsLog(folder, at.step, log)
     if samples is not None:
         samples.go_on_after(at.step)
     model.train()
@@ -522,7 +522,11 @@ def train(
                 samples.write(at.step)
 
     title = f"{folder.recipe.stage} {folder.path.name}"
-    with Progress(folder, title, steps.total, at.step) as progress, stop_signals() as stop:
+    with (
+        metrics,
+        Progress(folder, title, steps.total, at.step) as progress,
+        stop_signals() as stop,
+    ):
         if at.step == 0:
             write_evaluation()
         while at.step < steps.total and not at.is_over:
@@ -579,7 +583,8 @@ def train(
             if is_evaluated:
                 write_evaluation()
             if is_saved:
-                save(folder, workers, model, optimizer, at, row_sums, checkpoints.save_total_limit)
+                save(folder, workers, model, optimizer, at, row_sums, checkpoints)
+                metrics.note_saved()
             if must_stop:
                 raise Stopped(stop.signal_number, f"after step {at.step} of {steps.total}")
     if config.load_best_model_at_end:

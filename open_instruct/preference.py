@@ -23,8 +23,8 @@ from open_instruct.adapters import AdapterConfig
 from open_instruct.batches import Batch, Examples
 from open_instruct.causal_lm import ModelConfig
 from open_instruct.control_tokens import Encoded
-from open_instruct.encode import ChatEncoder, EncodedRated, encode_pairs, encode_rated
-from open_instruct.examples import DataConfig, Source, SourceUse, read_pairs, read_rated
+from open_instruct.encode import ChatEncoder, EncodedRated
+from open_instruct.examples import DataConfig, Source
 from open_instruct.logprobs import LabelLogprobs
 from open_instruct.loop import HeldOut, Loss, MeasuredLoss, SummedLoss, TrainConfig, Workers
 from open_instruct.losses import chosen_nll, implicit_rewards, kto_kl, kto_loss
@@ -32,6 +32,7 @@ from open_instruct.pair_losses import LossConfig, PairScores, value_or
 from open_instruct.publish import HubConfig
 from open_instruct.reference import answer_logprobs, reference_logprobs
 from open_instruct.sample_log import SampleLogConfig
+from open_instruct.tokenised import DataReport, tokenised_pairs, tokenised_rated
 from open_instruct.tuning import (
     Model,
     input_files,
@@ -99,17 +100,10 @@ def pair_examples(
     encoder: ChatEncoder,
     recipe: PreferenceRecipe,
     counts: ExampleCounts,
-    uses: list[SourceUse],
+    report: DataReport,
 ) -> Examples:
     """The tokenised pairs of a mixture, chosen first. Errors: UserError if none is left."""
-    pairs = read_pairs(
-        sources,
-        seed=recipe.run.seed,
-        on_bad_row=recipe.data.on_bad_row,
-        counts=counts,
-        uses=uses,
-    )
-    encoded = encode_pairs(pairs, encoder, recipe.data, counts)
+    encoded = tokenised_pairs(sources, encoder, recipe, counts, report)
     if not encoded:
         raise UserError(
             f"No pair is left of {', '.join(source.path for source in sources)}; "
@@ -192,17 +186,10 @@ def rated_examples(
     encoder: ChatEncoder,
     recipe: PreferenceRecipe,
     counts: ExampleCounts,
-    uses: list[SourceUse],
+    report: DataReport,
 ) -> RatedExamples:
     """The tokenised rated answers of a mixture. Errors: UserError if fewer than two are left."""
-    rows = read_rated(
-        sources,
-        seed=recipe.run.seed,
-        on_bad_row=recipe.data.on_bad_row,
-        counts=counts,
-        uses=uses,
-    )
-    rated = encode_rated(rows, encoder, recipe.data, counts)
+    rated = tokenised_rated(sources, encoder, recipe, counts, report)
     if len(rated) < 2:
         raise UserError(
             f"{len(rated)} rated answers are left of "
@@ -350,11 +337,11 @@ def load_set(
     encoder: ChatEncoder,
     recipe: PreferenceRecipe,
     counts: ExampleCounts,
-    uses: list[SourceUse],
+    report: DataReport,
 ) -> Examples | RatedExamples:
     """The examples that the recipe's loss learns from. Errors: as in ``run``."""
     read = rated_examples if recipe.loss.is_rated else pair_examples
-    return read(sources, encoder, recipe, counts, uses)
+    return read(sources, encoder, recipe, counts, report)
 
 
 def compared(name: str, items: Examples | RatedExamples) -> dict[str, Examples]:

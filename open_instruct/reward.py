@@ -53,16 +53,16 @@ from open_instruct.causal_lm import (
 from open_instruct.encode import (
     ChatEncoder,
     add_new_tokens,
-    encode_pairs,
     load_chat_encoder,
     load_chat_tokenizer,
 )
-from open_instruct.examples import DataConfig, Source, SourceUse, read_pairs
+from open_instruct.examples import DataConfig, Source
 from open_instruct.logprobs import Wrapped, padding_mask
 from open_instruct.loop import HeldOut, SummedLoss, TrainConfig
 from open_instruct.losses import bradley_terry_loss, centering_loss
 from open_instruct.publish import HubConfig
 from open_instruct.sample_log import SampleLogConfig
+from open_instruct.tokenised import DataReport, tokenised_pairs
 from open_instruct.tuning import (
     about_adapter,
     input_files,
@@ -122,18 +122,10 @@ def pair_examples(
     encoder: ChatEncoder,
     recipe: RewardRecipe,
     counts: ExampleCounts,
-    uses: list[SourceUse],
+    report: DataReport,
 ) -> tuple[Examples, Tensor]:
     """The tokenised pairs, chosen first, and their margins (P,). Errors: UserError if none."""
-    pairs = read_pairs(
-        sources,
-        seed=recipe.run.seed,
-        on_bad_row=recipe.data.on_bad_row,
-        counts=counts,
-        uses=uses,
-        with_margin=True,
-    )
-    encoded = encode_pairs(pairs, encoder, recipe.data, counts)
+    encoded = tokenised_pairs(sources, encoder, recipe, counts, report, with_margin=True)
     if not encoded:
         raise UserError(
             f"No pair is left of {', '.join(source.path for source in sources)}; "

@@ -268,11 +268,13 @@ def _encoded(
         for answer, text in enumerate(row.texts)
         if text.strip()
     ]
-    dialogues: list[tuple[list[Message], Tools | None]] = []
+    dialogues: list[list[Message]] = []
+    tools: list[Tools | None] = []
     for number, answer in places:
         turn: Message = {"role": "assistant", "content": rows[number].texts[answer]}
-        dialogues.append(([*rows[number].prompt, turn], rows[number].row.get("tools")))
-    yield from zip(places, encoder.encode_many(dialogues), strict=True)
+        dialogues.append([*rows[number].prompt, turn])
+        tools.append(rows[number].row.get("tools"))
+    yield from zip(places, encoder.encode_many(dialogues, tools), strict=True)
 
 
 # ---------------------------------------------------------------- the best, and the pairs

@@ -23,12 +23,13 @@ from olmo_base.run.resume import CheckpointConfig
 from open_instruct.adapters import AdapterConfig
 from open_instruct.batches import Batch, Examples
 from open_instruct.causal_lm import ModelConfig
-from open_instruct.encode import ChatEncoder, encode_dialogues
-from open_instruct.examples import DataConfig, Source, SourceUse, read_dialogues
+from open_instruct.encode import ChatEncoder
+from open_instruct.examples import DataConfig, Source
 from open_instruct.loop import HeldOut, SummedLoss, TrainConfig
 from open_instruct.losses import dft_loss, sft_loss, smoothed_sft_loss
 from open_instruct.publish import HubConfig
 from open_instruct.sample_log import SampleLogConfig
+from open_instruct.tokenised import DataReport, tokenised_dialogues
 from open_instruct.tuning import (
     Model,
     input_files,
@@ -96,17 +97,10 @@ def dialogue_examples(
     encoder: ChatEncoder,
     recipe: SftRecipe,
     counts: ExampleCounts,
-    uses: list[SourceUse],
+    report: DataReport,
 ) -> Examples:
     """The tokenised dialogues of a mixture. Errors: UserError if none is left."""
-    dialogues = read_dialogues(
-        sources,
-        seed=recipe.run.seed,
-        on_bad_row=recipe.data.on_bad_row,
-        counts=counts,
-        uses=uses,
-    )
-    encoded = encode_dialogues(dialogues, encoder, recipe.data, counts)
+    encoded = tokenised_dialogues(sources, encoder, recipe, counts, report)
     if not encoded:
         raise UserError(
             f"No dialogue is left of {', '.join(source.path for source in sources)}; "

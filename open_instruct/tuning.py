@@ -1,5 +1,6 @@
 """What the tuning stages share: how a run opens, what a plan says, the model's load and end."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +10,18 @@ import numpy as np
 import torch
 
 from olmo_base.optim import OptimConfig
-from olmo_base.run.artefact import ExampleCounts, RunConfig, RunFolder, model_files
+from olmo_base.run.artefact import (
+    ExampleCounts,
+    RunConfig,
+    RunFolder,
+    model_files,
+    read_manifest,
+)
 from olmo_base.run.errors import UserError
 from olmo_base.run.launch import seed_everything
 from olmo_base.run.metrics import LogConfig
 from olmo_base.run.resume import CheckpointConfig
+from olmo_base.run.trackers import refuse_missing_trackers
 from open_instruct.adapters import AdapterConfig, is_adapted
 from open_instruct.batches import Examples, Steps
 from open_instruct.causal_lm import (
@@ -26,12 +34,13 @@ from open_instruct.causal_lm import (
     training_memory,
 )
 from open_instruct.encode import ChatEncoder, find_template, load_chat_encoder
-from open_instruct.examples import DataConfig, Source, SourceUse, mixture_lines, source_files
+from open_instruct.examples import DataConfig, Source, SourceUse, source_files
 from open_instruct.known_shapes import recorded_config
 from open_instruct.logprobs import LabelLogprobs, Wrapped
 from open_instruct.loop import HeldOut, Loss, TrainConfig, Workers, steps_of, train
 from open_instruct.publish import HubConfig, push_if_asked, write_model_card
 from open_instruct.sample_log import SampleLog, SampleLogConfig, first_prompts
+from open_instruct.tokenised import DataReport, report_for
 
 STEPS_LOOKED_AT = 200  # by a plan, for the largest micro-batch
 NOT_HERE = "not_here"  # in the figures of a plan: what is missing on this machine
@@ -63,17 +72,23 @@ class TuningRecipe(Protocol):
 
 
 def input_files(recipe: TuningRecipe) -> list[Path]:
-    """The files whose content decides the result. Errors: UserError naming one that is missing."""
+    """The files whose content decides the result.
+
+    Errors: UserError naming one that is missing, or a tracker that is not installed.
+    """
+    refuse_missing_trackers(recipe.log.report_to)
     template = [] if recipe.chat_template is None else [find_template(recipe.chat_template)]
     sources = [*recipe.data.dataset_mixer, *recipe.data.eval_dataset_mixer]
-    return [*model_files(recipe.model.model_name_or_path), *template, *source_files(sources)]
+    against = [Path(file) for file in recipe.data.decontaminate_against]
+    model = model_files(recipe.model.model_name_or_path)
+    return [*model, *template, *source_files(sources), *against]
 
 
 # ---------------------------------------------------------------- how a run and a plan open
 
 Recipe = TypeVar("Recipe", bound=TuningRecipe)
 Loaded = TypeVar("Loaded")  # the examples of a mixture, as a stage learns from them
-Load = Callable[[tuple[Source, ...], ChatEncoder, Recipe, ExampleCounts, list[SourceUse]], Loaded]
+Load = Callable[[tuple[Source, ...], ChatEncoder, Recipe, ExampleCounts, DataReport], Loaded]
 
 
 @dataclass(frozen=True)
@@ -119,6 +134,7 @@ def open_run(recipe: Recipe, load: Load[Recipe, Loaded]) -> Opened[Loaded] | Run
     Errors: UserError, DataError for what the user can mend.
     """
     check_held_out(recipe)
+    tokenise_before_ranks_meet(recipe, load)
     workers = Workers(recipe.train.bf16)
     with workers.main_first():
         folder = RunFolder.open(recipe, input_files(recipe))
@@ -127,14 +143,29 @@ def open_run(recipe: Recipe, load: Load[Recipe, Loaded]) -> Opened[Loaded] | Run
     seed_everything(recipe.run.seed)
 
     encoder = encoder_of(recipe)
-    uses: list[SourceUse] = []
-    examples = load(recipe.data.dataset_mixer, encoder, recipe, folder.counts, uses)
+    report = report_for(recipe)
+    examples = load(recipe.data.dataset_mixer, encoder, recipe, folder.counts, report)
     held_out = None
     if recipe.data.eval_dataset_mixer:
-        held_out = load(recipe.data.eval_dataset_mixer, encoder, recipe, ExampleCounts(), uses)
-    for line in mixture_lines(uses):
-        folder.log(line)
-    return Opened(workers, folder, encoder, examples, held_out, uses)
+        held_out = load(recipe.data.eval_dataset_mixer, encoder, recipe, ExampleCounts(), report)
+    report.tell(folder)
+    return Opened(workers, folder, encoder, examples, held_out, report.uses)
+
+
+def tokenise_before_ranks_meet(recipe: Recipe, load: Load[Recipe, Loaded]) -> None:
+    """Tokenise, in a run of several processes, before they form a group with its timeouts.
+
+    One of them does it for all; each finds it kept when it loads its examples.
+    """
+    manifest = read_manifest(recipe.run.output_dir)
+    is_finished = manifest is not None and manifest.get("status") == "finished"
+    report = report_for(recipe)
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or is_finished or report.kept_in is None:
+        return
+    encoder = encoder_of(recipe)
+    for sources in (recipe.data.dataset_mixer, recipe.data.eval_dataset_mixer):
+        if sources:
+            load(sources, encoder, recipe, ExampleCounts(), report)
 
 
 def load_for_plan(recipe: Recipe, load: Load[Recipe, Loaded]) -> tuple[Loaded, ExampleCounts]:
@@ -142,7 +173,7 @@ def load_for_plan(recipe: Recipe, load: Load[Recipe, Loaded]) -> tuple[Loaded, E
     check_held_out(recipe)
     encoder = encoder_of(recipe)
     counts = ExampleCounts()
-    return load(recipe.data.dataset_mixer, encoder, recipe, counts, []), counts
+    return load(recipe.data.dataset_mixer, encoder, recipe, counts, DataReport()), counts
 
 
 def plan_figures(
@@ -153,6 +184,7 @@ def plan_figures(
     adapter: AdapterConfig | None = None,
 ) -> dict[str, object]:
     """What a run over these examples would do, for --dry-run. Errors: UserError, as in the run."""
+    refuse_missing_trackers(recipe.log.report_to)
     model_config = load_config(recipe.model)
     check_lengths(int(examples.lengths_NW.max()), model_config, recipe.model.model_name_or_path)
     steps = steps_of(examples, terms_per_example, recipe.train, seed=recipe.run.seed)

@@ -100,7 +100,7 @@ def _hardest_and_easiest(
 def _sample_card(
     kind: str, metric: str, rows: Sequence[tuple[str, int, dict[str, Any]]]
 ) -> SampleCard:
-    question, target = _asked(rows[0][2])
+    question, target = _asked(_told([row for *_, row in rows]))
     answers = []
     for model, color, row in rows:
         text, verdict, note = _answered(row, metric)
@@ -111,6 +111,12 @@ def _sample_card(
         kind=kind,
         answers=answers,
     )
+
+
+def _told(rows: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
+    """One model's row of a question, if possible one whose texts were kept."""
+    found = [row for row in rows if row is not None]
+    return next((row for row in found if not row.get("left_out")), found[0])
 
 
 def _asked(row: dict[str, Any]) -> tuple[str, str | None]:
@@ -132,7 +138,9 @@ def _answered(row: dict[str, Any], metric: str) -> tuple[str, bool | None, str]:
             return "", is_right(row, metric), "the question does not fit the model's context"
         return row["options"][picked]["text"].strip(), is_right(row, metric), ""
     note = str(row.get("found") or "")
-    if row.get("not_fitting"):
+    if row.get("left_out"):
+        note = "the texts of right answers were not kept (samples_only_failures)"
+    elif row.get("not_fitting"):
         note = "the question does not fit the model's context"
     elif row.get("is_cut"):
         note = "stopped at the longest answer allowed"
@@ -171,7 +179,7 @@ def pack_of(report: Report, task: str) -> Pack | None:
     questions = []
     for doc_id in doc_ids[:MAX_BROWSED]:
         rows = [found.get(doc_id) for found in by_id]
-        first = next(row for row in rows if row is not None)
+        first = _told(rows)
         question, target = _asked(first)
         prompts: dict[tuple[int, str], int] = {}
         answers: list[Any] = []

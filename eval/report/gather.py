@@ -20,6 +20,7 @@ from olmo_base.run.errors import DataError, UserError
 
 EVALUATION = "evaluation.json"
 SAMPLES = "samples"
+COSTS = ("seconds", "computed", "reused", "prompt_tokens", "answer_tokens")  # as the harness notes
 NEAR_TIE = 0.01  # a point of accuracy, or 0.01 bits: closer than this is as good as equal
 
 
@@ -36,16 +37,8 @@ class TaskResult:
 
     @property
     def cost(self) -> dict[str, float | int | None]:
-        """Seconds, and the tokens that were scored or written; what stands before them not."""
-        numbers = [_num_tokens(row) for row in self.rows]
-        seconds = self.record.get("seconds")
-        return {"seconds": seconds, "tokens": sum(number or 0 for number in numbers)}
-
-
-def _num_tokens(row: dict[str, Any]) -> int | None:
-    if "options" in row:
-        return sum(option.get("num_tokens") or 0 for option in row["options"])
-    return row.get("num_answer_tokens", row.get("num_tokens"))
+        """Seconds, requests computed and found in the cache, and tokens read and written."""
+        return {key: self.record.get(key) for key in COSTS}
 
 
 @dataclass(frozen=True)
@@ -92,6 +85,7 @@ class Report:
     evaluations: Sequence[Stage]  # the evaluations' own folders
     chance: dict[str, float] = field(default_factory=dict)
     contamination: Sequence[Contamination] = ()  # of the evaluations that looked for it
+    skipped: dict[str, str] = field(default_factory=dict)  # tasks not asked, and why
 
     @property
     def seconds(self) -> float:
@@ -179,6 +173,7 @@ class Report:
                 }
                 for item in self.comparisons
             ],
+            "skipped": self.skipped,
             "contamination": [item.as_dict() for item in self.contamination],
             "training": [
                 {
@@ -208,6 +203,7 @@ def gather(runs: Iterable[Path]) -> Report:
     extra_stages: list[Stage] = []
     suites: list[str] = []
     contamination: list[Contamination] = []
+    skipped: dict[str, str] = {}
     for folder in runs:
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder. Give evaluation or training run folders.")
@@ -232,9 +228,13 @@ def gather(runs: Iterable[Path]) -> Report:
                     f"scores cannot stand side by side. Evaluate again with one definition."
                 )
         best_of = {name: tuple(of) for name, of in content.get("best_of", {}).items()}
-        tasks |= {name: best_of_task(name, members) for name, members in best_of.items()} | found
+        tasks |= {
+            name: best_of_task(name, [found[member] for member in members])
+            for name, members in best_of.items()
+        } | found
         groups |= {name: tuple(members) for name, members in content["groups"].items()}
         taken = {model.name for model in models}
+        skipped |= content.get("skipped", {})
         overlaps = read_overlaps(folder)
         contamination += [] if overlaps is None else [overlaps]
         for item in content["models"]:
@@ -258,6 +258,7 @@ def gather(runs: Iterable[Path]) -> Report:
         stages=list(stages.values()),
         evaluations=evaluations,
         contamination=contamination,
+        skipped={name: reason for name, reason in skipped.items() if name not in tasks},
         chance={
             name: level
             for name in tasks
@@ -295,8 +296,9 @@ def _read_model(
     for best, members in best_of.items():
         if all(member in results for member in members):
             asked = {member: (tasks[member].main_metric, results[member]) for member in members}
-            results[best] = _best_result(folder, asked)
-            tasks = tasks | {best: best_of_task(best, members)}
+            task = best_of_task(best, [tasks[member] for member in members])
+            results[best] = _best_result(folder, asked, task.main_metric)
+            tasks = tasks | {best: task}
     averages = {
         group: macro_average(
             [results[member].metrics[tasks[member].main_metric] for member in members]
@@ -332,7 +334,9 @@ def _with_overlaps(
     return dataclasses.replace(model, tasks=results)
 
 
-def _best_result(folder: Path, asked: dict[str, tuple[str, TaskResult]]) -> TaskResult:
+def _best_result(
+    folder: Path, asked: dict[str, tuple[str, TaskResult]], best_metric: str
+) -> TaskResult:
     """The answers in the form in which a model scores best. Errors: DataError.
 
     The forms must put the same questions under the same numbers, or models that do best in
@@ -356,7 +360,7 @@ def _best_result(folder: Path, asked: dict[str, tuple[str, TaskResult]]) -> Task
     return TaskResult(
         record={"form": form},
         rows=rows,
-        metrics={"acc_best": estimate(rows, "acc_best")},
+        metrics={best_metric: estimate(rows, best_metric)},
         guessing=guessing_p_value(rows, "acc_best"),
     )
 

@@ -17,6 +17,7 @@ from eval.report.gather import Report, evaluation_time
 from eval.report.origins import inputs, model_facts, settings, stage_facts, stage_panels, versions
 from eval.report.tables import (
     COMPARISON_HEAD,
+    COST_HEAD,
     comparison_rows,
     cost_rows,
     headlines,
@@ -90,6 +91,7 @@ def html_page(report: Report, *, has_png: bool = False) -> str:
                 for source in contamination.sources
             ],
             costs=cost_rows(report),
+            cost_head=COST_HEAD,
             model_facts=model_facts(report),
             stage_facts=stage_facts(report),
             documents=[
@@ -130,6 +132,6 @@ def _section(report: Report, name: str) -> dict[str, Any]:
         "prompts": [
             (visible(model.name), clipped(prompt, 20_000))
             for model in asked
-            if (prompt := model.tasks[name].rows[0]["prompt"])
+            if (prompt := next(filter(None, (row["prompt"] for row in model.tasks[name].rows)), ""))
         ],
     }

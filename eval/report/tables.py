@@ -286,6 +286,8 @@ def problems(report: Report) -> list[str]:
         missing = [name for name in report.tasks if name not in model.tasks]
         if missing:
             lines.append(f"{model.name}: not yet asked {', '.join(missing)}.")
+    for name, reason in report.skipped.items():
+        lines.append(f"{name} was left out, also of averages: {reason}")
     for contamination in report.contamination:
         found = [f"{o.words} of {name}" for name, o in contamination.tasks.items() if o.overlapping]
         if found:
@@ -380,19 +382,20 @@ def overlap_rows(report: Report) -> list[list[str]]:
     return rows
 
 
+COST_HEAD = ["model", "task", "time", "questions/s", "computed", "from cache", "read", "written"]
+
+
 def cost_rows(report: Report) -> list[list[str]]:
-    """Model, task, seconds, questions a second, tokens scored or written, tokens a second."""
+    """What each task took of each model: as COST_HEAD says, the last two in tokens."""
     rows = []
     for model in report.models:
         for name, result in model.tasks.items():
-            seconds, tokens = result.cost["seconds"], result.cost["tokens"]
+            seconds, *counts = result.cost.values()
             if seconds is None:
                 continue  # the better of several tasks costs nothing of its own
-            speeds = [
-                f"{number / seconds:,.1f}" if seconds else "–"
-                for number in (len(result.rows), tokens or 0)
-            ]
-            cells = [model.name, name, duration_text(seconds), speeds[0], f"{tokens:,}", speeds[1]]
+            speed = f"{len(result.rows) / seconds:,.1f}" if seconds else "–"
+            numbers = ["–" if count is None else f"{count:,}" for count in counts]
+            cells = [model.name, name, duration_text(seconds), speed, *numbers]
             rows.append([visible(cell) for cell in cells])
     return rows
 

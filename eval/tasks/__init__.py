@@ -7,7 +7,7 @@ of tasks; the report averages each group). Task files of lm-eval in --include-pa
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -30,7 +30,16 @@ Kind = Literal[
 # log-likelihood without the question.
 METRICS: dict[str, tuple[str, ...]] = {
     "exact_match": ("exact_match",),
-    "multiple_choice": ("acc", "acc_per_token", "acc_per_char", "acc_per_byte", "bits_per_byte"),
+    "multiple_choice": (
+        "acc",
+        "acc_per_token",
+        "acc_per_char",
+        "acc_per_byte",
+        "bits_per_byte",
+        "acc_macro",
+        "acc_per_char_macro",
+        "mc2",
+    ),
     "requests": (
         "acc",
         "acc_per_token",
@@ -41,10 +50,14 @@ METRICS: dict[str, tuple[str, ...]] = {
     ),
     "perplexity": ("bits_per_byte", "nats_per_token", "word_perplexity"),
 }
+MACRO = "_macro"  # acc_macro: the mean over the categories of questions, each counting the same
 PASS_AT = "pass_at_"  # pass_at_10 needs 10 samples of each question
 VERIFIED_KEYS = (
-    "verifier chat_prompt examples_file num_examples stop num_samples temperature".split()
-)
+    "verifier chat_prompt examples_file num_examples examples_by_category stop num_samples "
+    "temperature"
+).split()
+CHOICE_KEYS = "form instruction".split()
+SHOW_EXAMPLES = {"verified", "multiple_choice"}
 # Of text that is predicted; lm-eval measures further surprises and distances of its own.
 TEXT_METRICS = {"bits_per_byte", "nats_per_token", "word_perplexity", "byte_perplexity"}
 LOWER_IS_BETTER = TEXT_METRICS | {"perplexity", "brier_score", "ter"}
@@ -68,11 +81,18 @@ class Task:
     plain_prompt: str = "Question: {prompt}\nAnswer:"  # for models without a chat template
     answer_rule: str = setting("as_words", choices=ANSWER_RULES)
     max_new_tokens: int = setting(32, low=1)
+    # requests: questions about one passage, which stands before "Question:", count as related
+    cluster_by: Literal["passage"] | None = None
+    # multiple_choice
+    form: Literal["text", "letters"] = "text"  # what is scored: the options, or A, B, C ...
+    instruction: str | None = None  # before all else; {category} stands for the question's own
+    # verified and multiple_choice: what is solved before each question; of a choice's own category
+    examples_file: str | None = None
+    num_examples: int = setting(0, low=0)  # the first ones of that file
+    examples_by_category: bool = False  # of verified problems too
     # verified: the data file is read, and answers are judged, by open_instruct.verifiers
     verifier: str | None = None
     chat_prompt: str | None = None  # for models with a chat template; the question itself if null
-    examples_file: str | None = None  # solved problems, asked and answered before each question
-    num_examples: int = setting(0, low=0)  # the first ones of that file
     stop: tuple[str, ...] = ()  # ends an answer of a model without a chat template
     num_samples: int = setting(1, low=1)  # answers to each question, to be averaged
     temperature: float = setting(0.0, low=0)
@@ -99,11 +119,19 @@ class Task:
                 raise RecipeError(key, "must contain {prompt}, where the question goes.")
 
     def _check_verified(self) -> None:
-        """The keys of verified tasks, which no other kind reads."""
+        """The keys of verified tasks and of choices, which no other kind reads."""
+        unread = set() if self.kind == "verified" else {*VERIFIED_KEYS}
+        if self.kind != "multiple_choice":
+            unread |= {*CHOICE_KEYS}
+        if self.kind != "requests":
+            unread.add("cluster_by")
+        if self.kind in SHOW_EXAMPLES:
+            unread -= {"examples_file", "num_examples"}
+            self._check_examples()
+        for item in dataclasses.fields(self):
+            if item.name in unread and getattr(self, item.name) != item.default:
+                raise RecipeError(item.name, f"tasks of kind {self.kind} do not read it.")
         if self.kind != "verified":
-            for item in dataclasses.fields(self):
-                if item.name in VERIFIED_KEYS and getattr(self, item.name) != item.default:
-                    raise RecipeError(item.name, f"tasks of kind {self.kind} do not read it.")
             return
         if self.answer_rule != "as_words":
             raise RecipeError("answer_rule", "the verifier decides what is right.")
@@ -111,14 +139,16 @@ class Task:
             raise RecipeError(
                 "verifier", f"{self.verifier!r} must be one of {', '.join(VERIFIERS)}."
             )
+        if self.num_samples > 1 and self.temperature == 0.0:
+            raise RecipeError("temperature", "0 makes all samples of a question the same.")
+
+    def _check_examples(self) -> None:
         if (self.examples_file is None) != (self.num_examples == 0):
             raise RecipeError("num_examples", "goes together with examples_file.")
         if self.examples_file == self.file:
             raise RecipeError(
                 "examples_file", "is the file of the questions, whose answers would be shown."
             )
-        if self.num_samples > 1 and self.temperature == 0.0:
-            raise RecipeError("temperature", "0 makes all samples of a question the same.")
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Task":
@@ -256,6 +286,24 @@ class Selection:
     data_dir: str | None  # the suite's own
     sources: tuple[Path, ...]  # the files that define them
     best_of: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)  # tasks left out, and why
+
+    def without(self, skipped: dict[str, str]) -> "Selection":
+        """The same without some tasks, in groups and in the best of several too."""
+        tasks = tuple(task for task in self.tasks if task.name not in skipped)
+        best_of = {name: of for name, of in self.best_of.items() if not {*of} & {*skipped}}
+        known = {*best_of, *(task.name for task in tasks)}
+        groups = {
+            group: tuple(
+                name
+                for member in members
+                for name in ([member] if member in known else self.best_of.get(member, ()))
+                if name in known
+            )
+            for group, members in self.groups.items()
+        }
+        kept = {group: members for group, members in groups.items() if members}
+        return dataclasses.replace(self, tasks=tasks, groups=kept, best_of=best_of, skipped=skipped)
 
     def as_dict(self) -> dict[str, Any]:
         """For the evaluation's folder."""
@@ -264,6 +312,7 @@ class Selection:
             "tasks": [dataclasses.asdict(task) for task in self.tasks],
             "groups": {group: list(members) for group, members in self.groups.items()},
             "best_of": {name: list(members) for name, members in self.best_of.items()},
+            "skipped": self.skipped,
         }
 
 
@@ -358,10 +407,14 @@ def _look_up(what: str, name: str, known: dict[str, Any]) -> Any:
     return known[name]
 
 
-def best_of_task(name: str, members: tuple[str, ...]) -> Task:
+def best_of_task(name: str, members: Sequence[Task]) -> Task:
     """What a report knows the best of several tasks as."""
-    about = f"The better of {' and '.join(members)}, for each model by itself."
-    return Task(name, "best_of", file="", about=about, measures=("acc_best",))
+    about = (
+        f"The better of {' and '.join(task.name for task in members)}, for each model by itself."
+    )
+    is_macro = all(task.main_metric.endswith(MACRO) for task in members)
+    measure = f"acc_best{MACRO}" if is_macro else "acc_best"
+    return Task(name, "best_of", file="", about=about, measures=(measure,))
 
 
 def _check_groups(
@@ -376,7 +429,7 @@ def _check_groups(
         for member in members:
             if by_name[member].main_metric in LOWER_IS_BETTER:
                 raise UserError(f"The best of {members} cannot be told by a perplexity ({member}).")
-        by_name[name] = best_of_task(name, members)
+        by_name[name] = best_of_task(name, [by_name[member] for member in members])
     for group, members in groups.items():
         directions = {by_name[name].main_metric in LOWER_IS_BETTER for name in members}
         if len(directions) > 1:

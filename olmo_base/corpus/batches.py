@@ -45,6 +45,17 @@ class Batch:
         documents = None if self.document_ids_BT is None else self.document_ids_BT[kept_B]
         return Batch(self.ids_BT[kept_B], self.labels_BT[kept_B], documents)
 
+    def cut(self, length: int) -> "Batch":
+        """The same tokens in rows of ``length``, each blind to the others."""
+        if length == self.ids_BT.shape[1]:
+            return self
+        documents = self.document_ids_BT
+        return Batch(
+            self.ids_BT.view(-1, length),
+            self.labels_BT.view(-1, length),
+            None if documents is None else documents.view(-1, length),
+        )
+
     def to(self, device: torch.device) -> "Batch":
         """The same on a device; a copy to a GPU is not waited for."""
 
@@ -91,17 +102,14 @@ def shuffled(
     return result.astype(np.int64)
 
 
-def sequences_of_step(
-    step: int, *, num_sequences: int, sequences_per_step: int, seed: int
-) -> npt.NDArray[np.int64]:
-    """The numbers of the sequences that step 0, 1, … learns from.
+def sequences_at(places: range, *, num_sequences: int, seed: int) -> npt.NDArray[np.int64]:
+    """The numbers of the sequences at these places of the run's row.
 
-    Each epoch is a new shuffle of all sequences; a step may end one and begin the next.
+    Each epoch is a new shuffle of all sequences; places may end one and begin the next.
     """
-    first = step * sequences_per_step
-    places = np.arange(first, first + sequences_per_step, dtype=np.int64)
-    epochs, positions = places // num_sequences, places % num_sequences
-    chosen = np.empty_like(places)
+    places_S = np.arange(places.start, places.stop, dtype=np.int64)
+    epochs, positions = places_S // num_sequences, places_S % num_sequences
+    chosen = np.empty_like(places_S)
     for epoch in np.unique(epochs):
         here = epochs == epoch
         chosen[here] = shuffled(positions[here], num_sequences, seed=seed, epoch=int(epoch))
@@ -171,20 +179,16 @@ class TokenSequences:
                 )
         return found
 
-    def of_step(self, step: int, *, sequences_per_step: int, seed: int) -> npt.NDArray[np.int64]:
-        """The numbers of the sequences that step 0, 1, … learns from."""
-        return sequences_of_step(
-            step,
-            num_sequences=len(self),
-            sequences_per_step=sequences_per_step,
-            seed=seed,
-        )
+    def at(self, places: range, *, seed: int) -> npt.NDArray[np.int64]:
+        """The numbers of the sequences at these places of the run's row."""
+        return sequences_at(places, num_sequences=len(self), seed=seed)
 
     def batch(self, indices: Sequence[int] | npt.NDArray[np.int64], *, mask: bool) -> Batch:
         """The sequences of these numbers. ``mask``: tell their documents apart."""
         T = self.max_length
-        windows = [self.window(int(index) * T, int(index) * T + T + 1) for index in indices]
-        tokens_BT1 = torch.from_numpy(np.stack(windows))
+        tokens_BT1 = torch.empty(len(indices), T + 1, dtype=torch.int64)
+        for row_T1, index in zip(tokens_BT1, indices, strict=True):
+            row_T1.copy_(torch.from_numpy(self.window(int(index) * T, int(index) * T + T + 1)))
         ids_BT = tokens_BT1[:, :-1].contiguous()
         documents_BT = None
         if mask:  # a document's end-of-text is its own last token
@@ -270,11 +274,10 @@ class Mixture:
     def __len__(self) -> int:
         return int(self._firsts[-1])
 
-    def of_step(self, step: int, *, sequences_per_step: int, seed: int) -> npt.NDArray[np.int64]:
-        """The numbers of the sequences that step 0, 1, … learns from."""
-        first = step * sequences_per_step
-        places = np.arange(first, first + sequences_per_step, dtype=np.int64)
-        owned = shuffled(places, int(self._starts[-1]), seed=seed, epoch=0)
+    def at(self, places: range, *, seed: int) -> npt.NDArray[np.int64]:
+        """The numbers of the sequences at these places of the run's row."""
+        places_S = np.arange(places.start, places.stop, dtype=np.int64)
+        owned = shuffled(places_S, int(self._starts[-1]), seed=seed, epoch=0)
         chosen = np.empty_like(owned)
         which = np.searchsorted(self._starts, owned, side="right") - 1
         for i in np.unique(which):
@@ -302,6 +305,8 @@ class Mixture:
 
     def batch(self, indices: Sequence[int] | npt.NDArray[np.int64], *, mask: bool) -> Batch:
         """The sequences of these numbers. ``mask``: tell their documents apart."""
+        if len(indices) == 0:
+            return self._sources[0].batch([], mask=mask)
         found = []
         for index in indices:
             source, here = self._source(int(index))
@@ -335,29 +340,33 @@ def ngram_repeats(ids_BT: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
 
 def micro_batches(
     sequences: TokenSequences | Mixture,
-    step: int,
+    places: range,
     *,
     micro_batch_size: int,
-    gradient_accumulation_steps: int,
     seed: int,
     mask: bool,
     max_ngram_repeats: int = 0,
+    rank: int = 0,
+    num_ranks: int = 1,
 ) -> list[Batch]:
-    """The batches of one optimizer step. Only their product decides which sequences they hold.
+    """One rank's batches of the optimizer step that reads these places of the run's row.
+
+    The sequences are dealt in order over the ranks.
 
     Sequences in which an n-gram follows itself ``max_ngram_repeats`` times or more are left out;
-    0 leaves out none. A batch of which nothing is left is left out too.
+    0 leaves out none. Alone, a batch of which nothing is left is left out too; with several ranks
+    it is empty, since all must have equally many: they meet in each.
     """
-    indices = sequences.of_step(
-        step, sequences_per_step=micro_batch_size * gradient_accumulation_steps, seed=seed
-    )
+    indices = sequences.at(places, seed=seed)
+    first, end = (len(indices) * number // num_ranks for number in (rank, rank + 1))
+    most = -(-len(indices) // num_ranks)
     batches = [
-        sequences.batch(indices[first : first + micro_batch_size], mask=mask)
-        for first in range(0, len(indices), micro_batch_size)
+        sequences.batch(indices[start : min(start + micro_batch_size, end)], mask=mask)
+        for start in range(first, first + most, micro_batch_size)
     ]
-    if max_ngram_repeats == 0:
-        return batches
-    return [kept for batch in batches if len((kept := batch.without(max_ngram_repeats)).ids_BT)]
+    if max_ngram_repeats > 0:
+        batches = [batch.without(max_ngram_repeats) for batch in batches]
+    return [batch for batch in batches if len(batch.ids_BT) or num_ranks > 1]
 
 
 def refuse_other_tokenizers(shards: Sequence[Shard]) -> None:

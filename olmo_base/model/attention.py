@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from olmo_base.model.context import SplitContext
 from olmo_base.model.feed_forward import INIT_STD, Linear, RMSNorm, to_matmul_dtype
 from olmo_base.model.rope import rotate
 
@@ -131,6 +132,37 @@ class KeyValueCache:
         self._padding = [self._padding[row] for row in rows]
         if self._padding_B is not None:
             self._padding_B = self._padding_B[rows]
+
+    def begin_with(self, prefix: "KeyValueCache") -> None:
+        """Let every row of this empty cache begin with the one row of ``prefix``.
+
+        Then all rows hold as many positions, padding included, as ``prefix``: what does not fit
+        behind a row's padding is left out. No layer has a window.
+        """
+        data, ready = self._stores[None].data, prefix._stores[None].data
+        for row, padding in enumerate(self._padding):
+            kept = max(0, prefix.length - padding)
+            data[:, :, row, :, prefix.length - kept : prefix.length] = ready[:, :, 0, :, :kept]
+        self.length = prefix.length
+
+    def join(self, other: "KeyValueCache", *, room: int) -> None:
+        """Take in the rows of another cache, with room for more positions; no layer has a window.
+
+        The shorter rows get more padding, so that all end at the same slot.
+        """
+        length = max(self.length, other.length)
+        old = self._stores[None].data
+        num_rows = self.num_rows + other.num_rows
+        data = old.new_zeros((*old.shape[:2], num_rows, old.shape[3], length + room, old.shape[5]))
+        padding: list[int] = []
+        for cache in (self, other):
+            rows, more = slice(len(padding), len(padding) + cache.num_rows), length - cache.length
+            filled = cache._stores[None].data[:, :, :, :, : cache.length]
+            data[:, :, rows, :, more:length] = filled
+            padding += [before + more for before in cache._padding]
+        self._stores[None].data = data
+        self.length, self._padding = length, padding
+        self._padding_B = torch.tensor(padding, device=data.device) if any(padding) else None
 
     def reorder_key_channels(self, order_h: Tensor) -> None:
         """Put the channels of every kept key into another order; later ones must come in it."""
@@ -279,7 +311,7 @@ class Attention(nn.Module):
         x_BTD: Tensor,
         rotation: tuple[Tensor, Tensor],
         may_attend: Tensor | None,
-        cache: KeyValueCache | SharedPrefix | None,
+        cache: KeyValueCache | SharedPrefix | SplitContext | None,
         layer: int,
     ) -> Tensor:
         """BTD to BTD. ``may_attend`` is B1TS or None for plain causality."""
@@ -292,10 +324,13 @@ class Attention(nn.Module):
         k_BKTh = rotate(
             self._heads(self.k_norm(self._clipped(self.k_proj(x_BTD)))), *rotation, v_BKTh.dtype
         )
-        is_causal = may_attend is None and x_BTD.shape[1] > 1
-        if cache is not None:
-            k_BKTh, v_BKTh = cache.append(layer, k_BKTh, v_BKTh)
-        mixed_BHTh = attend(q_BHTh, k_BKTh, v_BKTh, may_attend, is_causal=is_causal)
+        if isinstance(cache, SplitContext):
+            mixed_BHTh = cache.attend(q_BHTh, k_BKTh, v_BKTh, may_attend)
+        else:
+            is_causal = may_attend is None and x_BTD.shape[1] > 1
+            if cache is not None:
+                k_BKTh, v_BKTh = cache.append(layer, k_BKTh, v_BKTh)
+            mixed_BHTh = attend(q_BHTh, k_BKTh, v_BKTh, may_attend, is_causal=is_causal)
         return self.o_proj(mixed_BHTh.transpose(1, 2).flatten(2))
 
     def _heads(self, x_BTD: Tensor) -> Tensor:

@@ -35,6 +35,13 @@ class Decoder(Protocol):
     def keep_rows(self, rows: list[int]) -> None:
         """Only these rows go on, in this order."""
 
+    @property
+    def can_join(self) -> bool:
+        """Whether the cache can take in other rows: it keeps every position of every layer."""
+
+    def join(self, other: Any) -> None:
+        """Take in the rows of another decoder of the same kind, behind its own."""
+
 
 def _left_padded(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, list[int]]:
     """ids_BT ending in the prompts, and how much padding stands before each."""
@@ -50,11 +57,19 @@ def _left_padded(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor,
 class NativeDecoder:
     """Our model with a preallocated cache of keys and values."""
 
-    def __init__(self, model: Transformer, prompts: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        prompts: Sequence[Sequence[int]],
+        prefix: "NativeDecoder | None" = None,
+    ) -> None:
+        """``prefix`` has read, as its one row, what all prompts begin with."""
         ids_BT, padding_B = _left_padded(prompts, model.config.pad_token_id)
         self.model = model
-        self.prompt_ids_BT = ids_BT.to(model.device)
         self.cache = model.new_cache(padding_B, capacity=ids_BT.shape[1] + FIRST_CAPACITY)
+        if prefix is not None:
+            self.cache.begin_with(prefix.cache)
+        self.prompt_ids_BT = ids_BT[:, self.cache.length :].to(model.device)
 
     def prefill(self) -> Tensor:
         """See Decoder."""
@@ -72,6 +87,15 @@ class NativeDecoder:
         """See Decoder."""
         self.cache.keep_rows(rows)
 
+    @property
+    def can_join(self) -> bool:
+        """See Decoder."""
+        return set(self.model.windows) == {None}
+
+    def join(self, other: "NativeDecoder") -> None:
+        """See Decoder."""
+        self.cache.join(other.cache, room=FIRST_CAPACITY)
+
 
 class LaidOutDecoder(NativeDecoder):
     """The same on a CPU in fp32: the prompts through the model, each step through LaidOutWeights.
@@ -81,9 +105,14 @@ class LaidOutDecoder(NativeDecoder):
     """
 
     def __init__(
-        self, model: Transformer, prompts: Sequence[Sequence[int]], weights: "LaidOutWeights"
+        self,
+        model: Transformer,
+        prompts: Sequence[Sequence[int]],
+        weights: "LaidOutWeights",
+        prefix: NativeDecoder | None = None,
     ) -> None:
-        super().__init__(model, prompts)
+        """``prefix`` is no LaidOutDecoder: its keys are as the model gives them."""
+        super().__init__(model, prompts, prefix)
         self.weights = weights
 
     def prefill(self) -> Tensor:
@@ -300,12 +329,18 @@ def _plus_normed(x_BD: Tensor, y_BD: Tensor, weight_D: Tensor | None, eps: float
 class TransformersDecoder:
     """Any causal language model of transformers, with the cache of its own kind."""
 
-    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], pad_id: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        pad_id: int,
+        prefix: "TransformersDecoder | None" = None,
+    ) -> None:
+        """``prefix`` has read, as its one row, what all prompts begin with."""
         from transformers import DynamicCache  # heavy; the native engine needs none of it
 
         ids_BT, padding_B = _left_padded(prompts, pad_id)
         self.model = model
-        self.prompt_ids_BT = ids_BT.to(model.device)
         columns_T = torch.arange(ids_BT.shape[1], device=model.device)
         self.mask_BT = (columns_T >= torch.tensor(padding_B, device=model.device)[:, None]).long()
         self.cache: Any = DynamicCache(config=model.config.get_text_config(decoder=True))
@@ -319,6 +354,13 @@ class TransformersDecoder:
             )
         self.cache_name = names[0]
         self.extra = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        length = 0
+        if prefix is not None:
+            length = prefix.mask_BT.shape[1]
+            for index, layer in enumerate(prefix.cache.layers):
+                parts = [_shifted(part, padding_B) for part in (layer.keys, layer.values)]
+                self.cache.update(*parts, index)
+        self.prompt_ids_BT = ids_BT[:, length:].to(model.device)
 
     def prefill(self) -> Tensor:
         """See Decoder."""
@@ -342,3 +384,31 @@ class TransformersDecoder:
         kept = torch.tensor(rows, device=self.mask_BT.device)
         self.cache.reorder_cache(kept)  # named after beam search; it selects rows
         self.mask_BT = self.mask_BT[kept]
+
+    @property
+    def can_join(self) -> bool:
+        """See Decoder."""
+        from transformers.cache_utils import DynamicLayer  # as above
+
+        return self.takes_positions and all(type(x) is DynamicLayer for x in self.cache.layers)
+
+    def join(self, other: "TransformersDecoder") -> None:
+        """See Decoder."""
+        width = max(self.mask_BT.shape[1], other.mask_BT.shape[1])
+        for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
+            mine.keys = torch.cat([_widened(x.keys, width) for x in (mine, theirs)])
+            mine.values = torch.cat([_widened(x.values, width) for x in (mine, theirs)])
+        masks = [F.pad(x.mask_BT, (width - x.mask_BT.shape[1], 0)) for x in (self, other)]
+        self.mask_BT = torch.cat(masks)
+
+
+def _shifted(part_1KPh: Tensor, padding_B: list[int]) -> Tensor:
+    """The keys or values of a beginning, behind the padding of each row and cut at its own end."""
+    length = part_1KPh.shape[2]
+    rows = [F.pad(part_1KPh, (0, 0, padding, 0))[:, :, :length] for padding in padding_B]
+    return torch.cat(rows)
+
+
+def _widened(part_BKSh: Tensor, width: int) -> Tensor:
+    """Keys or values with padding before them."""
+    return F.pad(part_BKSh, (0, 0, width - part_BKSh.shape[2], 0))

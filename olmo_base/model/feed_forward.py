@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from olmo_base.model.products import linear
+
 INIT_STD = 0.02  # OLMo-2 (arXiv:2501.00656, 3.2): every matrix, at every depth
 LAYER_NORM_EPS = 1e-5  # OLMo-1; no released model has another
 
@@ -23,6 +25,10 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         """Draw the weights from torch's global generator."""
         _draw(self.weight, self.init_std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x @ weight.T`` over the last axis."""
+        return linear(x, self.weight)
 
 
 class Embedding(nn.Embedding):

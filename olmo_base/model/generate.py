@@ -6,8 +6,9 @@ of token ids; the words are the caller's business (``Generator.tokenizer``).
 B rows still being decoded, T positions, V vocabulary.
 """
 
+import inspect
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +38,8 @@ from olmo_base.run.errors import UserError
 from olmo_base.run.launch import pick_device
 
 MAX_ROWS = 64  # prompts decoded together; more wins little on a CPU and costs cache
+MIN_PREFIX = 32  # tokens that all prompts begin with, from which on they are run once
+MIN_PREFIX_ROWS = 4
 
 
 # ---------------------------------------------------------------- choosing the next token
@@ -106,7 +109,11 @@ def _inverse_cdf(weights_BV: Tensor, uniform_B: Tensor) -> Tensor:
 
 
 class StopRule:
-    """The ids and the strings that end an answer."""
+    """The ids and the strings that end an answer.
+
+    Strings are looked for in what a reader sees, not inside the names of special tokens; the whole
+    name of one stands for that token.
+    """
 
     def __init__(
         self, token_ids: frozenset[int], strings: tuple[str, ...], tokenizer: Any = None
@@ -117,6 +124,8 @@ class StopRule:
         self.token_ids = token_ids
         self.strings = strings
         self.tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder.items() if strings else ()
+        self._special = {id_: item.content for id_, item in added if item.special}
         # A token has a byte at least; a few more, for the first may be cut inside a character.
         self._num_kept = 4 + max((len(string.encode()) for string in strings), default=0)
 
@@ -127,10 +136,12 @@ class StopRule:
         """
         if not self.strings:
             return False
+        if token in self._special:
+            return self._special[token] in self.strings
         tail.append(token)
         del tail[: -self._num_kept]
         text = self.tokenizer.decode(
-            tail, skip_special_tokens=False, clean_up_tokenization_spaces=False
+            tail, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return any(string in text for string in self.strings)
 
@@ -173,6 +184,10 @@ class Generator:
         self.is_native = isinstance(model, Transformer)
         config = model.config if self.is_native else model.config.get_text_config(decoder=True)
         self.vocab_size: int = config.vocab_size
+        # Recurrent models let padding in: their prompts are read together if of equal length.
+        self.can_pad = self.is_native or (
+            "position_ids" in inspect.signature(model.forward).parameters
+        )
         pad_id = getattr(config, "pad_token_id", None)  # a transformers config may lack it
         self._laid_out_identity: tuple[tuple[int, int], ...] = ()
         self._laid_out_weights: dict[bool, LaidOutWeights] = {}  # by whether they are for one row
@@ -208,10 +223,14 @@ class Generator:
         stop_token_ids: Iterable[int] = (),
         stop_strings: Sequence[str] = (),
         places: Sequence[int] | None = None,
+        max_rows: int = MAX_ROWS,
+        on_answer: Callable[[int, list[int]], None] = lambda index, ids: None,
     ) -> list[list[int]]:
-        """An answer for each prompt, in their order; batches of similar length are made inside.
+        """An answer for each prompt, in their order.
 
-        ``places`` replaces the prompts' own (0, 1, …) in what decides a sampled answer.
+        The longest prompts come first; when half of the ``max_rows`` rows have ended, others take
+        their places. ``places`` replaces the prompts' own (0, 1, …) in what decides a sampled
+        answer. ``on_answer`` is told each answer, and its prompt's index, as it ends.
 
         Errors: UserError for an empty or too long prompt, an unknown id, or a value out of range.
         """
@@ -220,9 +239,12 @@ class Generator:
         stop = self._stop_rule(stop_token_ids, stop_strings)
         answers: list[list[int]] = [[] for _ in prompts]
         longest_first = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-        for start in range(0, len(prompts), MAX_ROWS):
-            batch = {index: prompts[index] for index in longest_first[start : start + MAX_ROWS]}
-            for index, token in self._decode(batch, max_new_tokens, sampling, stop, places):
+        queue = {index: prompts[index] for index in longest_first}
+        decoded = self._decode(queue, max_new_tokens, sampling, stop, places, max_rows)
+        for index, token in decoded:
+            if token is None:
+                on_answer(index, answers[index])
+            else:
                 answers[index].append(token)
         return answers
 
@@ -247,7 +269,7 @@ class Generator:
         self._check([prompt], max_new_tokens)
         stop = self._stop_rule(stop_token_ids, stop_strings)
         decoded = self._decode({0: prompt}, max_new_tokens, sampling, stop)
-        return (token for _, token in decoded)
+        return (token for _, token in decoded if token is not None)
 
     def _stop_rule(self, token_ids: Iterable[int], strings: Sequence[str]) -> StopRule:
         tokenizer = self.tokenizer if strings else None
@@ -280,8 +302,9 @@ class Generator:
         sampling: Sampling,
         stop: StopRule,
         places: Sequence[int] | None = None,
-    ) -> Iterator[tuple[int, int]]:
-        """(key of the prompt, its next id), step by step for all rows; finished rows leave."""
+        max_rows: int = 1,
+    ) -> Iterator[tuple[int, int | None]]:
+        """(key of the prompt, its next id or None at its end), step by step for all rows."""
         tails: dict[int, list[int]] = {key: [] for key in prompts}
         limits = {
             key: min(max_new_tokens, self.max_length - len(prompt))
@@ -292,44 +315,77 @@ class Generator:
             for key, limit in limits.items()
             if sampling.temperature > 0.0
         }
-        keys = list(prompts)
-        decoder = self._new_decoder(list(prompts.values()))
-        logits_BV = decoder.prefill()
-        if not logits_BV.isfinite().all():
-            raise UserError(
-                "The model's logits are not finite numbers: its weights are damaged, or its "
-                "training diverged. Use an earlier checkpoint."
-            )
-        step = 0
-        while True:
+        steps = dict.fromkeys(prompts, 0)
+        prefix = self._run_prefix(list(prompts.values()))
+        waiting, keys = list(prompts), list[int]()
+        decoder: Decoder | None = None
+        while waiting or keys:
+            is_roomy = decoder is None or (len(keys) <= max_rows // 2 and decoder.can_join)
+            if waiting and (not keys or is_roomy):
+                entering = waiting[: max_rows - len(keys)]
+                if not self.can_pad:
+                    length = len(prompts[entering[0]])
+                    entering = [key for key in entering if len(prompts[key]) == length]
+                waiting = waiting[len(entering) :]
+                new = self._new_decoder([prompts[key] for key in entering], prefix)
+                new_BV = new.prefill()
+                if not new_BV.isfinite().all():
+                    raise UserError(
+                        "The model's logits are not finite numbers: its weights are damaged, or "
+                        "its training diverged. Use an earlier checkpoint."
+                    )
+                if decoder is None or not keys:
+                    decoder, logits_BV = new, new_BV
+                else:
+                    decoder.join(new)
+                    logits_BV = torch.cat([logits_BV, new_BV])
+                keys += entering
             uniform_B = None
             if uniforms:
-                drawn = [uniforms[key][step] for key in keys]
+                drawn = [uniforms[key][steps[key]] for key in keys]
                 uniform_B = torch.tensor(drawn, device=logits_BV.device)
             ids_B = next_ids(logits_BV, sampling, uniform_B)
-            step += 1
             kept = []
             for row, (key, token) in enumerate(zip(keys, ids_B.tolist(), strict=True)):
-                if token in stop.token_ids:
-                    continue
-                yield key, token
-                if step < limits[key] and not stop.is_complete(tails[key], token):
-                    kept.append(row)
-            if not kept:
-                return
-            if len(kept) < len(keys):
-                rows = _fill_holes(kept)
+                steps[key] += 1
+                if token not in stop.token_ids:
+                    yield key, token
+                    if steps[key] < limits[key] and not stop.is_complete(tails[key], token):
+                        kept.append(row)
+                        continue
+                yield key, None
+            rows = _fill_holes(kept)
+            assert decoder is not None
+            if kept and len(kept) < len(keys):
                 decoder.keep_rows(rows)
-                keys = [keys[row] for row in rows]
-                ids_B = ids_B[rows]
-            logits_BV = decoder.step(ids_B)
+            keys = [keys[row] for row in rows]
+            if kept:
+                logits_BV = decoder.step(ids_B[rows])
 
-    def _new_decoder(self, prompts: Sequence[Sequence[int]]) -> Decoder:
+    def _new_decoder(self, prompts: Sequence[Sequence[int]], prefix: Any = None) -> Decoder:
         if not isinstance(self.model, Transformer):
-            return TransformersDecoder(self.model, prompts, self.pad_id)
+            return TransformersDecoder(self.model, prompts, self.pad_id, prefix)
         if is_fast_alone(self.model):
-            return LaidOutDecoder(self.model, prompts, self._laid_out(len(prompts)))
-        return NativeDecoder(self.model, prompts)
+            return LaidOutDecoder(self.model, prompts, self._laid_out(len(prompts)), prefix)
+        return NativeDecoder(self.model, prompts, prefix)
+
+    def _run_prefix(self, prompts: Sequence[Sequence[int]]) -> Decoder | None:
+        """What all prompts begin with, read once; None where that is little or cannot be shared."""
+        if len(prompts) < MIN_PREFIX_ROWS:
+            return None
+        least, most = min(map(list, prompts)), max(map(list, prompts))
+        length = min(map(len, prompts)) - 1  # of each prompt something is left to read
+        while least[:length] != most[:length]:
+            length -= 1
+        if length < MIN_PREFIX:
+            return None
+        prefix: Decoder
+        if isinstance(self.model, Transformer):
+            prefix = NativeDecoder(self.model, [least[:length]])
+        else:
+            prefix = TransformersDecoder(self.model, [least[:length]], self.pad_id)
+        prefix.prefill()
+        return prefix if prefix.can_join else None
 
     def _laid_out(self, num_rows: int) -> LaidOutWeights:
         """The weights laid out for one row or for several; anew where they were changed."""
@@ -375,10 +431,7 @@ def load_generator(
     """
     folder = resolve_model(str(folder_or_name))
     target = pick_device() if device is None else torch.device(device)
-    config = _read_if_there(folder / "config.json")
-    generation = _read_if_there(folder / "generation_config.json")
-    eos = generation.get("eos_token_id", config.get("eos_token_id"))
-    eos_token_ids = {eos} if isinstance(eos, int) else set(eos or ())
+    eos_token_ids = end_token_ids(folder)
     model: Any
     base = adapter_base(folder)
     if base is not None:
@@ -391,6 +444,14 @@ def load_generator(
         model = _load_with_transformers(folder, target, dtype, trust_remote_code)
         max_length = _max_length(model.config.get_text_config(decoder=True))
     return Generator(model, eos_token_ids=eos_token_ids, max_length=max_length, source=folder)
+
+
+def end_token_ids(folder: Path) -> set[int]:
+    """The tokens at which a model folder says that generation ends."""
+    config = _read_if_there(folder / "config.json")
+    generation = _read_if_there(folder / "generation_config.json")
+    eos = generation.get("eos_token_id", config.get("eos_token_id"))
+    return {eos} if isinstance(eos, int) else set(eos or ())
 
 
 def _load_with_transformers(

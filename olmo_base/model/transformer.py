@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from olmo_base.model.attention import Attention, KeyValueCache, SharedPrefix, Tree, window_mask
+from olmo_base.model.context import SplitContext
 from olmo_base.model.feed_forward import (
     INIT_STD,
     Embedding,
@@ -282,7 +283,7 @@ class Block(nn.Module):
         x_BTD: Tensor,
         rotation: tuple[Tensor, Tensor],
         may_attend: Tensor | None,
-        cache: KeyValueCache | SharedPrefix | None,
+        cache: KeyValueCache | SharedPrefix | SplitContext | None,
         layer: int,
     ) -> Tensor:
         """BTD to BTD."""
@@ -332,28 +333,35 @@ class Transformer(nn.Module):
         branches: Branches | None = None,
         cache: KeyValueCache | None = None,
         tree: Tree | None = None,
+        context: SplitContext | None = None,
     ) -> Tensor:
         """Hidden states after the final norm, BTD.
 
         ``document_ids_BT`` numbers the documents packed into a row; a position then sees only its
         own document (RoPE is relative, so positions need not start anew). ``branches`` are for rows
         in which several sequences go on from one beginning. ``cache`` continues what it holds.
-        ``tree`` says where each token stands and what it sees, in a model without windows.
+        ``tree`` says where each token stands and what it sees, in a model without windows. With
+        ``context`` the ids are this rank's part of longer rows, the documents those of whole rows.
         Errors: UserError if there are more positions than the model was made for; of branches the
         caller has to know the lengths.
         """
-        if branches is None:
+        kept: KeyValueCache | SharedPrefix | SplitContext | None = cache
+        if context is not None:
+            assert branches is None and cache is None and tree is None
+            sights, kept = self._sights_in_context(ids_BT, document_ids_BT, context), context
+        elif branches is None:
             sights = self._sights(ids_BT, document_ids_BT, cache, tree)
         else:
             assert document_ids_BT is None and cache is None and tree is None
             sights = self._sights_of_branches(branches)
-        kept = cache if tree is None else tree.prefix
+        if tree is not None:
+            kept = tree.prefix
         x_BTD = self.embed_tokens(ids_BT)
         for index, layer in enumerate(self.layers):
             rotation, may_attend = sights[self.windows[index]]
             if self.gradient_checkpointing and torch.is_grad_enabled() and cache is None:
                 x_BTD = checkpoint(
-                    layer, x_BTD, rotation, may_attend, None, index, use_reentrant=False
+                    layer, x_BTD, rotation, may_attend, context, index, use_reentrant=False
                 )
             else:
                 x_BTD = layer(x_BTD, rotation, may_attend, kept, index)
@@ -450,6 +458,21 @@ class Transformer(nn.Module):
             rotation = _at(positions_BT, *table(num_positions, positions_BT.device))
             sights[window] = Sight(rotation, sees_BTT[:, None])
         return sights
+
+    def _sights_in_context(
+        self, ids_BP: Tensor, document_ids_BT: Tensor | None, context: SplitContext
+    ) -> dict[int | None, Sight]:
+        """By window, of this rank's part of the rows."""
+        num_positions = ids_BP.shape[1] * context.num_ranks
+        self._check_length(num_positions)
+        positions_P = context.positions(num_positions, ids_BP.device)
+        return {
+            window: Sight(
+                _at(positions_P, *table(num_positions, ids_BP.device)),
+                context.may_attend(num_positions, window, document_ids_BT, positions_P),
+            )
+            for window, table in self.rotary_tables.items()
+        }
 
     def _check_length(self, num_positions: int) -> None:
         if num_positions > self.config.max_position_embeddings:

@@ -43,6 +43,7 @@ class ExampleCounts:
 
     used: int = 0
     truncated: int = 0
+    split: int = 0  # into several that are used
     dropped: Counter[str] = field(default_factory=Counter)
 
     def drop(self, reason: str, number: int = 1) -> None:
@@ -54,6 +55,7 @@ class ExampleCounts:
         return {
             "used": self.used,
             "truncated": self.truncated,
+            **({"split": self.split} if self.split else {}),
             "dropped": dict(sorted(self.dropped.items())),
         }
 
@@ -297,6 +299,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.identity = identity
         self.counts = ExampleCounts()
+        self.data: dict[str, Any] = {}  # what else is to be known of the data; for the manifest
         self.is_finished = False
         self.is_main = is_main_process()
         self._inputs = inputs
@@ -337,6 +340,12 @@ class RunFolder:
         atomic_write(folder.path / "recipe.yaml", recipe_to_yaml(recipe))
         folder._write_manifest("running")
         return folder
+
+    @property
+    def run_id(self) -> str:
+        """A name for this run in places outside its folder; another run made anew has another."""
+        started = self._sessions[0]["started"] if self._sessions else ""
+        return hashlib.sha256(f"{self.identity} {started}".encode()).hexdigest()[:12]
 
     def _holds_work(self) -> bool:
         """Whether a run left more than its start: one that failed on its data, say, did not."""
@@ -425,6 +434,7 @@ class RunFolder:
             "recipe": deciding_keys(self.recipe),
             "inputs": self._inputs,
             "examples": self.counts.as_dict(),
+            "data": self.data,
             "results": results or {},
             "wall_time_seconds": round(sum(item["seconds"] for item in self._sessions), 3),
             "sessions": self._sessions,

@@ -21,26 +21,54 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 
 from olmo_base.run.artefact import RunFolder, atomic_write
-from olmo_base.run.recipe import setting
+from olmo_base.run.curves import can_draw, draw_curves
+from olmo_base.run.errors import Stopped, UserError
+from olmo_base.run.recipe import RecipeError, nearest, recipe_to_dict, setting
+from olmo_base.run.trackers import TRACKERS, Session, Tracker, open_trackers, tracker_names
 
 SECONDS_BETWEEN_LINES = 5.0  # without a terminal
+SECONDS_BETWEEN_CURVES = 60.0  # drawing takes a few tenths of one
 
 
 @dataclass(frozen=True)
 class LogConfig:
-    """How often a step is written to metrics.jsonl."""
+    """How often a step is written to metrics.jsonl, and where its rows go too."""
 
     logging_steps: int = setting(10, low=1, changes_result=False, help="steps between rows")
+    report_to: str | tuple[str, ...] = setting(
+        "none", changes_result=False, help="tensorboard, wandb or trackio; one or a list"
+    )
+
+    def __post_init__(self) -> None:
+        for name in tracker_names(self.report_to):
+            if name not in TRACKERS:
+                raise RecipeError(
+                    "report_to",
+                    f"{name!r} is not known here; it must be none, {', '.join(TRACKERS)}, or a "
+                    f"list of these.{nearest(name, TRACKERS)}",
+                )
 
 
 class MetricsLog:
-    """Appends rows to metrics.jsonl. After a resume, rows the lost steps had written are gone."""
+    """Appends rows to metrics.jsonl, and to the trackers asked for; draws the curves at the end.
 
-    def __init__(self, folder: RunFolder, resume_step: int) -> None:
+    After a resume, rows the lost steps had written are gone. Use it in a ``with``.
+    """
+
+    def __init__(self, folder: RunFolder, resume_step: int, log: LogConfig | None = None) -> None:
+        """Errors: UserError for a tracker that is not installed."""
+        self._folder = folder
         self._path = folder.path / "metrics.jsonl"
         self._is_main = folder.is_main
+        self._trackers: list[Tracker] = []
+        self._last_drawn = time.monotonic()
         if not self._is_main:
             return
+        if log is not None and tracker_names(log.report_to):
+            session = Session(
+                folder.path, folder.run_id, recipe_to_dict(folder.recipe), resume_step
+            )
+            self._trackers = open_trackers(log.report_to, session)
         kept = []
         if self._path.exists():
             for line in self._path.read_text(encoding="utf-8").splitlines():
@@ -59,6 +87,42 @@ class MetricsLog:
         row = {"step": step, **{key: _finite(value) for key, value in values.items()}}
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+        numbers = {
+            key: float(value)
+            for key, value in row.items()
+            if isinstance(value, int | float) and key != "step"
+        }
+        for tracker in self._trackers:
+            tracker.write(step, numbers)
+
+    def note_saved(self) -> None:
+        """A checkpoint was written: draw the curves, unless they were just drawn."""
+        if time.monotonic() - self._last_drawn >= SECONDS_BETWEEN_CURVES:
+            self._draw()
+
+    def _draw(self) -> None:
+        self._last_drawn = time.monotonic()
+        if self._is_main and can_draw():
+            draw_curves(self._folder.path)
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for tracker in self._trackers:
+            tracker.close()
+        if not self._is_main or not (kind is None or issubclass(kind, Stopped | UserError)):
+            return
+        if not can_draw():
+            self._folder.log(
+                "no curves.png: matplotlib is not installed (pip install 'open-instruct[tracking]')"
+            )
+        self._draw()
 
 
 def _finite(value: Any) -> Any:

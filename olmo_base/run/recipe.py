@@ -338,7 +338,7 @@ def _words(annotation: Any) -> str:
     return str(annotation)
 
 
-def _nearest(word: str, known: Iterable[str]) -> str:
+def nearest(word: str, known: Iterable[str]) -> str:
     """`` Did you mean 'x'?`` for the closest known word, or nothing."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" Did you mean '{matches[0]}'?" if matches else ""
@@ -369,7 +369,7 @@ def _convert(value: Any, annotation: Any) -> Any:
     if origin is Literal:
         if any(value == choice and type(value) is type(choice) for choice in annotation.__args__):
             return value
-        hint = _nearest(str(value), map(str, annotation.__args__))
+        hint = nearest(str(value), map(str, annotation.__args__))
         raise _Misfit(f"must be {_words(annotation)}.{hint}")
     if origin is tuple:
         if not isinstance(value, list | tuple):
@@ -434,8 +434,8 @@ def _build(recipe_class: type, given: Mapping[str, Given]) -> Any:
     known = flat_fields(recipe_class)
     for key in given:
         if key not in known:
-            nearest = _nearest(key, known) or " Known keys: " + ", ".join(sorted(known)) + "."
-            raise _locate(RecipeError(key, f"this key is not known here.{nearest}"), given)
+            hint = nearest(key, known) or " Known keys: " + ", ".join(sorted(known)) + "."
+            raise _locate(RecipeError(key, f"this key is not known here.{hint}"), given)
     values: dict[str, Any] = {}
     for key, (item, hint) in known.items():
         if key not in given:

@@ -6,13 +6,14 @@
         index.json          size and SHA-256 of the two
 
 A checkpoint gets its name only when it is complete, and the one before is deleted only after.
+Those of several ranks are written by sharded.py.
 """
 
 import json
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from olmo_base.run.artefact import RunFolder, atomic_folder, sha256_file
 from olmo_base.run.errors import UserError
-from olmo_base.run.recipe import setting
+from olmo_base.run.recipe import RecipeError, setting
 
 CHECKPOINT_NAME = re.compile(r"step_(\d{6,})")
 
@@ -36,6 +37,17 @@ class CheckpointConfig:
 
     save_steps: int = setting(500, low=1, changes_result=False, help="steps between checkpoints")
     save_total_limit: int = setting(2, low=1, changes_result=False, help="checkpoints kept")
+    permanent_save_steps: int = setting(
+        0, low=0, changes_result=False, help="checkpoints of such steps are never deleted; 0: none"
+    )
+
+    def __post_init__(self) -> None:
+        if self.permanent_save_steps % self.save_steps:
+            raise RecipeError(
+                "permanent_save_steps",
+                f"{self.permanent_save_steps} is no multiple of save_steps {self.save_steps}, so "
+                "some of those steps have no checkpoint.",
+            )
 
 
 @dataclass(frozen=True)
@@ -58,14 +70,38 @@ def save_checkpoint(
     *,
     weights: Mapping[str, Tensor],
     state: Mapping[str, Any],
-    keep: int,
+    config: CheckpointConfig,
 ) -> Path:
-    """Write ``checkpoints/step_N`` whole, then delete all but the ``keep`` latest.
+    """Write ``checkpoints/step_N`` whole, then delete the outdated ones.
 
     ``state`` may hold tensors, numbers, text, lists and dicts: what torch reads back with
-    ``weights_only=True``. Tensors that share memory (tied weights) are written once each.
+    ``weights_only=True``. Tensors that share memory (tied weights) are written once each. Errors:
+    UserError if it cannot be written; those before it are kept.
     """
     path = folder.checkpoints / f"step_{step:06d}"
+    try:
+        _write_checkpoint(path, step, weights, state)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises the second
+        raise unwritable(step, error) from error
+    folder.note_time()
+    for old in outdated((path.name for path in folder.checkpoints.iterdir()), config):
+        shutil.rmtree(folder.checkpoints / old)
+    return path
+
+
+def unwritable(step: int, error: BaseException) -> UserError:
+    """What to tell of a checkpoint that could not be written."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return UserError(
+        f"The checkpoint of step {step} could not be written: {lines[-1].rstrip('.')}. Those "
+        "before it are kept. Make room where checkpoints go and run again; the run goes on from "
+        "the last one."
+    )
+
+
+def _write_checkpoint(
+    path: Path, step: int, weights: Mapping[str, Tensor], state: Mapping[str, Any]
+) -> None:
     with atomic_folder(path) as temporary:
         separate = {name: tensor.detach().contiguous().clone() for name, tensor in weights.items()}
         save_file(separate, temporary / "model.safetensors")
@@ -79,10 +115,21 @@ def save_checkpoint(
         }
         index = {"step": step, "files": files}
         (temporary / "index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
-    folder.note_time()
-    for _, old in _named_checkpoints(folder.checkpoints)[:-keep]:
-        shutil.rmtree(old)
-    return path
+
+
+def outdated(names: Iterable[str], config: CheckpointConfig) -> list[str]:
+    """Which of these checkpoints may go: neither of the latest ones nor permanent."""
+    steps = {
+        int(match.group(1)): match.group(0)
+        for match in map(CHECKPOINT_NAME.fullmatch, names)
+        if match
+    }
+    every = config.permanent_save_steps
+    return [
+        steps[step]
+        for step in sorted(steps)[: -config.save_total_limit]
+        if every == 0 or step % every
+    ]
 
 
 def latest_checkpoint(folder: RunFolder) -> Checkpoint | None:
@@ -120,7 +167,7 @@ def checkpoint_problem(path: Path) -> str | None:
                 return f"the content of {name} has changed"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (ValueError, KeyError, TypeError, SafetensorError):
+    except (ValueError, KeyError, TypeError):
         return "index.json cannot be read"
     return None
 

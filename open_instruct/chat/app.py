@@ -25,13 +25,13 @@ from open_instruct.chat.engine import Token, TokenNames
 from open_instruct.chat.figures import metrics_text
 from open_instruct.chat.guard import Guard, Receive, Settings, as_response
 from open_instruct.chat.protocol import (
-    ApiError,
     ChatShape,
     CompletionShape,
     chat_request,
     completion_request,
 )
 from open_instruct.chat.protocol import Request as Asked
+from open_instruct.chat.refusals import ApiError
 from open_instruct.chat.served import Mailbox, Run, Served
 from open_instruct.chat.votes import append_row, pair_row
 
@@ -150,7 +150,8 @@ class Server:
         served = self._model(asked.model)
         shape = new_shape(served.engine.names, asked)
         prompts = await served.prompts(asked)
-        run = Run(served, asked, prompts, self._mailbox())
+        matcher = await served.matcher(asked)
+        run = Run(served, asked, prompts, self._mailbox(), matcher)
         head = {
             "id": shape.prefix + uuid.uuid4().hex,
             "object": shape.piece if asked.stream else shape.whole,
@@ -193,7 +194,10 @@ class Server:
             async for index, delta in run.deltas():
                 if not (delta.text or delta.finish_reason or shape.wants_logprobs):
                     continue  # a part of a character
-                yield {**head, "choices": [shape.chunk(index, delta)], **extra}
+                choice = shape.chunk(index, delta)
+                if choice.get("delta") == {} and choice["finish_reason"] is None:
+                    continue  # text that may become a call
+                yield {**head, "choices": [choice], **extra}
         except ApiError as error:
             yield error.body
             return

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from olmo_base.model.generate import Generator
 from olmo_base.run.errors import UserError
+from open_instruct.chat.forms import Forms, allow_only, has_ended
 from open_instruct.chat.slots import CHUNK, MAX_ROWS, Batch, Reading, new_batch
 
 MAX_WAITING = 256  # answers that may wait for a row
@@ -79,6 +80,11 @@ class Sampling:
         if "" in self.stop:
             raise UserError("stop holds an empty text, which would end every answer at once.")
 
+    @property
+    def changes_logits(self) -> bool:
+        """Whether a bias or a penalty is added to the model's own."""
+        return bool(self.logit_bias or self.frequency_penalty or self.presence_penalty)
+
 
 @dataclass(frozen=True)
 class Token:
@@ -123,6 +129,12 @@ class Answer:
     text: "TextStream"
     num_tokens: int = 0
     counts: Counter[int] = field(default_factory=Counter)
+    matcher: Any = None  # of the form that it is held to, forms.py
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether it is drawn by other numbers than the model's own."""
+        return self.matcher is not None or self.ticket.sampling.changes_logits
 
 
 def choose(logits_RV: Tensor, samplings: Sequence[Sampling], uniform_R: Sequence[float]) -> Tensor:
@@ -199,6 +211,7 @@ class TextStream:
         self.ids: list[int] = []
         self.read = 0  # ids before this one are text already
         self.context = 0  # where decoding starts: a token's text may depend on the one before it
+        self.before = ""  # the text of the ids from there to ``read``
         self.held = ""
         self.held_tokens: list[tuple[int, Token]] = []  # with where each begins in ``held``
 
@@ -206,24 +219,30 @@ class TextStream:
         """One more token: text and tokens that are now certain, and whether a stop string came."""
         self.ids.append(token.id)
         self.held_tokens.append((len(self.held), token))
-        before = self._decode(self.ids[self.context : self.read])
         after = self._decode(self.ids[self.context :])
-        if len(after) > len(before) and not after.endswith("�"):
-            self.held += after[len(before) :]
-            self.context, self.read = self.read, len(self.ids)
+        if len(after) > len(self.before) and not after.endswith("�"):
+            self.held += after[len(self.before) :]
+            self._is_read()
         return self._release()
+
+    def _is_read(self) -> None:
+        self.context, self.read = self.read, len(self.ids)
+        self.before = self._decode(self.ids[self.context :])
 
     def finish(self) -> tuple[str, tuple[Token, ...]]:
         """What was held back, and bytes that never became a whole character."""
-        before = self._decode(self.ids[self.context : self.read])
-        self.held += self._decode(self.ids[self.context :])[len(before) :]
-        self.context, self.read = self.read, len(self.ids)
+        self.held += self._decode(self.ids[self.context :])[len(self.before) :]
+        self._is_read()
         text, tokens, is_stopped = self._release()
         if is_stopped:
             return text, tokens
         return text + self.held, (*tokens, *(token for _, token in self.held_tokens))
 
     def _release(self) -> tuple[str, tuple[Token, ...], bool]:
+        if not self.stop:
+            tokens = tuple(token for _, token in self.held_tokens)
+            self.held_tokens = []
+            return self._cut(len(self.held)), tokens, False
         found = [place for place in (self.held.find(stop) for stop in self.stop) if place >= 0]
         if found:
             return self._cut(min(found)), self._tokens_before(min(found), strictly=True), True
@@ -276,9 +295,8 @@ class TokenNames:
         decoder = json.loads(tokenizer.to_str())["decoder"] or {}
         kinds = [decoder, *decoder.get("decoders", ())]
         self.is_byte_level = any(kind.get("type") == "ByteLevel" for kind in kinds)
-        self.special = {
-            id_ for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special
-        }
+        added = tokenizer.get_added_tokens_decoder().items()
+        self.special = {id_: token.content for id_, token in added if token.special}
 
     def bytes_of(self, id_: int) -> bytes:
         """Its bytes; they may be a part of a character."""
@@ -299,8 +317,16 @@ class Ticket:
     """A request that was taken: its prompt, how to draw, and whether it is still wanted."""
 
     def __init__(
-        self, prompt: Sequence[int], sampling: Sampling, num_answers: int, deliver: Deliver
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        num_answers: int,
+        deliver: Deliver,
+        stop_ids: set[int],
+        matcher: Any,
     ) -> None:
+        self.matcher = matcher
+        self.stop_ids = stop_ids
         self.prompt = prompt
         self.sampling = sampling
         self.num_answers = num_answers
@@ -338,6 +364,7 @@ class Engine:
         self.backend = generator.tokenizer.backend_tokenizer
         self.names = TokenNames(self.backend)
         self.stop_ids = generator.eos_token_ids | stop_ids
+        self.forms = Forms(self.backend, generator.vocab_size, self.stop_ids)
         self.max_rows = max_rows
         self.max_waiting = max_waiting
         self.max_length = generator.max_length
@@ -355,14 +382,22 @@ class Engine:
     # ------------------------------------------------ from other threads
 
     def submit(
-        self, prompt: Sequence[int], sampling: Sampling, deliver: Deliver, num_answers: int = 1
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        deliver: Deliver,
+        num_answers: int = 1,
+        matcher: Any = None,
     ) -> Ticket:
         """Ask for answers to one prompt, each with the seed's own chances for its number.
+
+        ``matcher`` of ``forms`` holds each of them to a form.
 
         Errors: UserError for what this model cannot do, QueueFull, Closing.
         """
         self._check(prompt, sampling, num_answers)
-        ticket = Ticket(prompt, sampling, num_answers, deliver)
+        stop_ids = self._stop_ids(sampling.stop)
+        ticket = Ticket(prompt, sampling, num_answers, deliver, stop_ids, matcher)
         with self._changed:
             if self._is_closing:
                 raise Closing
@@ -371,6 +406,10 @@ class Engine:
             self._waiting.append(ticket)
             self._changed.notify()
         return ticket
+
+    def _stop_ids(self, stop: Sequence[str]) -> set[int]:
+        """What ends an answer to a request: a special token is also stopped at by its name."""
+        return self.stop_ids | {id_ for id_, name in self.names.special.items() if name in stop}
 
     def _check(self, prompt: Sequence[int], sampling: Sampling, num_answers: int) -> None:
         if not 1 <= num_answers <= self.max_rows:
@@ -477,6 +516,7 @@ class Engine:
                     row,
                     _random(ticket.seed, index),
                     TextStream(self.backend, ticket.sampling.stop),
+                    matcher=ticket.matcher and ticket.matcher.deep_copy(),
                 )
                 for index, row in enumerate(rows)
             ]
@@ -495,11 +535,18 @@ class Engine:
     def _extend(self, answers: list[Answer], logits_RV: Tensor) -> None:
         """One more token for each answer; those that end leave the batch."""
         samplings = [answer.ticket.sampling for answer in answers]
-        is_finite = logits_RV.isfinite().all(-1).tolist()
+        is_finite = logits_RV.float().sum(-1).isfinite().tolist()
         details = _Details(logits_RV, samplings)
-        scores_RV = logits_RV.float().clone()
-        for row, answer in enumerate(answers):
-            _penalise(scores_RV[row], samplings[row], answer.counts)
+        scores_RV = logits_RV.float()
+        changed = [row for row, answer in enumerate(answers) if answer.changes_logits]
+        if changed:
+            scores_RV = scores_RV.clone()
+        for row in changed:
+            _penalise(scores_RV[row], samplings[row], answers[row].counts)
+            if answers[row].matcher is not None and not allow_only(
+                scores_RV[row], answers[row].matcher
+            ):
+                is_finite[row] = False
         uniform_R = [
             torch.rand((), generator=answer.random).item() if sampling.temperature > 0 else 0.0
             for answer, sampling in zip(answers, samplings, strict=True)
@@ -507,7 +554,8 @@ class Engine:
         ids = choose(scores_RV, samplings, uniform_R).tolist()
         for row, answer in enumerate(answers):
             if not is_finite[row]:
-                self._end(answer, Delta(answer.index, "", (), error=NOT_FINITE), "error")
+                problem = NOT_FINITE if answer.matcher is None else f"{NOT_FINITE} {NO_FORM}"
+                self._end(answer, Delta(answer.index, "", (), error=problem), "error")
             else:
                 self._take(answer, details.token(row, ids[row]))
         with self._changed:
@@ -515,12 +563,16 @@ class Engine:
 
     def _take(self, answer: Answer, token: Token) -> None:
         answer.num_tokens += 1
-        answer.counts[token.id] += 1
+        if answer.ticket.sampling.changes_logits:
+            answer.counts[token.id] += 1
         self.figures.generated_tokens += 1
-        if token.id in self.stop_ids:
+        if token.id in answer.ticket.stop_ids:
             text, tokens = answer.text.finish()
             return self._end(answer, self._last(answer, text, tokens, "stop"), "stop")
         text, tokens, is_stopped = answer.text.push(token)
+        if answer.matcher is not None and has_ended(answer.matcher, token.id) and not is_stopped:
+            rest, more = answer.text.finish()
+            return self._end(answer, self._last(answer, text + rest, tokens + more, "stop"), "stop")
         if is_stopped:
             return self._end(answer, self._last(answer, text, tokens, "stop"), "stop")
         if answer.num_tokens == answer.ticket.sampling.max_tokens:
@@ -557,6 +609,7 @@ NOT_FINITE = (
     "The model's logits are not finite numbers: its weights are damaged, or its training "
     "diverged. Use an earlier checkpoint."
 )
+NO_FORM = "Or the form asked for by response_format is too complex."
 
 
 # ---------------------------------------------------------------- log-probabilities

@@ -1,7 +1,6 @@
 """Who may come in: hosts, origins and keys, and headers that every answer carries."""
 
 import hmac
-import ipaddress
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,8 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 
 from open_instruct.chat.engine import MAX_WAITING
-from open_instruct.chat.protocol import ApiError
+from open_instruct.chat.hosts import is_loopback, without_port
+from open_instruct.chat.refusals import ApiError
 from open_instruct.chat.served import closing
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class Guard:
         if self.server.is_closing and path not in ("/health", "/metrics"):
             return closing()
         host = headers.get("host", "")
-        if self.is_local and not is_loopback(_without_port(host)):
+        if self.is_local and not is_loopback(without_port(host)):
             # A page elsewhere may give its own name this machine's address.
             return ApiError(403, f"The host name {host[:100]!r} is not this server's.")
         origin = headers.get("origin")
@@ -119,22 +119,6 @@ class Guard:
         assert self.key is not None
         is_right = hmac.compare_digest(given.strip().encode(), self.key.encode())
         return kind.lower() == "bearer" and is_right
-
-
-def _without_port(host: str) -> str:
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.partition(":")[0]
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address reaches this machine only."""
-    if host.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def as_response(error: ApiError) -> JSONResponse:

@@ -7,41 +7,21 @@ refused with a reason. None is ignored; one that nobody knows is refused with th
 
 import difflib
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from olmo_base.run.errors import UserError
 from open_instruct.chat.engine import MAX_TOP_LOGPROBS, Delta, Sampling, Token, TokenNames
-from open_instruct.examples import Message
+from open_instruct.chat.forms import ANY_OBJECT
+from open_instruct.chat.messages import read_messages, read_prompts, read_tool_list
+from open_instruct.chat.refusals import ApiError, shown, wrong
+from open_instruct.chat.tool_calls import CallReader, split_calls
+from open_instruct.turns import Message, Tools
 
 MAX_STOPS = 16
 COMPLETION_TOKENS = 16  # max_tokens of /v1/completions when it is left out, as OpenAI's
-
-
-class ApiError(Exception):
-    """A refusal in OpenAI's shape."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.headers = dict(headers or {})
-        kinds = {429: "rate_limit_error", 401: "authentication_error", 403: "permission_error"}
-        kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-def _wrong(param: str, problem: str, code: str | None = None) -> ApiError:
-    return ApiError(400, f"{param} {problem}", param=param, code=code)
 
 
 # ---------------------------------------------------------------- values
@@ -50,41 +30,41 @@ def _wrong(param: str, problem: str, code: str | None = None) -> ApiError:
 def _number(value: Any, param: str) -> float:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value):
-        raise _wrong(param, f"is {_shown(value)}; it must be a number.")
+        raise wrong(param, f"is {shown(value)}; it must be a number.")
     return value
 
 
 def _whole(value: Any, param: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise _wrong(param, f"is {_shown(value)}; it must be a whole number.")
+        raise wrong(param, f"is {shown(value)}; it must be a whole number.")
     return value
 
 
 def _flag(value: Any, param: str) -> bool:
     if not isinstance(value, bool):
-        raise _wrong(param, f"is {_shown(value)}; it must be true or false.")
+        raise wrong(param, f"is {shown(value)}; it must be true or false.")
     return value
 
 
 def _stops(value: Any, param: str) -> tuple[str, ...]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise _wrong(param, f"is {_shown(value)}; it must be a text or a list of texts.")
+        raise wrong(param, f"is {shown(value)}; it must be a text or a list of texts.")
     if len(texts) > MAX_STOPS:
-        raise _wrong(param, f"holds {len(texts)} texts; at most {MAX_STOPS} are looked for.")
+        raise wrong(param, f"holds {len(texts)} texts; at most {MAX_STOPS} are looked for.")
     return tuple(texts)
 
 
 def _bias(value: Any, param: str) -> tuple[tuple[int, float], ...]:
     if not isinstance(value, dict):
-        raise _wrong(param, 'must be an object such as {"50": -100}: token id, then a number.')
+        raise wrong(param, 'must be an object such as {"50": -100}: token id, then a number.')
     biases = []
     for id_, number in value.items():
         if not id_.isascii() or not id_.isdigit():
-            raise _wrong(param, f"has the key {_shown(id_)}; keys are token ids.")
+            raise wrong(param, f"has the key {shown(id_)}; keys are token ids.")
         bias = _number(number, f"logit_bias[{id_}]")
         if not -100 <= bias <= 100:
-            raise _wrong(param, f"is {bias} for token {id_}; it must be from -100 to 100.")
+            raise wrong(param, f"is {bias} for token {id_}; it must be from -100 to 100.")
         biases.append((int(id_), float(bias)))
     return tuple(biases)
 
@@ -92,19 +72,45 @@ def _bias(value: Any, param: str) -> tuple[tuple[int, float], ...]:
 def _stream_options(value: Any, param: str) -> bool:
     """Whether the last event of a stream carries the usage."""
     if not isinstance(value, dict):
-        raise _wrong(param, 'must be an object such as {"include_usage": true}.')
+        raise wrong(param, 'must be an object such as {"include_usage": true}.')
     for key, content in value.items():
         if key == "include_usage":
             continue
         if key == "include_obfuscation" and content is False:
             continue
-        raise _wrong(param, f"has {key!r}; only include_usage is known here.")
+        raise wrong(param, f"has {key!r}; only include_usage is known here.")
     return _flag(value.get("include_usage", False), "stream_options.include_usage")
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _schema(value: Any, param: str) -> Any:
+    """The JSON schema of an answer; None for plain text."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    if value == {"type": "text"}:
+        return None
+    if value == {"type": "json_object"}:
+        return ANY_OBJECT
+    if kind != "json_schema" or set(value) - {"type", "json_schema"}:
+        raise wrong(param, f"is {shown(value)}; its type is text, json_object or json_schema.")
+    form = value.get("json_schema")
+    if not isinstance(form, dict) or not isinstance(form.get("schema"), dict):
+        raise wrong(f"{param}.json_schema", "must be an object with a schema, which is an object.")
+    for key, content in form.items():
+        if key not in ("name", "schema", "strict") and content is not None:
+            raise wrong(f"{param}.json_schema.{key}", "is not read here; put it into a message.")
+    return form["schema"]
+
+
+def _tool_choice(value: Any, param: str) -> bool:
+    """Whether tools may be called."""
+    if value not in ("auto", "none"):
+        raise ApiError(
+            400,
+            f"{param}: {shown(value)} is not supported: a call cannot be forced; auto and none can "
+            "be chosen.",
+            param=param,
+            code="unsupported_parameter",
+        )
+    return bool(value == "auto")
 
 
 # ---------------------------------------------------------------- which parameters there are
@@ -130,6 +136,9 @@ BOTH: dict[str, Reader] = {
     **SAMPLING,
 }
 CHAT: dict[str, Reader] = {
+    "response_format": _schema,
+    "tools": read_tool_list,
+    "tool_choice": _tool_choice,
     "max_completion_tokens": _whole,
     "logprobs": _flag,
     "top_logprobs": _whole,
@@ -140,21 +149,15 @@ COMPLETION: dict[str, Reader] = {"logprobs": _whole, **BOTH}
 # Values at which a parameter asks for nothing that is not done anyway, and why others are refused.
 Refusal = tuple[tuple[Any, ...], str]
 
-NO_TOOLS = "no chat template served here can write tools or read their calls"
+OLD_TOOLS = "it was replaced by tools and tool_choice; use those"
 NO_RECORDS = "this server keeps no records of who asks what; leave it out"
 NO_REASONING = "these models have no such setting; leave it out"
 OPENAI_ONLY = "this is a service of OpenAI's own platform; leave it out"
 
 CHAT_REFUSED: dict[str, Refusal] = {
-    "response_format": (
-        ({"type": "text"},),
-        "answers cannot be held to a form here, so nothing but text is promised",
-    ),
-    "tools": (([],), NO_TOOLS),
-    "tool_choice": (("none",), NO_TOOLS),
-    "parallel_tool_calls": ((), NO_TOOLS),
-    "functions": (([],), NO_TOOLS),
-    "function_call": (("none",), NO_TOOLS),
+    "parallel_tool_calls": ((True,), "a model may call several tools in one answer"),
+    "functions": (([],), OLD_TOOLS),
+    "function_call": (("none",), OLD_TOOLS),
     "modalities": ((["text"],), "these models write text only"),
     "audio": ((), "these models write text only"),
     "prediction": ((), "predicted outputs are not used here; leave it out"),
@@ -194,6 +197,8 @@ class Request:
     max_tokens: int | None
     messages: tuple[Message, ...] = ()
     prompts: tuple[str | tuple[int, ...], ...] = ()
+    tools: Tools | None = None
+    schema: Any = None  # the JSON schema that answers are held to
 
     def sampling(self, room: int) -> Sampling:
         """How answers are drawn when ``room`` tokens are left. Errors: ApiError."""
@@ -209,16 +214,25 @@ def chat_request(body: Any) -> Request:
     """The body of /v1/chat/completions. Errors: ApiError."""
     values = _read(body, CHAT, CHAT_REFUSED, "messages")
     if "max_tokens" in values and "max_completion_tokens" in values:
-        raise _wrong("max_tokens", "and max_completion_tokens mean the same; give one of them.")
+        raise wrong("max_tokens", "and max_completion_tokens mean the same; give one of them.")
     if "max_completion_tokens" in values:
         values["max_tokens"] = values.pop("max_completion_tokens")
     top = values.pop("top_logprobs", None)
     wants_logprobs = values.pop("logprobs", False)
     if top is not None and not wants_logprobs:
-        raise _wrong("top_logprobs", "needs logprobs: true beside it.")
+        raise wrong("top_logprobs", "needs logprobs: true beside it.")
     if wants_logprobs:
         values["logprobs"] = _within("top_logprobs", top or 0, 0, MAX_TOP_LOGPROBS)
-    return _request(body["model"], values, messages=_messages(body["messages"]))
+    schema = values.pop("response_format", None)
+    tools = values.pop("tools", None) or None
+    if "tool_choice" in values and not tools and values["tool_choice"]:
+        raise wrong("tool_choice", "needs tools beside it.")
+    if not values.pop("tool_choice", True):
+        tools = None  # the model is not told of them, so it calls none
+    if tools and schema is not None:
+        raise wrong("response_format", "and tools cannot be asked for together: a call is no JSON.")
+    request = _request(body["model"], values, messages=read_messages(body["messages"]))
+    return replace(request, tools=tools, schema=schema)
 
 
 def completion_request(body: Any) -> Request:
@@ -227,12 +241,12 @@ def completion_request(body: Any) -> Request:
     values.setdefault("max_tokens", COMPLETION_TOKENS)
     if "logprobs" in values:
         _within("logprobs", values["logprobs"], 0, MAX_TOP_LOGPROBS)
-    return _request(body["model"], values, prompts=_prompts(body["prompt"]))
+    return _request(body["model"], values, prompts=read_prompts(body["prompt"]))
 
 
 def _within(param: str, value: int, low: int, high: int) -> int:
     if not low <= value <= high:
-        raise _wrong(param, f"is {value}; it must be from {low} to {high}.")
+        raise wrong(param, f"is {value}; it must be from {low} to {high}.")
     return value
 
 
@@ -244,12 +258,12 @@ def _request(
 ) -> Request:
     stream = values.pop("stream", False)
     if "stream_options" in values and not stream:
-        raise _wrong("stream_options", "needs stream: true beside it.")
+        raise wrong("stream_options", "needs stream: true beside it.")
     include_usage = values.pop("stream_options", False)
     num_answers = _within("n", values.pop("n", 1), 1, 64)
     max_tokens = values.pop("max_tokens", None)
     if max_tokens is not None and max_tokens < 1:
-        raise _wrong("max_tokens", f"is {max_tokens}; it must be at least 1.")
+        raise wrong("max_tokens", f"is {max_tokens}; it must be at least 1.")
     request = Request(
         model, num_answers, stream, include_usage, values, max_tokens, messages, prompts
     )
@@ -274,7 +288,7 @@ def _read(
             if not any(value == item and type(value) is type(item) for item in neutral):
                 raise ApiError(
                     400,
-                    f"{param}: {_shown(value)} is not supported: {reason}.",
+                    f"{param}: {shown(value)} is not supported: {reason}.",
                     param=param,
                     code="unsupported_parameter",
                 )
@@ -282,95 +296,14 @@ def _read(
             near = difflib.get_close_matches(param, [*readers, *refused, "model", content], n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
             raise ApiError(
-                400, f"Unknown parameter: {_shown(param)}.{hint}", param=param[:80],
+                400, f"Unknown parameter: {shown(param)}.{hint}", param=param[:80],
                 code="unknown_parameter",
             )  # fmt: skip
     if not isinstance(body.get("model"), str):
-        raise _wrong("model", "is missing: name one of /v1/models.")
+        raise wrong("model", "is missing: name one of /v1/models.")
     if body.get(content) is None:
-        raise _wrong(content, "is missing.")
+        raise wrong(content, "is missing.")
     return values
-
-
-# ---------------------------------------------------------------- what is asked
-
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-EMPTY: tuple[Any, ...] = (None, [], {})  # what clients send back of an earlier answer's other keys
-
-
-def _messages(value: Any) -> tuple[Message, ...]:
-    if not isinstance(value, list) or not value:
-        raise _wrong("messages", "must be a list of at least one message.")
-    messages = tuple(_message(item, f"messages[{place}]") for place, item in enumerate(value))
-    if messages[-1]["role"] == "assistant":
-        raise _wrong(
-            "messages", "end with an assistant's turn; an answer follows a user's. Remove the last."
-        )
-    return messages
-
-
-def _message(value: Any, place: str) -> Message:
-    if not isinstance(value, dict):
-        raise _wrong(place, 'must be an object such as {"role": "user", "content": "Hello"}.')
-    role = value.get("role")
-    if not isinstance(role, str) or role not in ROLES:
-        reason = f": {NO_TOOLS}" if role in ("tool", "function") else ""
-        raise _wrong(f"{place}.role", f"is {_shown(role)}; it must be one of {[*ROLES]}{reason}.")
-    for key, content in value.items():
-        if key not in ("role", "content") and content not in EMPTY:
-            raise _wrong(
-                f"{place}.{key}", "is not supported: a message has a role and a content here."
-            )
-    return {"role": ROLES[role], "content": _content(value.get("content"), f"{place}.content")}
-
-
-def _content(value: Any, place: str) -> str:
-    parts = value if isinstance(value, list) and value else [{"type": "text", "text": value}]
-    texts = []
-    for part in parts:
-        if not isinstance(part, dict) or part.get("type") != "text" or set(part) - {"type", "text"}:
-            kind = part.get("type") if isinstance(part, dict) else part
-            raise _wrong(place, f"holds a part of type {_shown(kind)}; these models read text.")
-        if not isinstance(part.get("text"), str):
-            raise _wrong(place, f"is {_shown(part.get('text'))}; it must be a text.")
-        texts.append(encodable(part["text"], place))
-    return "".join(texts)
-
-
-def encodable(text: str, place: str) -> str:
-    """The text itself, if it can be written down. Errors: ApiError."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise _wrong(
-            place, f"is not Unicode text: half a surrogate pair at character {error.start}."
-        ) from None
-    return text
-
-
-def _prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
-    """A text, a list of texts, a list of token ids, or a list of such lists."""
-    is_one = isinstance(value, str) or (
-        isinstance(value, list) and value and all(_is_id(item) for item in value)
-    )
-    prompts: list[str | tuple[int, ...]] = []
-    for item in [value] if is_one else value if isinstance(value, list) else []:
-        if isinstance(item, str):
-            prompts.append(encodable(item, "prompt"))
-        elif isinstance(item, list) and all(_is_id(id_) for id_ in item):
-            prompts.append(tuple(item))
-        else:
-            prompts = []
-            break
-    if not prompts:
-        raise _wrong(
-            "prompt", "must be a text, a list of texts, token ids, or a list of lists of token ids."
-        )
-    return tuple(prompts)
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 # ---------------------------------------------------------------- answers in OpenAI's shape
@@ -384,6 +317,7 @@ class ChatShape:
     def __init__(self, names: TokenNames, asked: Request) -> None:
         self.names = names
         self.wants_logprobs = "logprobs" in asked.settings
+        self.readers = defaultdict[int, CallReader](CallReader) if asked.tools else None
 
     def opening(self, index: int) -> dict[str, Any] | None:
         """What a stream says before the text."""
@@ -392,22 +326,36 @@ class ChatShape:
 
     def chunk(self, index: int, delta: Delta) -> dict[str, Any]:
         """A choice of a stream's event."""
-        has_content = delta.text or (delta.tokens and self.wants_logprobs)
-        content = {"content": delta.text} if has_content else {}
+        text, reason = delta.text, delta.finish_reason
+        calls: list[dict[str, Any]] = []
+        if self.readers is not None:
+            text = self.readers[index].push(text)
+            if reason is not None:
+                rest, calls = self.readers[index].finish()
+                text += rest
+        content: dict[str, Any] = {}
+        if text or (delta.tokens and self.wants_logprobs):
+            content["content"] = text
+        if calls:
+            content["tool_calls"] = [{"index": at, **call} for at, call in enumerate(calls)]
         return {
             "index": index,
             "delta": content,
             "logprobs": self._logprobs(delta.tokens),
-            "finish_reason": delta.finish_reason,
+            "finish_reason": "tool_calls" if calls and reason == "stop" else reason,
         }
 
     def choice(self, index: int, text: str, tokens: Sequence[Token], reason: str) -> dict[str, Any]:
         """A choice of a whole answer."""
+        said, calls = (text, []) if self.readers is None else split_calls(text)
+        message: dict[str, Any] = {"role": "assistant", "content": said, "refusal": None}
+        if calls:
+            message |= {"content": said or None, "tool_calls": calls}
         return {
             "index": index,
-            "message": {"role": "assistant", "content": text, "refusal": None},
+            "message": message,
             "logprobs": self._logprobs(tokens),
-            "finish_reason": reason,
+            "finish_reason": "tool_calls" if calls and reason == "stop" else reason,
         }
 
     def _logprobs(self, tokens: Iterable[Token]) -> dict[str, Any] | None:

@@ -15,8 +15,9 @@ from typing import Any
 from olmo_base.model.generate import Generator
 from olmo_base.run.errors import UserError
 from open_instruct.chat.engine import Closing, Delta, Engine, QueueFull
-from open_instruct.chat.protocol import ApiError
 from open_instruct.chat.protocol import Request as Asked
+from open_instruct.chat.refusals import ApiError
+from open_instruct.chat.tool_calls import BEGIN
 from open_instruct.encode import ChatEncoder, load_chat_encoder
 
 # ---------------------------------------------------------------- a model that is served
@@ -36,16 +37,45 @@ class Served:
         except UserError as error:
             self.no_chat = str(error)
         self.tokenizer = generator.tokenizer
+        self.calls_tools = self._calls_tools()
         stop_ids = self.encoder.end_of_turn_ids if self.encoder else set()
         self.engine = Engine(generator, stop_ids=stop_ids, max_waiting=max_waiting)
         self.encoding = ThreadPoolExecutor(1, "encode")  # long prompts must not stop the server
         self.first_token_seconds = 0.0
         self.num_first_tokens = 0
 
+    def _calls_tools(self) -> bool:
+        """Whether the template writes tools, and calls in a way that is seen in an answer."""
+        template = self.encoder.template if self.encoder else ""
+        added = self.tokenizer.added_tokens_decoder.values()
+        is_hidden = any(token.special and token.content == BEGIN for token in added)
+        return "tools" in template and BEGIN in template and not is_hidden
+
+    async def matcher(self, asked: Asked) -> Any:
+        """What holds the answers to a form; None where none is asked for. Errors: ApiError."""
+        if asked.schema is None:
+            return None
+        loop = asyncio.get_running_loop()
+        make = self.engine.forms.matcher
+        try:
+            return await loop.run_in_executor(self.encoding, make, asked.schema)
+        except UserError as error:
+            raise ApiError(
+                400, str(error), param="response_format", code="unsupported_parameter"
+            ) from None
+
     async def prompts(self, asked: Asked) -> list[list[int]]:
         """The token ids of each prompt. Errors: ApiError."""
         if asked.messages and self.encoder is None:
             raise ApiError(400, f"{self.no_chat} /v1/completions needs no template.", param="model")
+        if asked.tools and not self.calls_tools:
+            raise ApiError(
+                400,
+                f"tools: the chat template of {self.name} does not write tools, or not the "
+                "<tool_call> by which calls are read here. Serve a model tuned with chatml.",
+                param="tools",
+                code="unsupported_parameter",
+            )
         length = self.engine.max_length
         if len(asked.messages) > length:
             raise _too_long(f"There are {len(asked.messages)} messages", "messages", length)
@@ -65,7 +95,7 @@ class Served:
     def _encode(self, asked: Asked) -> list[list[int]]:
         if asked.messages:
             assert self.encoder is not None
-            return [self.encoder.encode_prompt(asked.messages)]
+            return [self.encoder.encode_prompt(asked.messages, tools=asked.tools)]
         return [
             self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
             for prompt in asked.prompts
@@ -114,7 +144,14 @@ class Mailbox:
 class Run:
     """The answers to one HTTP request on their way. ``cancel`` it whatever happens."""
 
-    def __init__(self, served: Served, asked: Asked, prompts: list[list[int]], mailbox: Mailbox):
+    def __init__(
+        self,
+        served: Served,
+        asked: Asked,
+        prompts: list[list[int]],
+        mailbox: Mailbox,
+        matcher: Any = None,
+    ) -> None:
         self.served = served
         self.prompts = prompts
         self.num_answers = asked.num_answers
@@ -134,6 +171,7 @@ class Run:
                         asked.sampling(served.engine.max_length - len(prompt)),
                         self._delivery(place, mailbox),
                         asked.num_answers,
+                        matcher,
                     )
                 )
         except QueueFull:

@@ -11,17 +11,22 @@ import os
 import secrets
 import socket
 import sys
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
 import torch
 import uvicorn
 
-from olmo_base.model.generate import Generator, load_generator
+from olmo_base.model.generate import Generator, end_token_ids, load_generator
+from olmo_base.run.artefact import adapter_base, resolve_base, resolve_model
 from olmo_base.run.errors import UserError
 from open_instruct.chat.app import Server, new_app
+from open_instruct.chat.beside import beside
 from open_instruct.chat.engine import MAX_WAITING
-from open_instruct.chat.guard import Settings, is_loopback
+from open_instruct.chat.guard import Settings
+from open_instruct.chat.hosts import is_loopback
 from open_instruct.chat.served import Served
 from open_instruct.chat.voices import API_KEY_VARIABLE
 
@@ -79,14 +84,38 @@ def listen(host: str, port: int) -> socket.socket:
 
 def load_models(names: Sequence[str], max_waiting: int = MAX_WAITING) -> dict[str, Served]:
     """Each model with its engine, under the name that was given. Errors: UserError."""
-    generators: dict[str, Generator] = {}
+    folders: dict[str, Path] = {}
     for name in (name.rstrip("/") or name for name in names):
-        if name in generators:
+        if name in folders:
             raise UserError(f"{name} is given twice. Give each model once.")
-        generators[name] = load_generator(name)
+        folders[name] = resolve_model(name)
+    generators = _load_generators(folders)
     if all(_is_small(generator.model) for generator in generators.values()):
         torch.set_num_threads(1)  # threads would wait for each other longer than they compute
     return {name: Served(name, generator, max_waiting) for name, generator in generators.items()}
+
+
+def _load_generators(folders: dict[str, Path]) -> dict[str, Generator]:
+    """A generator for each folder. Adapters share their base with it and with each other."""
+    bases: dict[str, Path] = {}
+    for name, folder in folders.items():
+        if (base := adapter_base(folder)) is not None:
+            bases[name] = resolve_base(folder, base).resolve()
+    users = Counter([*bases.values(), *(folder.resolve() for folder in folders.values())])
+    loaded: dict[Path, Generator] = {}
+    generators: dict[str, Generator] = {}
+    for name, folder in folders.items():
+        place = bases.get(name, folder.resolve())
+        if name in bases and users[place] == 1:
+            generators[name] = load_generator(folder)  # merged: nobody else needs the base
+            continue
+        if place not in loaded:
+            loaded[place] = load_generator(place)
+        if name in bases:
+            generators[name] = beside(loaded[place], folder, end_token_ids(folder))
+        else:
+            generators[name] = loaded[place]
+    return generators
 
 
 def _is_small(model: torch.nn.Module) -> bool:

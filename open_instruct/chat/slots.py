@@ -27,7 +27,7 @@ from olmo_base.model.generate import Generator
 from olmo_base.model.transformer import Transformer
 
 CHUNK = 64  # tokens of a prompt read in one call; a shared prefix is kept in such pieces
-FIRST_SPAN = 256  # slots of a short row; a longer row moves to twice as many, and so on
+FIRST_SPAN = 64  # slots of a short row; a longer row moves to twice as many, and so on
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # rows that a step may be padded to
 MAX_ROWS = SIZES[-1]
 PREFIX_BYTES = 256 * 2**20  # keys and values of prompts kept for those that begin alike

@@ -5,7 +5,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from open_instruct.chat.protocol import ApiError, chat_request, encodable
+from open_instruct.chat.messages import encodable
+from open_instruct.chat.protocol import chat_request
+from open_instruct.chat.refusals import ApiError
 
 
 def pair_row(body: Any) -> dict[str, Any]:

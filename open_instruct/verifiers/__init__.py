@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from open_instruct.verifiers import code, gsm8k, ifeval, math_answer
+from open_instruct.verifiers import code, gsm8k, ifeval, math_answer, short_answer
 from open_instruct.verifiers.verdict import Problem, Verdict
 
 
@@ -26,5 +26,6 @@ VERIFIERS = {
     "gsm8k": Verifier(gsm8k.judge, gsm8k.read_problem, gsm8k.METRICS),
     "math": Verifier(math_answer.judge, math_answer.read_problem, math_answer.METRICS),
     "ifeval": Verifier(ifeval.judge, ifeval.read_problem, ifeval.METRICS, ifeval.check_ready),
+    "short_answer": Verifier(short_answer.judge, short_answer.read_problem, short_answer.METRICS),
     "code": Verifier(code.judge, code.read_problem, code.METRICS, code.check_ready),
 }

@@ -142,8 +142,8 @@ def test_training_text_that_cannot_be_read_is_named(tmp_path, name, content, mes
 
 
 def test_what_is_looked_for_is_the_question_without_examples_and_with_its_answer():
-    turns: tuple[Message, ...] = ({"role": "user", "content": "an example"},) * 2
-    asked = Question("0", turns, ("yes",))
+    turn: Message = {"role": "user", "content": "an example"}
+    asked = Question("0", (turn, turn), ("yes",))
     choice = Choice("1", "Why?", ("Q: other\n\nQ: Why?",) * 2, (" so", " no"), gold=1)
     text = Document("2", "x" * 4000 + "y" * 10)
     rows = [{"doc_id": "3", "question": "Who?", "target": " I"}]

@@ -242,6 +242,18 @@ def test_a_finished_evaluation_is_shown_again_and_not_asked(models, data, tmp_pa
     assert "report.html" in capsys.readouterr().out
 
 
+def test_tasks_without_their_files_are_all_named_and_can_be_left_out(models, data, tmp_path):
+    (data / "choices.jsonl").unlink()
+    (data / "text.txt").unlink()
+    with pytest.raises(UserError, match=r"2 of 4 tasks lack their files \(choices, text\)"):
+        run(recipe(models, data, tmp_path / "out", "base"))
+    folder = run(recipe(models, data, tmp_path / "out", "base", skip_missing=True)).path
+    report = json.loads((folder / "report.json").read_text())
+    assert list(report["models"][0]["tasks"]) == ["words", "requests"]
+    assert list(report["skipped"]) == ["choices", "text"]
+    assert "choices was left out, also of averages: " in (folder / "report.html").read_text()
+
+
 def test_training_text_is_looked_through_without_asking_again(models, data, tmp_path):
     """The text is in it whole; the other questions have too few words to tell."""
     folder = run(recipe(models, data, tmp_path / "out", "base")).path

@@ -10,6 +10,7 @@ import re
 import pytest
 from rich.console import Console
 
+from eval.harness import without_texts
 from eval.report import write_report
 from eval.report.answers import pack_of, sample_cards
 from eval.report.gather import gather
@@ -366,6 +367,31 @@ def test_numbers_are_written_for_people():
     assert duration_text(59.4) == "59 s"
     assert duration_text(3720) == "1 h 2 min"
     assert visible("tab\tline\nend") == "tab\tline\nend"
+
+
+def test_answers_whose_texts_were_not_kept_are_told_from_empty_ones(make_evaluation):
+    folder = make_evaluation(n=20, tasks=("sort",))
+    for name in ("base", "sft", "dpo"):
+        path = folder / "samples" / name / "sort.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        kept = [without_texts(row) if row["correct"] else row for row in rows]
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    cards = sample_cards(gather([folder]), "sort")
+    (learnt, *_) = [card for card in cards if card.kind == "learnt"]
+    assert learnt.question.text.startswith("What colour")  # from a model that was wrong
+    assert "were not kept" in learnt.answers[-1].note
+    assert "were not kept" in write_report([folder]).read_text()
+
+
+def test_cost_is_shown_as_the_harness_noted_it(make_evaluation):
+    folder = make_evaluation(n=20, tasks=("sort",), names=("base",))
+    record = folder / "samples" / "base" / "sort.json"
+    costs = {"computed": 18, "reused": 2, "prompt_tokens": 12345, "answer_tokens": 678}
+    record.write_text(json.dumps(json.loads(record.read_text()) | costs))
+    page = Page(write_report([folder]).read_text())
+    assert "basesort4 s4.818212,345678" in page.text  # one cell after the other
+    (model,) = json.loads((folder / "report.json").read_text())["models"]
+    assert model["cost"]["sort"] == {"seconds": 4.2, **costs}
 
 
 # ---------------------------------------------------------------- what can be wrong on disk

@@ -50,7 +50,7 @@ def test_a_suite_narrowed_to_some_tasks_keeps_their_groups():
         (
             None,
             (),
-            "Say what to ask: a suite .generation, olmes, .*quickstart, real_small.",
+            "Say what to ask: a suite .base_models, generation, olmes, .*quickstart, real_small.",
         ),
     ],
 )

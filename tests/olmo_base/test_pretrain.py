@@ -116,9 +116,8 @@ def test_a_step_cut_six_ways_gives_the_same_gradients(tokens, tmp_path, mask):
     def gradients(size, accumulation):
         batches = micro_batches(
             corpus.train,
-            3,
+            range(3 * size * accumulation, 4 * size * accumulation),
             micro_batch_size=size,
-            gradient_accumulation_steps=accumulation,
             seed=5,
             mask=mask,
         )
@@ -153,9 +152,8 @@ def test_the_whole_run_is_that_of_a_plain_loop_over_transformers(tokens, tmp_pat
     for step in range(12):
         (batch,) = micro_batches(
             corpus.train,
-            step,
+            range(8 * step, 8 * step + 8),
             micro_batch_size=8,
-            gradient_accumulation_steps=1,
             seed=42,
             mask=False,
         )
@@ -239,6 +237,28 @@ def test_held_out_figures_are_those_of_transformers(finished, tokens):
     tokens_per_byte = sidecar["num_tokens"] / sidecar["num_bytes"]
     bits_per_byte = expected / math.log(2) * tokens_per_byte
     assert row["eval_bits_per_byte"] == pytest.approx(bits_per_byte, rel=1e-5)
+
+
+def test_each_source_and_each_file_of_questions_is_scored_beside_the_whole(tokens, tmp_path):
+    shutil.copytree(tokens, tmp_path / "other")
+    question = {"context": "the red", "continuation": " cat"}
+    row = {"doc_id": 0, "idx": 0, "label": 0, "request": question}
+    (tmp_path / "likes.jsonl").write_text(json.dumps(row) + "\n")
+    recipe = recipe_for(
+        tokens,
+        tmp_path,
+        dataset_mixer=[{"path": str(tokens)}, {"path": str(tmp_path / "other")}],
+        eval_requests=[str(tmp_path / "likes.jsonl")],
+        eval_steps=4,
+        max_steps=4,
+    )
+    run(recipe)
+    first, last = (row for row in rows_of(tmp_path / "run") if "eval_loss" in row)
+    for row in (first, last):  # the same text twice: each source's figures are those of the whole
+        for key in ("eval_loss", "eval_bits_per_byte"):
+            assert row[f"{key}/tokens"] == row[f"{key}/other"] == pytest.approx(row[key], rel=0.05)
+        assert row["requests_accuracy/likes"] == 1.0  # of one answer
+    assert last["requests_bits_per_byte/likes"] < first["requests_bits_per_byte/likes"]
 
 
 def test_a_finished_run_is_not_done_again(finished):
@@ -374,9 +394,7 @@ def test_what_a_step_read_is_what_its_batches_hold(tokens, tmp_path):
     lines = (tokens.parent / "documents.jsonl").read_text().splitlines()
     texts = [json.loads(line)["text"] for line in lines]
     tokenizer = load_tokenizer(tokens)
-    batches = micro_batches(
-        corpus.train, 4, micro_batch_size=8, gradient_accumulation_steps=1, seed=42, mask=False
-    )
+    batches = micro_batches(corpus.train, range(32, 40), micro_batch_size=8, seed=42, mask=False)
     for (_, places), ids in zip(
         read_in_step(recipe, corpus, 5), batches[0].ids_BT.tolist(), strict=True
     ):
@@ -384,6 +402,52 @@ def test_what_a_step_read_is_what_its_batches_hold(tokens, tmp_path):
         whole = "\n".join(read)  # every end of text is a line's end here
         seen = tokenizer.decode(ids, skip_special_tokens=False).replace("<|endoftext|>", "\n")
         assert seen.strip("\n�") in whole
+
+
+def test_batches_and_rows_that_begin_small_read_every_token_once_and_resume(tokens, tmp_path):
+    warmup = {
+        "batch_size_warmup_steps": 5,
+        "batch_size_warmup_start": 2,
+        "length_warmup_steps": 6,
+        "length_warmup_start": 4,
+    }
+    recipe = recipe_for(tokens, tmp_path, **warmup, logging_steps=1, save_steps=4, max_steps=9)
+    sizes = [2, 3, 4, 5, 6, 8, 8, 8, 8]  # 2 + 6 * step / 5, and whole from step 5 on
+    corpus = open_corpus(recipe, verify=False)
+    steps = [[index for index, _ in read_in_step(recipe, corpus, n)] for n in range(1, 10)]
+    assert [len(step) for step in steps] == sizes
+    in_order = corpus.train.at(range(sum(sizes)), seed=42).tolist()
+    assert [index for step in steps for index in step] == in_order
+    run(recipe)
+    rows = [row for row in rows_of(tmp_path / "run") if "loss" in row]
+    assert [row["tokens"] for row in rows] == [16 * sum(sizes[: n + 1]) for n in range(9)]
+    (tmp_path / "again").mkdir()
+    again = recipe_file(
+        tokens, tmp_path / "again", **warmup, logging_steps=1, save_steps=4, max_steps=9
+    )
+    process = start(again)
+    wait_for_step(process, tmp_path / "again/run", 5)
+    process.kill()
+    process.wait()
+    run(load_recipe(PretrainRecipe, again))
+    ours, theirs = (
+        load_file(tmp_path / place / "model.safetensors") for place in ("run", "again/run")
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"length_warmup_steps": 3}, "length_warmup_start: give"),
+        ({"length_warmup_steps": 3, "length_warmup_start": 5}, "does not become max_length 16"),
+        ({"batch_size_warmup_steps": 3, "batch_size_warmup_start": 9}, "9 is more than the 8"),
+    ],
+    ids=["one key of two", "no doubling", "more than the whole"],
+)
+def test_a_warmup_that_cannot_be_is_refused(tokens, tmp_path, keys, message):
+    with pytest.raises(UserError, match=message):
+        recipe_for(tokens, tmp_path, **keys)
 
 
 def test_a_run_mixes_its_sources_and_says_how(tokens, tmp_path, capsys):

@@ -22,6 +22,7 @@ from open_instruct.causal_lm import ModelConfig, count_parameters, load_causal_l
 from open_instruct.encode import find_template, load_chat_encoder
 from open_instruct.loop import steps_of
 from open_instruct.reference import REFERENCE_FILE
+from open_instruct.tokenised import DataReport
 from tests.open_instruct.tiny import (
     assert_same_weights,
     kill_after_step,
@@ -158,7 +159,11 @@ def test_training_an_adapter_equals_peft_and_a_loop_written_out(folder):
     lines = (folder / "train.jsonl").read_text().splitlines()
     dialogues = [json.loads(line)["messages"] for line in lines]
     examples = sft.dialogue_examples(
-        recipe.data.dataset_mixer, load_chat_encoder(run.path, None), recipe, run.counts, []
+        recipe.data.dataset_mixer,
+        load_chat_encoder(run.path, None),
+        recipe,
+        run.counts,
+        DataReport(),
     )
     steps = steps_of(examples, examples.num_labels_NW[:, 0], recipe.train, seed=recipe.run.seed)
     for step in range(3):

@@ -151,7 +151,7 @@ def test_a_turn_may_opt_out_of_being_learnt_and_the_last_may_be_the_only_one(cha
     ]
 
     def learnt(**keys) -> list[str]:
-        (encoded,) = encoder.encode_many([(messages, None)], **keys)
+        (encoded,) = encoder.encode_many([messages], **keys)
         return re.findall("⟦(.*?)⟧", readable(chat_tokenizer, encoded), re.DOTALL)
 
     assert learnt() == ["b<|endoftext|>", "c<|endoftext|>"]

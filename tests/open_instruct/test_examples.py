@@ -35,9 +35,11 @@ def test_the_format_is_said_with_what_was_asked_available_and_used(tmp_path):
         SourceUse(alpaca, ("Alpaca",), "0.5 of the rows", 8, 4),
         SourceUse(turns, ("messages",), "3 times the rows", 1, 3),
     ]
-    assert mixture_lines(uses)[0] == (
-        f"{alpaca}: 4 used of 8 usable rows (asked for 0.5 of the rows; format Alpaca)"
-    )
+    head, *lines = (line.split() for line in mixture_lines(uses))
+    assert head == ["source", "format", "asked", "for", "usable", "used"]
+    text = " ".join(" ".join(line) for line in lines)
+    assert "Alpaca 0.5 of the rows 8 4" in text
+    assert "messages 3 times the rows 1 3" in text
 
 
 def test_a_file_without_one_usable_row_is_refused(tmp_path):

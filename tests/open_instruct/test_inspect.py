@@ -60,7 +60,7 @@ def test_a_dialogue_is_shown_with_what_is_learnt(tmp_path, model_folder):
     text = shown(sft_recipe(model_folder, path))
     assert f"{path}, line 1" in text.replace("\n", "")
     assert "<|user|>\nq0\n<|assistant|>\n⟦four<|endoftext|>⟧\n" in text
-    assert "1 used of 1 usable rows (asked for all rows; format prompt/completion)" in text
+    assert "prompt/completion   all rows          1      1" in text
     assert "none dropped" in text
     coloured = shown(sft_recipe(model_folder, path), colours=True)
     assert "\x1b[1;32mfour\x1b[0m\x1b[1;4;32m<|endoftext|>" in coloured

@@ -30,6 +30,7 @@ from open_instruct.loop import Totals, Workers, add_gradients, settle
 from open_instruct.losses import dpo_loss, odds_ratio_loss
 from open_instruct.pair_losses import LossConfig, PairScores
 from open_instruct.reference import REFERENCE_FILE, answer_logprobs
+from open_instruct.tokenised import DataReport
 from tests.open_instruct.tiny import (
     assert_same_weights,
     kill_after_step,
@@ -171,7 +172,7 @@ def test_loss_and_gradients_equal_trl_on_random_log_probabilities(
     recipe = recipe_of(folder)
     encoder = load_chat_encoder("model", "tulu")
     examples = preference.pair_examples(
-        recipe.data.dataset_mixer, encoder, recipe, ExampleCounts(), []
+        recipe.data.dataset_mixer, encoder, recipe, ExampleCounts(), DataReport()
     )
     # TRL adds the chosen answers' mean over all tokens: ours, where they are of one length.
     numbers = [3, 0, 9, 14] if loss.rpo_alpha is None else [0, 7, 14, 21]
@@ -514,7 +515,7 @@ def test_reference_logprobs_are_those_of_the_starting_weights(folder):
     kept, _ = reference_file(run.path)
     encoder = load_chat_encoder("model", "tulu")
     examples = preference.pair_examples(
-        recipe.data.dataset_mixer, encoder, recipe, ExampleCounts(), []
+        recipe.data.dataset_mixer, encoder, recipe, ExampleCounts(), DataReport()
     )
     model = AutoModelForCausalLM.from_pretrained("model").eval()
     for number in (0, 5, 23):

@@ -21,6 +21,7 @@ from open_instruct.causal_lm import ModelConfig, load_causal_lm
 from open_instruct.encode import load_chat_encoder
 from open_instruct.losses import bradley_terry_loss, centering_loss
 from open_instruct.pipeline import find_stage
+from open_instruct.tokenised import DataReport
 from tests.open_instruct.tiny import (
     assert_same_weights,
     kill_after_step,
@@ -96,7 +97,7 @@ def test_rewards_of_padded_rows_equal_transformers_on_each_row_alone(folder):
     recipe = recipe_of(folder)
     encoder = load_chat_encoder("model", "tulu")
     examples, _ = reward.pair_examples(
-        recipe.data.dataset_mixer, encoder, recipe, ExampleCounts(), []
+        recipe.data.dataset_mixer, encoder, recipe, ExampleCounts(), DataReport()
     )
     model: Any
     model = reward.load_reward_model(recipe.model, encoder, seed=1).model
@@ -114,7 +115,7 @@ def test_loss_and_gradients_equal_trl(folder, center):
     recipe = recipe_of(folder, center_rewards_coefficient=center)
     encoder = load_chat_encoder("model", "tulu")
     examples, _ = reward.pair_examples(
-        recipe.data.dataset_mixer, encoder, recipe, ExampleCounts(), []
+        recipe.data.dataset_mixer, encoder, recipe, ExampleCounts(), DataReport()
     )
     model: Any
     theirs: Any
@@ -175,7 +176,7 @@ def test_margins_come_from_the_rows(folder):
     recipe = recipe_of(folder)
     encoder = load_chat_encoder("model", "tulu")
     _, margins_P = reward.pair_examples(
-        recipe.data.dataset_mixer, encoder, recipe, ExampleCounts(), []
+        recipe.data.dataset_mixer, encoder, recipe, ExampleCounts(), DataReport()
     )
     assert margins_P.tolist() == [2.0, 0.0, 0.5]
     write_jsonl(folder / "train.jsonl", [pair, pair | {"margin": "wide"}])

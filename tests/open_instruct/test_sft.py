@@ -21,6 +21,7 @@ from open_instruct.control_tokens import Encoded
 from open_instruct.encode import load_chat_encoder
 from open_instruct.logprobs import LabelLogprobs
 from open_instruct.loop import Totals, TrainConfig, Workers, add_gradients, steps_of
+from open_instruct.tokenised import DataReport
 from tests.open_instruct.tiny import (
     assert_same_weights,
     kill_after_step,
@@ -153,7 +154,11 @@ def test_training_equals_transformers_loss_and_a_loop_written_out(folder, attent
         json.loads(line)["messages"] for line in (folder / "train.jsonl").read_text().splitlines()
     ]
     examples = sft.dialogue_examples(
-        recipe.data.dataset_mixer, load_chat_encoder(run.path, None), recipe, run.counts, []
+        recipe.data.dataset_mixer,
+        load_chat_encoder(run.path, None),
+        recipe,
+        run.counts,
+        DataReport(),
     )
     steps = steps_of(examples, examples.num_labels_NW[:, 0], recipe.train, seed=recipe.run.seed)
     for step in range(3):

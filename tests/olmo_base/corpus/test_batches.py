@@ -10,7 +10,7 @@ from olmo_base.corpus.batches import (
     micro_batches,
     ngram_repeats,
     read_split,
-    sequences_of_step,
+    sequences_at,
     shares_of,
     shuffled,
 )
@@ -81,7 +81,7 @@ def test_the_order_is_pinned():
 
 def test_an_epoch_has_every_sequence_once_and_steps_run_across_epochs():
     def step(number):
-        return sequences_of_step(number, num_sequences=10, sequences_per_step=4, seed=3)
+        return sequences_at(range(4 * number, 4 * number + 4), num_sequences=10, seed=3)
 
     row = np.concatenate([step(number) for number in range(5)])
     assert sorted(row[:10]) == sorted(row[10:]) == list(range(10))
@@ -119,9 +119,8 @@ def test_cutting_a_step_differently_gives_the_same_sequences(tmp_path):
     def tokens_of(size, accumulation):
         batches = micro_batches(
             sequences,
-            step=5,
+            range(60, 60 + size * accumulation),
             micro_batch_size=size,
-            gradient_accumulation_steps=accumulation,
             seed=1,
             mask=False,
         )
@@ -167,9 +166,8 @@ def test_sequences_of_repeated_ngrams_are_left_out_of_a_step(tmp_path):
     def rows(limit, size=3):
         batches = micro_batches(
             sequences,
-            0,
+            range(3 // size * size),
             micro_batch_size=size,
-            gradient_accumulation_steps=3 // size,
             seed=0,
             mask=True,
             max_ngram_repeats=limit,
@@ -206,7 +204,7 @@ def mixture_of(tmp_path, lengths, ratios, total, max_repeats=9.0):
 def test_a_mixture_reads_each_source_as_often_as_its_ratio_says(tmp_path):
     mixture = mixture_of(tmp_path, [7, 20, 30], [3, 5, 2], total=40)
     assert [share.used for share in mixture.shares] == [12, 20, 8]
-    steps = [mixture.of_step(step, sequences_per_step=8, seed=1) for step in range(5)]
+    steps = [mixture.at(range(8 * step, 8 * step + 8), seed=1) for step in range(5)]
     row = np.concatenate(steps)
     counts = np.bincount(row, minlength=57)
     assert counts[:7].sum() == 12 and set(counts[:7]) == {1, 2}  # read over again, evenly
@@ -215,11 +213,11 @@ def test_a_mixture_reads_each_source_as_often_as_its_ratio_says(tmp_path):
     kinds = np.digitize(row, [7, 27])
     assert len(set(kinds[:8])) > 1  # mixed, and not one after the other
     other_seed = np.concatenate(
-        [mixture.of_step(step, sequences_per_step=8, seed=2) for step in range(5)]
+        [mixture.at(range(8 * step, 8 * step + 8), seed=2) for step in range(5)]
     )
     assert other_seed.tolist() != row.tolist()
     # the order does not depend on how it is cut into steps
-    assert mixture.of_step(1, sequences_per_step=20, seed=1).tolist() == row[20:].tolist()
+    assert mixture.at(range(20, 40), seed=1).tolist() == row[20:].tolist()
 
 
 def test_a_mixture_s_batches_hold_the_tokens_of_their_sources(tmp_path):

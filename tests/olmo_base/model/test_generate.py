@@ -12,6 +12,7 @@ from tokenizers.decoders import ByteLevel
 from tokenizers.models import BPE
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -30,6 +31,7 @@ from transformers import (
 from olmo_base.model.generate import (
     Generator,
     Sampling,
+    StopRule,
     before_stop,
     load_generator,
     next_ids,
@@ -151,13 +153,18 @@ OTHER_MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", OTHER_MODELS)
-def test_greedy_answers_of_other_architectures_are_those_of_transformers(name: str, tmp_path: Path):
+def other_model(name: str) -> Any:
     torch.manual_seed(0)
     model = OTHER_MODELS[name]().eval()
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(torch.randn_like(weight), alpha=0.2)
+    return model
+
+
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_greedy_answers_of_other_architectures_are_those_of_transformers(name: str, tmp_path: Path):
+    model = other_model(name)
     model.config.eos_token_id = EOS
     model.generation_config.eos_token_id = EOS
     model.config.pad_token_id = PAD
@@ -189,6 +196,43 @@ def test_more_prompts_than_a_batch_holds_are_answered_in_their_order():
     answers = generator.generate(prompts, max_new_tokens=4)
     for index in (0, 63, 64, 149):
         assert generator.generate([prompts[index]], max_new_tokens=4) == [answers[index]]
+
+
+@pytest.mark.parametrize("name", ["olmo2", "olmo3", *OTHER_MODELS])
+def test_prompts_that_begin_alike_are_answered_as_each_alone(name: str):
+    """With more prompts than rows, so that some join those that have not ended."""
+    if name in OWN:
+        generator = native_generator(generation=name)
+    else:
+        generator = Generator(other_model(name), eos_token_ids={EOS}, max_length=64)
+    chance = random.Random(1)
+    beginning = [chance.randrange(4, VOCAB) for _ in range(36)]
+    prompts = [
+        beginning + [chance.randrange(4, VOCAB) for _ in range(chance.randint(1, 9))]
+        for _ in range(11)
+    ]
+    shapes: list[tuple[int, ...]] = []  # of each call: rows, positions
+    generator.model.register_forward_pre_hook(
+        lambda _, given, named: shapes.append((*given, named.get("input_ids"))[0].shape),
+        with_kwargs=True,
+    )
+    whole = [generator.generate([prompt], max_new_tokens=14)[0] for prompt in prompts]
+    # An id that ends answers at many places
+    stop = max(range(VOCAB), key=lambda id_: len({x.index(id_) for x in whole if id_ in x}))
+    settings: dict[str, Any] = {"max_new_tokens": 14, "stop_token_ids": [stop]}
+    alone = [generator.generate([prompt], **settings)[0] for prompt in prompts]
+    assert len({len(answer) for answer in alone}) > 1
+    shapes.clear()
+    ended: dict[int, list[int]] = {}
+    found = generator.generate(
+        prompts, max_rows=4, on_answer=lambda index, ids: ended.update({index: ids}), **settings
+    )
+    assert found == alone == [ended[index] for index in range(11)]
+    if name in ("olmo2", "llama", "gpt2"):  # the others' caches do not keep all positions
+        assert shapes[0] == (1, 36)  # the beginning, once
+        assert max(width for _, width in shapes[1:]) <= 9
+        # Batches of four would be three; prompts are read as soon as two rows have ended.
+        assert len([rows for rows, width in shapes[1:] if width > 1]) > 3
 
 
 def test_no_prompts_have_no_answers():
@@ -267,6 +311,23 @@ def test_answers_ended_by_stop_strings_are_those_of_transformers(seed: int, tmp_
         assert output[0, len(prompt) :].tolist() == answer
         streamed = generator.stream(prompt, max_new_tokens=30, stop_strings=strings)
         assert list(streamed) == answer
+
+
+def test_a_stop_string_is_text_that_is_seen_and_no_part_of_a_special_tokens_name(tmp_path: Path):
+    write_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|abc|>"]})
+    special = tokenizer.get_vocab()["<|abc|>"]
+    a, b = TOKENS.index("a"), TOKENS.index("b")
+
+    def places_of_end(string: str, ids: list[int]) -> list[int]:
+        rule = StopRule(frozenset(), (string,), tokenizer)
+        tail: list[int] = []
+        return [place for place, token in enumerate(ids) if rule.is_complete(tail, token)]
+
+    assert places_of_end("b", [a, special, a, b]) == [3]
+    assert places_of_end("<|abc|>", [a, special, a]) == [1]
+    assert places_of_end("ab", [a, *[special] * 20, b]) == [21]  # a reader sees ab
 
 
 def test_the_text_is_cut_before_the_first_stop_string():

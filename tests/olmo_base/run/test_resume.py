@@ -8,6 +8,7 @@ import torch
 
 from olmo_base.run.errors import UserError
 from olmo_base.run.resume import (
+    CheckpointConfig,
     latest_checkpoint,
     random_state,
     restore_random_state,
@@ -23,7 +24,8 @@ def folder(tmp_path):
 
 def save(folder: RunFolder, step: int, keep: int = 2) -> None:
     weights = {"w": torch.full((2, 3), float(step))}
-    save_checkpoint(folder, step, weights=weights, state={"tokens": step * 10}, keep=keep)
+    kept = CheckpointConfig(save_total_limit=keep)
+    save_checkpoint(folder, step, weights=weights, state={"tokens": step * 10}, config=kept)
 
 
 def test_what_was_saved_is_loaded(folder):
@@ -79,7 +81,9 @@ def test_generators_go_on_where_they_were(folder):
     def draw() -> tuple[float, float, float]:
         return random.random(), float(np.random.rand()), float(torch.rand(()))
 
-    save_checkpoint(folder, 1, weights={}, state={"random": random_state()}, keep=1)
+    save_checkpoint(
+        folder, 1, weights={}, state={"random": random_state()}, config=CheckpointConfig()
+    )
     expected = draw()
     draw()
     found = latest_checkpoint(folder)

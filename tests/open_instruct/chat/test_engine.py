@@ -400,6 +400,23 @@ def test_a_stop_string_over_several_tokens_never_shows():
     assert "".join(stream("aab", ("ab", "b"))[0]) == "a"  # the one that begins first
 
 
+def test_stop_strings_are_seen_text_or_the_whole_name_of_a_special_token(engines):
+    ids = [byte_tokenizer().get_vocab()[name] for name in ("<|user|>", "h", "i")]
+    for stop, number in (("user", 3), ("<|user|>", 1)):
+        asked = Ask(
+            engines["olmo2"],
+            ids_of("x"),
+            max_tokens=3,
+            temperature=0,
+            logit_bias=((ids[0], 100.0),),
+            stop=(stop,),
+        )
+        assert asked.answer()[0] == ""
+        assert asked.deltas[0][-1].num_tokens == number
+        stream = TextStream(byte_tokenizer().backend_tokenizer, (stop,))
+        assert "".join(stream.push(Token(id_))[0] for id_ in ids) == "hi"
+
+
 def test_bytes_that_become_no_character_are_shown_as_such():
     backend = byte_tokenizer().backend_tokenizer
     reader = TextStream(backend, ())

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from olmo_base.run.artefact import ExampleCounts
 from olmo_base.run.errors import UserError
-from open_instruct.chat.guard import is_loopback
+from open_instruct.chat.hosts import is_loopback
 from open_instruct.chat.protocol import CHAT, CHAT_REFUSED, COMPLETION, COMPLETION_REFUSED
 from open_instruct.chat.server import listen, load_models
 from open_instruct.chat.votes import append_row
@@ -207,10 +207,7 @@ def test_lengths_numbers_and_stops_are_honoured(running):
 
 
 REFUSED_VALUES: dict[str, Any] = {
-    "response_format": {"type": "json_object"},
-    "tools": [{"type": "function", "function": {"name": "f"}}],
-    "tool_choice": "auto",
-    "parallel_tool_calls": True,
+    "parallel_tool_calls": False,
     "functions": [{"name": "f"}],
     "function_call": "auto",
     "modalities": ["audio"],
@@ -271,7 +268,8 @@ def test_what_is_not_supported_is_refused_by_name(running, path, param):
         ({"stream": True, "stream_options": {"x": 1}}, "has 'x'"),
         ({"messages": []}, "at least one message"),
         ({"messages": None}, "messages is missing"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role is 'tool'"),
+        ({"messages": [{"role": "function", "content": "x"}]}, "messages[0].role is 'function'"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "no call before it has that id"),
         ({"messages": [*HELLO, {"role": "user"}]}, "messages[1].content is None"),
         ({"messages": [{**HELLO[0], "name": "Ann"}]}, "messages[0].name is not supported"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "'image_url'"),
