@@ -130,6 +130,7 @@ def keep_gradients(model: nn.Module) -> None:
     product in bfloat16 without a backward pass; training after it would silently lose every
     gradient that comes through a frozen layer.
     """
+    module: Any
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False

@@ -463,7 +463,8 @@ def add_new_tokens(tokenizer: PreTrainedTokenizerFast, new_tokens: Sequence[str]
                 f"additional_special_tokens: {token!r} is empty or said twice. Remove it."
             )
     tokenizer.add_tokens(list(new_tokens), special_tokens=True)
-    return [tokenizer.convert_tokens_to_ids(token) for token in new_tokens]
+    vocabulary = tokenizer.get_vocab()
+    return [vocabulary[token] for token in new_tokens]
 
 
 def template_names() -> list[str]:

@@ -186,7 +186,8 @@ class RowRewards(Wrapped):
             return self._rewards(batch, self._needs_mask)
 
     def _rewards(self, batch: Batch, needs_mask: bool) -> Tensor:
-        whole: Any = self.model.get_base_model() if is_adapted(self.model) else self.model
+        model: Any = self.model
+        whole = model.get_base_model() if is_adapted(model) else model
         body = whole.base_model
         hidden = body(
             input_ids=batch.ids_RT,

@@ -104,7 +104,7 @@ def test_gradients_through_4_bit_weights_are_those_of_the_same_weights_in_full(f
         found.append({n: w.grad for n, w in each.named_parameters() if w.requires_grad})
     assert found[0].keys() == found[1].keys() and len(found[0]) > 20
     for name, gradient in found[1].items():
-        assert gradient.abs().max() > 1e-6
+        assert gradient is not None and gradient.abs().max() > 1e-6
         torch.testing.assert_close(found[0][name], gradient, atol=1e-6, rtol=1e-3, msg=name)
 
 
