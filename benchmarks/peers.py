@@ -3,7 +3,10 @@
 A candidate trains in its process as it would alone and calls ``Turns.end_step`` after each step.
 There it waits until the parent gives it a turn of some seconds. Turns rotate, so that whatever else
 the machine does meets all alike, and the best turn of each counts. A process of its own makes peak
-memory comparable.
+memory comparable; the parent tokenises for all of them, so that no peak is the tokenizer's.
+
+Rates are per second, and per second of processor time, which other work on the machine touches
+less; the two rank alike where nothing else runs.
 """
 
 import argparse
@@ -13,22 +16,43 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Olmo2Config, Olmo2ForCausalLM, PreTrainedTokenizerFast
 
+from olmo_base.optim import OptimConfig, build_optimizer, clip_gradients
+from open_instruct.batches import Steps
+from open_instruct.control_tokens import Encoded
 from open_instruct.encode import ChatEncoder, find_template
+from open_instruct.logprobs import LabelLogprobs
+from open_instruct.loop import SummedLoss, Totals, Workers, add_gradients
 
 SPECIAL = ["<|endoftext|>", "<|pad|>"]
 WARM_UP_STEPS = 2
 NUM_TURNS = 4
 MAX_LENGTH = 512
 SEED = 0
+DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+class Case(NamedTuple):
+    """One line of the table: what is trained on, and in which numbers."""
+
+    data: str | None  # a file; None: made up
+    bf16: bool = False
+    vocab_size: int = 8192
+
+    def arguments(self) -> list[str]:
+        """For a candidate."""
+        given = [] if self.data is None else [self.data]
+        return [*given, *(["--bf16"] if self.bf16 else []), "--vocab-size", str(self.vocab_size)]
 
 
 # ---------------------------------------------------------------- in the candidate's process
@@ -40,7 +64,7 @@ class Turns:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._warm_up = WARM_UP_STEPS
-        self._amount = self._asked_s = self._started = 0.0
+        self._amount = self._asked_s = self._started = self._started_cpu = 0.0
         # Libraries write to the standard output what the parent could not understand.
         self._answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
@@ -56,11 +80,11 @@ class Turns:
             return True
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        seconds = time.perf_counter() - self._started
         peak = peak_bytes(self._device)
         return self._answer(
             {
-                "rate": self._amount / seconds,
+                "rate": self._amount / (time.perf_counter() - self._started),
+                "cpu_rate": self._amount / (time.process_time() - self._started_cpu),
                 "peak_bytes": peak,
                 "training_bytes": peak - self._before_bytes,
             }
@@ -72,7 +96,7 @@ class Turns:
         if not line:
             return False
         self._asked_s, self._amount = float(line), 0.0
-        self._started = time.perf_counter()
+        self._started, self._started_cpu = time.perf_counter(), time.process_time()
         return True
 
 
@@ -104,6 +128,75 @@ def small_olmo2(vocab_size: int) -> Olmo2ForCausalLM:
         use_cache=False,
     )
     return Olmo2ForCausalLM(config)
+
+
+def train_ours(
+    workers: Workers,
+    model: LabelLogprobs,
+    steps: Steps,
+    summed_loss: SummedLoss,
+    learning_rate: float,
+    amount: Callable[[int], float],
+) -> None:
+    """The step of our loop: gradients, clipping, update."""
+    optimizer = build_optimizer(model.model, OptimConfig(learning_rate=learning_rate))
+    model.train()
+    turns = Turns(workers.device)
+    step = 0
+    while True:
+        batches = steps.micro_batches(step, 0)
+        add_gradients(workers, model, batches, steps.num_terms(step), summed_loss, Totals())
+        clip_gradients(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if not turns.end_step(amount(step)):
+            return
+        step += 1
+
+
+def train_trl(trainer: Any, amount: Callable[[], float]) -> None:
+    """``trainer.train()``, waiting for a turn after each step."""
+    from transformers import TrainerCallback
+
+    turns = Turns(trainer.args.device)
+
+    class Waiting(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+            control.should_training_stop = not turns.end_step(amount())
+            return control
+
+    trainer.add_callback(Waiting())
+    trainer.train()
+
+
+def multiply_only(
+    options: argparse.Namespace, sizes: Iterable[tuple[int, int, float]], device: torch.device
+) -> None:
+    """Only a step's matrix products, forward and backward, attention left out.
+
+    ``sizes`` of each step: positions in the layers, positions in the head, and what it counts for.
+    """
+    config = small_olmo2(options.vocab_size).config
+    D, inner, V = config.hidden_size, config.intermediate_size, config.vocab_size
+    shapes = ([(D, D)] * 4 + [(D, inner)] * 2 + [(inner, D)]) * config.num_hidden_layers
+    dtype = torch.bfloat16 if options.bf16 else torch.float32
+
+    def matrix(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, device=device, dtype=dtype)
+
+    weights = [matrix(b, a) for a, b in shapes]
+    head = matrix(V, D)
+    turns = Turns(device)
+    for num_positions, num_labels, amount in sizes:
+        x = {width: matrix(num_positions, width) for width in (D, inner)}
+        products = [(x[weight.shape[1]], weight, x[weight.shape[0]]) for weight in weights]
+        products.append((matrix(num_labels, D), head, matrix(num_labels, V)))
+        for inputs, weight, gradient in products:
+            inputs @ weight.T
+            gradient @ weight
+            gradient.T @ inputs
+        if not turns.end_step(amount):
+            return
 
 
 def chat_encoder(texts: Sequence[str], vocab_size: int) -> ChatEncoder:
@@ -152,6 +245,23 @@ def trl_settings(options: argparse.Namespace, folder: str) -> dict[str, Any]:
     )
 
 
+# ---------------------------------------------------------------- the rows, from the parent
+
+
+def write_rows(path: Path, examples: Sequence[Sequence[Encoded]]) -> None:
+    """Tokenised examples, each of one or two sequences, for every candidate."""
+    rows = [[[row.ids, list(map(int, row.is_learnt))] for row in rows] for rows in examples]
+    path.write_text(json.dumps(rows), encoding="utf-8")
+
+
+def read_rows(options: argparse.Namespace) -> list[tuple[Encoded, ...]]:
+    """What ``write_rows`` wrote."""
+    return [
+        tuple(Encoded(ids, list(map(bool, is_learnt))) for ids, is_learnt in rows)
+        for rows in json.loads(Path(options.rows_file).read_text(encoding="utf-8"))
+    ]
+
+
 # ---------------------------------------------------------------- in the parent
 
 
@@ -159,6 +269,7 @@ class Measured(NamedTuple):
     """The best turn of a candidate."""
 
     rate: float  # a second
+    cpu_rate: float  # a second of processor time
     peak_bytes: int
     training_bytes: int  # the peak beyond what it had before its first step
 
@@ -182,48 +293,125 @@ class Candidate:
         return content
 
 
-def measure(module: str, names: Sequence[str], seconds: float) -> dict[str, Measured]:
-    """Run ``python -m module --candidate NAME`` with this process's arguments, in turns."""
+def measure(
+    module: str, arguments: Sequence[str], names: Sequence[str], seconds: float
+) -> dict[str, Measured]:
+    """Run ``python -m module ARGUMENTS --candidate NAME`` for each name, in turns."""
     best: dict[str, Measured] = {}
     with contextlib.ExitStack() as ends:
         candidates = []
         for name in names:
-            command = [sys.executable, "-m", module, *sys.argv[1:], "--candidate", name]
+            command = [sys.executable, "-m", module, *arguments, "--candidate", name]
             process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"},
             )
+            ends.callback(process.wait)
             ends.callback(process.kill)
             candidates.append(Candidate(name, process))
             candidates[-1].ask("")  # the next starts when this one has warmed up
         for _ in range(NUM_TURNS):
             for candidate in candidates:
                 turn = candidate.ask(f"{seconds / NUM_TURNS}\n")
-                found = Measured(turn["rate"], int(turn["peak_bytes"]), int(turn["training_bytes"]))
-                if candidate.name not in best or found.rate > best[candidate.name].rate:
+                found = Measured(
+                    turn["rate"],
+                    turn["cpu_rate"],
+                    int(turn["peak_bytes"]),
+                    int(turn["training_bytes"]),
+                )
+                if candidate.name not in best:
                     best[candidate.name] = found
+                    continue
+                before = best[candidate.name]
+                best[candidate.name] = Measured(*map(max, found, before))
     return best
 
 
-def print_table(found: dict[str, Measured], ours: str, unit: str) -> None:
+def print_header(unit: str) -> None:
+    """Of the table."""
+    print(
+        f"{'case':<20}{'candidate':<26}{unit + '/s':>10}{'ours/this':>10}"
+        f"{unit + '/cpu s':>14}{'ours/this':>10}{'peak MiB':>10}{'training':>10}"
+    )
+
+
+def print_case(case: str, found: dict[str, Measured], ours: str) -> None:
     """Rates, how many times faster ours is, and memory."""
     for name, one in found.items():
+        mine = found.get(ours)
+        ratios = (
+            ("", "")
+            if mine is None
+            else (f"{mine.rate / one.rate:.2f}", f"{mine.cpu_rate / one.cpu_rate:.2f}")
+        )
         print(
-            f"{name:<30}{one.rate:>10,.1f} {unit}/s   {ours} / this "
-            f"{found[ours].rate / one.rate:5.2f}   peak {one.peak_bytes / 2**20:7,.0f} MiB, "
-            f"training {one.training_bytes / 2**20:7,.0f} MiB"
+            f"{case:<20}{name:<26}{one.rate:>10,.1f}{ratios[0]:>10}{one.cpu_rate:>14,.1f}"
+            f"{ratios[1]:>10}{one.peak_bytes / 2**20:>10,.0f}{one.training_bytes / 2**20:>10,.0f}",
+            flush=True,
         )
 
 
-def arguments(description: str, batch_size: int) -> argparse.ArgumentParser:
+def main(
+    module: str,
+    description: str,
+    unit: str,
+    cases: dict[str, Case],
+    candidates: dict[str, Callable[[argparse.Namespace], None]],
+    examples: Callable[[argparse.Namespace], list[tuple[Encoded, ...]]],
+    *,
+    batch_size: int,
+    rows: int,
+) -> None:
+    """Measure every case and print one table; in a candidate's process, train."""
+    parser = _arguments(description, list(cases), batch_size, rows)
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.candidate:
+        candidates[options.candidate](options)
+        return
+    chosen = {name: cases[name] for name in options.cases}
+    if options.data:
+        name = Path(options.data).name.partition(".")[0]
+        chosen = {name: Case(options.data, options.bf16, options.vocab_size)}
+    print(
+        f"{chosen_device()}, {torch.get_num_threads()} threads, batch {options.batch_size}, "
+        f"at most {options.rows:,} examples of {MAX_LENGTH} tokens"
+    )
+    passed = ["--batch-size", str(options.batch_size), "--batching", options.batching]
+    if options.threads:
+        passed += ["--threads", str(options.threads)]
+    print_header(unit)
+    for name, case in chosen.items():
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "rows.json"
+            given = parser.parse_args([*case.arguments(), "--rows", str(options.rows)])
+            write_rows(file, examples(given))
+            arguments = [*case.arguments(), *passed, "--rows-file", str(file)]
+            found = measure(module, arguments, options.only or list(candidates), options.seconds)
+        print_case(name, found, "ours")
+
+
+def _arguments(
+    description: str, cases: list[str], batch_size: int, rows: int
+) -> argparse.ArgumentParser:
     """What both benchmarks are asked."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("data", nargs="?", help="a file of dialogues or pairs; without: made up")
-    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("data", nargs="?", help="a file of dialogues or pairs, instead of cases")
+    parser.add_argument(
+        "--cases", nargs="+", choices=cases, default=cases, metavar="CASE", help=", ".join(cases)
+    )
+    parser.add_argument("--bf16", action="store_true", help="with data")
+    parser.add_argument("--vocab-size", type=int, default=8192, help="with data")
     parser.add_argument("--batch-size", type=int, default=batch_size)
-    parser.add_argument("--vocab-size", type=int, default=8192)
-    parser.add_argument("--seconds", type=float, default=40.0, help="of each candidate")
-    parser.add_argument("--rows", type=int, default=2048, help="at most so many are read")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each candidate")
+    parser.add_argument("--rows", type=int, default=rows, help="at most so many are read")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--only", nargs="*", metavar="NAME", help="candidates, instead of all")
+    parser.add_argument("--batching", choices=("auto", "packed", "grouped"), default="auto")
     parser.add_argument("--candidate", help=argparse.SUPPRESS)
+    parser.add_argument("--rows-file", help=argparse.SUPPRESS)
     return parser

@@ -9,7 +9,7 @@ import signal
 import sys
 from typing import Any
 
-from olmo_base.run.errors import Stopped, UserError
+from olmo_base.run.errors import Stopped, UserError, machine_error
 
 USAGE = """\
 usage: python -m olmo_base RECIPE [key=value ...] [--dry-run]
@@ -51,6 +51,12 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped.", file=sys.stderr)
         return 128 + signal.SIGINT
+    except Exception as error:
+        problem = machine_error(error)
+        if problem is None:
+            raise
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
 
 
 def _run(words: list[str]) -> int:

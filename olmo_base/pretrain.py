@@ -43,6 +43,7 @@ from olmo_base.pretrain_recipe import (
     with_global_batch,
 )
 from olmo_base.run.artefact import RunFolder, atomic_write
+from olmo_base.run.errors import UserError, machine_error
 from olmo_base.run.launch import pick_device, seed_everything
 from olmo_base.run.trackers import refuse_missing_trackers
 from olmo_base.tokenizer import load_tokenizer, write_tokenizer_files
@@ -163,7 +164,15 @@ def _run(recipe: PretrainRecipe, ranks: Ranks) -> RunFolder:
     figures = train(folder, recipe, corpus, model, ranks, with_loss=with_loss, bf16=bf16)
     whole = model if with_loss is None else whole_model(model)
     if folder.is_main:
-        _export(folder, whole, corpus)
+        try:
+            _export(folder, whole, corpus)
+        except Exception as error:
+            if (problem := machine_error(error)) is None:
+                raise
+            raise UserError(
+                f"The model could not be written to {folder.path}: {problem} Its checkpoints are "
+                "kept. Make room and run again; the run goes on from the last one."
+            ) from error
         results = {"parameters": num_parameters(config), "bf16": bf16, **figures}
         atomic_write(folder.path / "README.md", model_card(recipe, corpus, config, results))
         folder.finish(**results)

@@ -59,6 +59,14 @@ class PretrainOptim(OptimConfig):
     adam_beta2: float = setting(0.95, low=0, below=1)
     skip_spike_sigma: float = setting(0.0, low=0)  # 6 in OLMo-2's runs; 0 skips no finite step
     max_skipped_steps: int = setting(10, low=1)  # in a row; more stop the run
+    # In the first steps max_grad_norm is so many times as large: 5 or 10 in OLMo-1's runs
+    clip_warmup_steps: int = setting(0, low=0)
+    clip_warmup_factor: float = setting(1.0, low=1)
+
+    def max_grad_norm_at(self, step: int) -> float:
+        """How large the gradient may be in step 0, 1, …; 0 never clips."""
+        is_early = step < self.clip_warmup_steps
+        return self.max_grad_norm * (self.clip_warmup_factor if is_early else 1.0)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Tokenised examples become the micro-batches of optimizer steps.
 
 Examples -> a seeded order, epoch after epoch -> steps -> each rank's share -> micro-batches of
-similar length -> padded tensors. Everything is a pure function of (lengths, seed, step, rank), so
-a resumed run and every rank know what all the others do without asking them.
+similar length -> padded tensors, and where each token stands once padding is left out. Everything
+is a pure function of (lengths, seed, step, rank), so a resumed run and every rank know what all the
+others do without asking them.
 """
 
 # N examples of a set; W rows of one example (1 dialogue, or 2 answers of a pair: chosen, rejected)
@@ -20,6 +21,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+
+from olmo_base.model.packing import Branches, Group, Packing
 
 
 class Row(Protocol):
@@ -130,9 +133,11 @@ class Examples:
         label_rows_L = np.repeat(np.arange(len(rows)), num_labels_R)  # one sequence in each row
         labels = [self._labels[row] for row in rows]
         columns_L = np.concatenate(labels) if labels else np.zeros(0, dtype=np.int64)
+        lengths = np.array([len(self._ids[row]) for row in rows] or [1])
         return Batch(
             ids_RT=torch.from_numpy(ids_RT),
-            lengths_R=torch.tensor([len(self._ids[row]) for row in rows] or [1]),
+            lengths_R=torch.from_numpy(lengths),
+            packing=pack(lengths),
             # Position t predicts id t + 1.
             label_positions_L=torch.from_numpy(label_rows_L * longest + columns_L - 1),
             label_ids_L=torch.from_numpy(ids_RT[label_rows_L, columns_L]),
@@ -145,8 +150,8 @@ class Examples:
     def _batch_of_shared(
         self, numbers: Sequence[int], common_N: np.ndarray, pad_id: int, seed: int
     ) -> "Batch":
-        lengths = [int(length) for length in self.positions_N[list(numbers)]] or [1]
-        longest = max(lengths)
+        lengths = self.positions_N[list(numbers)] if len(numbers) else np.array([1])
+        longest = int(lengths.max())
         ids_RT = np.full((len(lengths), longest), pad_id, dtype=np.int64)
         branches_R2 = np.ones((len(lengths), 2), dtype=np.int64)
         nothing = np.zeros(0, dtype=np.int64)
@@ -166,7 +171,8 @@ class Examples:
                 sequences.append(np.full(len(places), 2 * row + side, dtype=np.int64))
         return Batch(
             ids_RT=torch.from_numpy(ids_RT),
-            lengths_R=torch.tensor(lengths),
+            lengths_R=torch.from_numpy(lengths),
+            packing=pack(lengths, branches_R2),
             label_positions_L=torch.from_numpy(np.concatenate(positions)),
             label_ids_L=torch.from_numpy(np.concatenate(labels)),
             label_sequences_L=torch.from_numpy(np.concatenate(sequences)),
@@ -205,12 +211,15 @@ class Batch:
     num_sequences: int  # S; 0 for the batch without examples
     seed: int = 0  # for what is drawn at random; the same in all micro-batches of a step
     branches_R2: Tensor | None = None  # of pairs: the columns where either answer begins
+    packing: Packing | None = None  # the same rows without padding
 
     def to(self, device: torch.device) -> "Batch":
         """The same on a device; from pinned memory, so that the copy does not stop the host."""
         if device.type == "cpu":
             return self
-        moved: dict[str, Any] = {
+        packing = None if self.packing is None else self.packing.to(device)
+        moved: dict[str, Any] = {"packing": packing}
+        moved |= {
             name: (value.pin_memory() if device.type == "cuda" else value).to(
                 device, non_blocking=True
             )
@@ -224,30 +233,90 @@ class Batch:
         zeros_S = logprobs_L.new_zeros(self.num_sequences)
         return zeros_S.index_add(0, self.label_sequences_L, logprobs_L)
 
+    def packed_positions(self) -> Tensor:
+        """``label_positions_L`` in the rows without padding."""
+        assert self.packing is not None
+        where = torch.zeros(self.ids_RT.numel(), dtype=torch.int64, device=self.ids_RT.device)
+        count_N = torch.arange(len(self.packing.sources_N), device=self.ids_RT.device)
+        where[self.packing.sources_N] = count_N
+        return where[self.label_positions_L]
+
     def position_ids(self) -> Tensor | None:
         """(R, T) for rows of pairs, in which both answers follow the prompt; else None."""
-        if self.branches_R2 is None:
-            return None
-        columns_RT, chosen_R1, rejected_R1 = self._columns(self.branches_R2)
-        positions_RT = torch.where(
-            columns_RT < rejected_R1, columns_RT, columns_RT - rejected_R1 + chosen_R1
-        )
-        # Padding would count on, and a model may know no positions beyond its longest sequence.
-        return positions_RT.masked_fill(columns_RT >= self.lengths_R[:, None], 0)
+        branches = self._branches()
+        return None if branches is None else branches.positions_BT
 
     def may_attend(self) -> Tensor | None:
         """(R, T, T), query by key, for rows of pairs: all before it but the other answer."""
+        branches = self._branches()
+        return None if branches is None else branches.may_attend_BTT
+
+    def _branches(self) -> Branches | None:
         if self.branches_R2 is None:
             return None
-        columns_RT, chosen_R1, rejected_R1 = self._columns(self.branches_R2)
-        is_rejected_RT = columns_RT >= rejected_R1
-        is_chosen_RT = (columns_RT >= chosen_R1) & ~is_rejected_RT
-        is_other_RTT = is_rejected_RT[:, :, None] & is_chosen_RT[:, None, :]
-        return (columns_RT[:, :, None] >= columns_RT[:, None, :]) & ~is_other_RTT
+        return branches_of(self.branches_R2, self.lengths_R, self.ids_RT.shape[1])
 
-    def _columns(self, branches_R2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        columns_T = torch.arange(self.ids_RT.shape[1], device=branches_R2.device)
-        return columns_T.expand(len(branches_R2), -1), branches_R2[:, :1], branches_R2[:, 1:]
+
+def branches_of(starts_R2: Tensor, lengths_R: Tensor, num_columns: int) -> Branches:
+    """Two answers behind one prompt in each row; ``starts_R2`` are the columns they begin in."""
+    columns_RT = torch.arange(num_columns, device=starts_R2.device).expand(len(starts_R2), -1)
+    chosen_R1, rejected_R1 = starts_R2[:, :1], starts_R2[:, 1:]
+    positions_RT = torch.where(
+        columns_RT < rejected_R1, columns_RT, columns_RT - rejected_R1 + chosen_R1
+    )
+    # Padding would count on, and a model may know no positions beyond its longest sequence.
+    positions_RT = positions_RT.masked_fill(columns_RT >= lengths_R[:, None], 0)
+    is_rejected_RT = columns_RT >= rejected_R1
+    is_chosen_RT = (columns_RT >= chosen_R1) & ~is_rejected_RT
+    is_other_RTT = is_rejected_RT[:, :, None] & is_chosen_RT[:, None, :]
+    may_attend_RTT = (columns_RT[:, :, None] >= columns_RT[:, None, :]) & ~is_other_RTT
+    return Branches(positions_RT, may_attend_RTT)
+
+
+# ---------------------------------------------------------------- without padding
+
+GROUP_COST = 64  # what one more group costs attention, in padded positions
+
+
+def pack(lengths_R: np.ndarray, branches_R2: np.ndarray | None = None) -> Packing:
+    """The rows laid end to end, shortest first, in groups of similar length for attention."""
+    longest = int(lengths_R.max())
+    by_length = np.argsort(lengths_R, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(lengths_R[by_length])])
+    sources = [row * longest + np.arange(lengths_R[row]) for row in by_length]
+    groups, from_groups, num_places = [], [], 0
+    for group in cut_by_length(lengths_R[by_length], len(lengths_R), GROUP_COST):
+        rows, first = by_length[group], int(starts[group[0]])
+        length = int(lengths_R[rows].max())
+        columns_BT = np.broadcast_to(np.arange(length), (len(rows), length))
+        is_token_BT = columns_BT < lengths_R[rows][:, None]
+        row_starts_B1 = (starts[group] - first)[:, None]
+        places_P = np.where(is_token_BT, row_starts_B1 + columns_BT, 0).ravel()
+        padding = np.flatnonzero(~is_token_BT)
+        branches = None
+        if branches_R2 is not None:
+            branches = branches_of(
+                torch.from_numpy(branches_R2[rows]), torch.from_numpy(lengths_R[rows]), length
+            )
+        has_gaps = len(padding) > 0
+        groups.append(
+            Group(
+                start=first,
+                end=int(starts[group[-1] + 1]),
+                num_rows=len(rows),
+                length=length,
+                places_P=torch.from_numpy(places_P) if has_gaps else None,
+                padding=torch.from_numpy(padding) if has_gaps else None,
+                branches=branches,
+            )
+        )
+        from_groups.append(num_places + np.flatnonzero(is_token_BT))
+        num_places += is_token_BT.size
+    return Packing(
+        sources_N=torch.from_numpy(np.concatenate(sources)),
+        groups=tuple(groups),
+        from_groups_N=torch.from_numpy(np.concatenate(from_groups)),
+    )
 
 
 # ---------------------------------------------------------------- cutting by length

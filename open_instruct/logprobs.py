@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,20 +22,63 @@ from torch.utils.hooks import RemovableHandle
 from transformers import Olmo2ForCausalLM, Olmo3ForCausalLM, OlmoForCausalLM
 
 from olmo_base.model.hf_weights import hf_name, model_config_of
-from olmo_base.model.transformer import Branches, Transformer
+from olmo_base.model.packing import Branches
+from olmo_base.model.transformer import Transformer
 from olmo_base.run.errors import UserError
-from open_instruct.batches import Batch, Examples
+from open_instruct.batches import Batch, Examples, pack
 from open_instruct.control_tokens import Encoded
 
 # Above this many logits at once (256 MB in float32) the head works through the labels in pieces,
 # whose logits are computed again in the backward pass instead of being kept.
 MAX_LOGITS = 2**26
+LOGITS_IN_CACHE = 2**17  # 512 KiB
 
 
 def id_logprobs(logits_LV: Tensor, ids_L: Tensor) -> Tensor:
     """Log-probability, in nats, of each id: (L,)."""
     # bf16 keeps 2-3 digits; a difference of log-probabilities needs more.
     return -F.cross_entropy(logits_LV.float(), ids_L, reduction="none")
+
+
+class _OwnIdLogprobs(torch.autograd.Function):
+    """``id_logprobs`` in the memory of the logits, which are lost.
+
+    Of p, the softmax, and y, the label's one-hot row, the gradient of log p(y) is y - p. Rows are
+    taken in pieces that stay in cache, so that a pass over logits is not a pass over memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_LV: Tensor, ids_L: Tensor) -> tuple[Tensor, Tensor]:
+        logprobs_L1 = logits_LV.new_empty(len(ids_L), 1)
+        totals_L1 = torch.empty_like(logprobs_L1)
+        for here in _pieces_in_cache(logits_LV):
+            piece_CV = logits_LV[here]
+            piece_CV -= piece_CV.amax(-1, keepdim=True)
+            chosen_C1 = piece_CV.gather(1, ids_L[here, None])
+            totals_L1[here] = piece_CV.exp_().sum(-1, keepdim=True)
+            logprobs_L1[here] = chosen_C1 - totals_L1[here].log()
+        ctx.mark_dirty(logits_LV)
+        ctx.save_for_backward(logits_LV, totals_L1, ids_L)
+        ctx.set_materialize_grads(False)
+        return logprobs_L1.squeeze(1), logits_LV
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, None]:
+        exps_LV, totals_L1, ids_L = ctx.saved_tensors
+        if grads[0] is None:
+            return None, None
+        grad_L1 = grads[0][:, None]
+        for here in _pieces_in_cache(exps_LV):
+            exps_LV[here] *= -grad_L1[here] / totals_L1[here]
+            exps_LV[here].scatter_add_(1, ids_L[here, None], grad_L1[here])
+        return exps_LV, None
+
+
+def _pieces_in_cache(logits_LV: Tensor) -> list[slice]:
+    rows = len(logits_LV)
+    if logits_LV.device.type == "cpu":
+        rows = max(1, LOGITS_IN_CACHE // logits_LV.shape[1])
+    return [slice(start, start + rows) for start in range(0, len(logits_LV), max(1, rows))]
 
 
 def mean_logprob(logits_LV: Tensor) -> Tensor:
@@ -80,7 +124,12 @@ def head_logprobs(
     """``label_scores`` of each id under ``head``, never keeping more than ``max_logits`` logits."""
 
     def piece(hidden: Tensor, ids: Tensor) -> Tensor:
-        return label_scores(head(hidden), ids, statistic)
+        logits_LV = head(hidden)
+        if statistic is not None:
+            return label_scores(logits_LV, ids, statistic)
+        # Nobody else reads them, and a linear map's backward pass does not either.
+        logprobs_L, _ = _OwnIdLogprobs.apply(logits_LV.float(), ids)
+        return logprobs_L
 
     rows = max(1, max_logits // vocabulary_size(head))
     if len(ids_L) <= rows:
@@ -141,11 +190,13 @@ class NativeThenHead:
     """The body of an OLMo as ``olmo_base`` computes it, then the head at the labels.
 
     Its weights are those of the transformers model, so that whatever trains, keeps or writes the
-    latter knows nothing of it. It needs no mask from outside.
+    latter knows nothing of it. It needs no mask from outside. ``packs``: rows are laid end to end,
+    so that only attention computes padding.
     """
 
-    def __init__(self, native: Transformer) -> None:
+    def __init__(self, native: Transformer, *, packs: bool) -> None:
         self._native = native
+        self._packs = packs
 
     def __call__(
         self, model: nn.Module, batch: Batch, mask: Tensor | None, statistic: str | None = None
@@ -153,12 +204,17 @@ class NativeThenHead:
         """As the other ways."""
         body = model.get_decoder()  # type: ignore[operator]
         self._native.gradient_checkpointing = model.training and body.gradient_checkpointing
-        positions_RT, may_attend_RTT = batch.position_ids(), batch.may_attend()
-        branches = None
-        if positions_RT is not None and may_attend_RTT is not None:
-            branches = Branches(positions_RT, may_attend_RTT)
-        hidden = self._native(batch.ids_RT, branches=branches)
-        hidden_LD = hidden.flatten(0, 1).index_select(0, batch.label_positions_L)
+        if self._packs:
+            assert batch.packing is not None
+            hidden_ND = self._native.packed(batch.ids_RT, batch.packing)
+            hidden_LD = hidden_ND.index_select(0, batch.packed_positions())
+        else:
+            positions_RT, may_attend_RTT = batch.position_ids(), batch.may_attend()
+            branches = None
+            if positions_RT is not None and may_attend_RTT is not None:
+                branches = Branches(positions_RT, may_attend_RTT)
+            hidden = self._native(batch.ids_RT, branches=branches)
+            hidden_LD = hidden.flatten(0, 1).index_select(0, batch.label_positions_L)
         head = model.get_output_embeddings()  # type: ignore[operator]
         return head_logprobs(hidden_LD, batch.label_ids_L, head, MAX_LOGITS, statistic)
 
@@ -194,6 +250,7 @@ def native_over(model: Any) -> Transformer | None:
 
 Way = Callable[[nn.Module, Batch, Tensor | None, str | None], Tensor]
 NATIVE = "the native OLMo, head at the labels"
+PACKED = "the native OLMo without padding, head at the labels"
 WAYS: dict[str, Way] = {
     "head at the labels": hidden_then_head,
     "the model's own logits at the labels": model_at_labels,
@@ -223,11 +280,14 @@ class LabelLogprobs(Wrapped):
         model: nn.Module,
         precision: Callable[[], AbstractContextManager[object]] = nullcontext,
         tolerance: float = 1e-3,
+        *,
+        packs: bool = True,
     ) -> None:
         """Errors: UserError if no way reproduces the model's own logits.
 
         ``precision`` opens the context the model computes in (autocast); ``tolerance`` is what its
-        rounding may change a log-probability by, in nats, where logits spread over 20.
+        rounding may change a log-probability by, in nats, where logits spread over 20. ``packs``:
+        leave padding out where the model can.
         """
         super().__init__()
         self.model = model
@@ -235,9 +295,16 @@ class LabelLogprobs(Wrapped):
         native = native_over(model)
         self.ways: dict[str, Way] = dict(WAYS)
         if native is not None:
-            self.ways = {NATIVE: NativeThenHead(native), **WAYS}
+            self.ways = {NATIVE: NativeThenHead(native, packs=False), **WAYS}
+            if packs:
+                self.ways = {PACKED: NativeThenHead(native, packs=True), **self.ways}
         self.way, self.needs_mask = find_way(model, precision, tolerance, self.ways)
         self.pair_mask: str | None = None
+
+    @property
+    def packs(self) -> bool:
+        """Whether rows are computed without padding, so that unlike lengths cost nothing."""
+        return self.way == PACKED
 
     def forward(self, batch: Batch, statistic: str | None = None) -> Tensor:
         """(L,) float32, in the order of ``batch.label_ids_L``.
@@ -327,6 +394,7 @@ def _probe(model: nn.Module) -> Batch:
         label_sequences_L=rows_L,
         examples=torch.tensor([0, 1], device=device),
         num_sequences=2,
+        packing=pack(np.array(lengths)).to(device),
     )
 
 
@@ -386,7 +454,7 @@ def find_pair_mask(logprobs: LabelLogprobs, pairs: Examples) -> str:
     shared = pairs.sharing_prompts()
     longest = int(shared.positions_N.max())
     reach = _reach(model.config.get_text_config())
-    is_windowed = logprobs.way == NATIVE  # as if the two were apart
+    is_windowed = logprobs.way in (NATIVE, PACKED)  # as if the two were apart
     if reach is not None and longest > reach and not is_windowed:
         return f"its attention reaches back {reach:,} tokens, and the longest pair has {longest:,}"
     farthest = [int(shared.positions_N.argmax())]
@@ -431,7 +499,8 @@ def _agree(
     if is_blind:
         assert shared.branches_R2 is not None
         nowhere_R2 = torch.full_like(shared.branches_R2, shared.ids_RT.shape[1])
-        shared = replace(shared, branches_R2=nowhere_R2)
+        plain = pack(shared.lengths_R.cpu().numpy()).to(device)
+        shared = replace(shared, branches_R2=nowhere_R2, packing=plain)
     handle = _amplify_head(model, apart)
     try:
         apart_L = way(model, apart, padding_mask(apart) if logprobs.needs_mask else None, None)

@@ -65,6 +65,9 @@ class MeasuredLoss:
 Loss = SummedLoss | MeasuredLoss
 
 
+Batching = Literal["auto", "packed", "grouped"]
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """How examples become optimizer steps. One step sees batch size x accumulation x ranks."""
@@ -78,6 +81,11 @@ class TrainConfig:
         0, low=0, changes_result=False, help="0: held-out examples at the start and the end only"
     )
     bf16: bool | Literal["auto"] = setting("auto", help="auto: on GPUs that compute in it")
+    batching: Batching = setting(
+        "auto",
+        help="packed: rows end to end without padding; grouped: rows of similar length, padded; "
+        "auto: packed where the model can",
+    )
     early_stopping_patience: int | None = setting(
         None, low=1, help="evaluations without a lower held-out loss after which training ends"
     )
@@ -107,6 +115,8 @@ class TrainConfig:
         """Whether the held-out loss decides the result."""
         return self.load_best_model_at_end or self.early_stopping_patience is not None
 
+
+NEVER = 2.0**40  # a cost that no saved padding makes good
 
 # ---------------------------------------------------------------- the processes of a run
 
@@ -140,17 +150,23 @@ class Workers:
         """The context that a forward pass computes in."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
 
-    def place(self, model: PreTrainedModel) -> LabelLogprobs:
+    def place(self, model: PreTrainedModel, batching: Batching = "auto") -> LabelLogprobs:
         """The model on this rank's device, computing label log-probabilities.
 
-        Errors: UserError if it is no causal language model.
+        Errors: UserError if it is no causal language model, or cannot do what ``batching`` says.
         """
         is_quantised = getattr(model, "is_quantized", False)
         if not is_quantised:  # such a model was loaded onto the device
             model.to(self.device)  # type: ignore[arg-type]
         # nats, where logits spread over 20
         tolerance = 1.0 if self.bf16 or is_quantised else 1e-3
-        return LabelLogprobs(model, self.precision, tolerance)
+        placed = LabelLogprobs(model, self.precision, tolerance, packs=batching != "grouped")
+        if batching == "packed" and not placed.packs:
+            raise UserError(
+                f"batching: packed, but {type(model).__name__} is computed by {placed.way}, "
+                "which pads. Set batching: auto, which groups rows by length where it must."
+            )
+        return placed
 
     def share(self, model: Wrapped) -> nn.Module:
         """The same model, its gradients averaged over the ranks."""
@@ -183,8 +199,13 @@ class Workers:
         """Until every rank is here."""
         self._accelerator.wait_for_everyone()
 
-    def cost_of_cut(self) -> float:
-        """What one more micro-batch costs on this device, in padded positions."""
+    def cost_of_cut(self, *, packs: bool) -> float:
+        """What one more micro-batch costs on this device, in padded positions.
+
+        A model that ``packs`` has none to save.
+        """
+        if packs:
+            return NEVER
         return MICRO_BATCH_COST["cpu" if self.device.type == "cpu" else "cuda"]
 
 

@@ -408,7 +408,7 @@ def run(recipe: PreferenceRecipe) -> RunFolder:
         held_out_examples = learnt(sets["held out"])
         held_out = HeldOut(held_out_examples, len(held_out_examples), losses["held out"])
     examples = learnt(sets["train"])
-    steps = steps_for(recipe, workers, examples, np.ones(len(examples)))
+    steps = steps_for(recipe, workers, examples, np.ones(len(examples)), packs=model.logprobs.packs)
     kind = "rated answers" if recipe.loss.is_rated else "pairs"
     folder.log(
         f"{len(examples):,} {kind}, {examples.num_tokens:,} tokens; {steps.total:,} steps of "

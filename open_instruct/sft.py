@@ -206,7 +206,13 @@ def run(recipe: SftRecipe) -> RunFolder:
         held_out = HeldOut(opened.held_out, opened.held_out.num_labels, summed_loss)
 
     model = Model(recipe, workers, folder, longest=int(examples.lengths_NW.max()))
-    steps = steps_for(recipe, workers, examples, terms_per_dialogue(recipe.loss, examples))
+    steps = steps_for(
+        recipe,
+        workers,
+        examples,
+        terms_per_dialogue(recipe.loss, examples),
+        packs=model.logprobs.packs,
+    )
     loss = training_loss(recipe.loss, model.language_model.get_input_embeddings())
     folder.log(
         f"{len(examples):,} dialogues, {examples.num_tokens:,} tokens, {examples.num_labels:,} of "

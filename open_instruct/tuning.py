@@ -269,7 +269,7 @@ class Model:
         check_lengths(longest, self.language_model.config, name)
         if is_adapted(self.language_model):
             folder.log(about_adapter(self.language_model))
-        self.logprobs: LabelLogprobs = workers.place(self.language_model)
+        self.logprobs: LabelLogprobs = workers.place(self.language_model, recipe.train.batching)
 
     def sample_log(
         self,
@@ -306,16 +306,21 @@ def about_adapter(adapted: Any) -> str:
 
 
 def steps_for(
-    recipe: TuningRecipe, workers: Workers, examples: Examples, terms_per_example: np.ndarray
+    recipe: TuningRecipe,
+    workers: Workers,
+    examples: Examples,
+    terms_per_example: np.ndarray,
+    *,
+    packs: bool = False,
 ) -> Steps:
-    """The optimizer steps of a run over these examples."""
+    """The optimizer steps of a run over these examples; ``packs``: whether its model does."""
     return steps_of(
         examples,
         terms_per_example,
         recipe.train,
         seed=recipe.run.seed,
         num_ranks=workers.num_ranks,
-        cost_of_cut=workers.cost_of_cut(),
+        cost_of_cut=workers.cost_of_cut(packs=packs),
     )
 
 

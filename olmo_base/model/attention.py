@@ -7,7 +7,7 @@ K key/value heads, h channels of one head.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from olmo_base.model.context import SplitContext
 from olmo_base.model.feed_forward import INIT_STD, Linear, RMSNorm, to_matmul_dtype
+from olmo_base.model.packing import Packing
 from olmo_base.model.rope import rotate
 
 MAX_BLOCKED_LENGTH = 1024  # the CPU training path keeps H*T*T/2 probabilities per row and layer
@@ -273,6 +274,13 @@ class Tree:
     prefix: SharedPrefix | None = None
 
 
+class Sight(NamedTuple):
+    """What layers that see equally far share: how positions turn, and who sees whom."""
+
+    rotation: tuple[Tensor, Tensor]  # cosines and sines, Th or B1Th
+    may_attend: Tensor | None  # B1TS; None for plain causality
+
+
 class Attention(nn.Module):
     """Multi-head attention with fewer key/value heads if asked (GQA), RoPE, and QK-norm.
 
@@ -316,22 +324,53 @@ class Attention(nn.Module):
     ) -> Tensor:
         """BTD to BTD. ``may_attend`` is B1TS or None for plain causality."""
         x_BTD = to_matmul_dtype(x_BTD)
-        v_BKTh = self._heads(self._clipped(self.v_proj(x_BTD))).transpose(1, 2)
+        v_BTD = self._clipped(self.v_proj(x_BTD))
         # Nested, so that nothing before the rotation stays in memory through attention.
-        q_BHTh = rotate(
-            self._heads(self.q_norm(self._clipped(self.q_proj(x_BTD)))), *rotation, v_BKTh.dtype
+        return self.o_proj(
+            self._mix(
+                self.q_norm(self._clipped(self.q_proj(x_BTD))),
+                self.k_norm(self._clipped(self.k_proj(x_BTD))),
+                v_BTD,
+                Sight(rotation, may_attend),
+                cache,
+                layer,
+            )
         )
-        k_BKTh = rotate(
-            self._heads(self.k_norm(self._clipped(self.k_proj(x_BTD)))), *rotation, v_BKTh.dtype
+
+    def packed(self, x_ND: Tensor, packing: Packing, sights: Sequence[Sight]) -> Tensor:
+        """ND to ND: rows laid end to end, each group of them with its ``Sight``."""
+        x_ND = to_matmul_dtype(x_ND)
+        v_ND = self._clipped(self.v_proj(x_ND))
+        parts = zip(
+            packing.apart(self.q_norm(self._clipped(self.q_proj(x_ND)))),
+            packing.apart(self.k_norm(self._clipped(self.k_proj(x_ND)))),
+            packing.apart(v_ND),
+            sights,
+            strict=True,
         )
+        mixed = [self._mix(q_BTD, k_BTD, v_BTD, sight) for q_BTD, k_BTD, v_BTD, sight in parts]
+        return self.o_proj(packing.together(mixed))
+
+    def _mix(
+        self,
+        q_BTD: Tensor,
+        k_BTD: Tensor,
+        v_BTD: Tensor,
+        sight: Sight,
+        cache: KeyValueCache | SharedPrefix | SplitContext | None = None,
+        layer: int = 0,
+    ) -> Tensor:
+        v_BKTh = self._heads(v_BTD).transpose(1, 2)
+        q_BHTh = rotate(self._heads(q_BTD), *sight.rotation, v_BKTh.dtype)
+        k_BKTh = rotate(self._heads(k_BTD), *sight.rotation, v_BKTh.dtype)
         if isinstance(cache, SplitContext):
-            mixed_BHTh = cache.attend(q_BHTh, k_BKTh, v_BKTh, may_attend)
-        else:
-            is_causal = may_attend is None and x_BTD.shape[1] > 1
-            if cache is not None:
-                k_BKTh, v_BKTh = cache.append(layer, k_BKTh, v_BKTh)
-            mixed_BHTh = attend(q_BHTh, k_BKTh, v_BKTh, may_attend, is_causal=is_causal)
-        return self.o_proj(mixed_BHTh.transpose(1, 2).flatten(2))
+            mixed_BHTh = cache.attend(q_BHTh, k_BKTh, v_BKTh, sight.may_attend)
+            return mixed_BHTh.transpose(1, 2).flatten(2)
+        is_causal = sight.may_attend is None and q_BTD.shape[1] > 1
+        if cache is not None:
+            k_BKTh, v_BKTh = cache.append(layer, k_BKTh, v_BKTh)
+        mixed_BHTh = attend(q_BHTh, k_BKTh, v_BKTh, sight.may_attend, is_causal=is_causal)
+        return mixed_BHTh.transpose(1, 2).flatten(2)
 
     def _heads(self, x_BTD: Tensor) -> Tensor:
         return x_BTD.unflatten(-1, (-1, self.head_dim))

@@ -18,7 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from olmo_base.model.attention import Attention, KeyValueCache, SharedPrefix, Tree, window_mask
+from olmo_base.model.attention import (
+    Attention,
+    KeyValueCache,
+    SharedPrefix,
+    Sight,
+    Tree,
+    window_mask,
+)
 from olmo_base.model.context import SplitContext
 from olmo_base.model.feed_forward import (
     INIT_STD,
@@ -28,6 +35,7 @@ from olmo_base.model.feed_forward import (
     Linear,
     RMSNorm,
 )
+from olmo_base.model.packing import Branches, Packing
 from olmo_base.model.rope import RotaryTable, Yarn
 from olmo_base.run.errors import UserError
 
@@ -242,20 +250,6 @@ def new_norm(config: ModelConfig) -> nn.Module:
     return RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
-class Sight(NamedTuple):
-    """What layers that see equally far share: how positions turn, and who sees whom."""
-
-    rotation: tuple[Tensor, Tensor]  # cosines and sines, Th or B1Th
-    may_attend: Tensor | None  # B1TS; None for plain causality
-
-
-class Branches(NamedTuple):
-    """Where the tokens of a row stand in their own sequences, and which others belong to those."""
-
-    positions_BT: Tensor
-    may_attend_BTT: Tensor  # query by key; windows are added to it
-
-
 class Block(nn.Module):
     """One layer: attention, then feed-forward, each normed on its way in (OLMo-1) or out."""
 
@@ -294,6 +288,14 @@ class Block(nn.Module):
         mixed_BTD = self.attention(x_BTD, rotation, may_attend, cache, layer)
         x_BTD = x_BTD + self.attention_norm(mixed_BTD)
         return x_BTD + self.feed_forward_norm(self.feed_forward(x_BTD))
+
+    def packed(self, x_ND: Tensor, packing: Packing, sights: list[Sight]) -> Tensor:
+        """ND to ND: rows laid end to end."""
+        if self.norms_inputs:
+            x_ND = x_ND + self.attention.packed(self.attention_norm(x_ND), packing, sights)
+            return x_ND + self.feed_forward(self.feed_forward_norm(x_ND))
+        x_ND = x_ND + self.attention_norm(self.attention.packed(x_ND, packing, sights))
+        return x_ND + self.feed_forward_norm(self.feed_forward(x_ND))
 
 
 class Transformer(nn.Module):
@@ -369,6 +371,27 @@ class Transformer(nn.Module):
             cache.advance(ids_BT.shape[1])
         return self.norm(x_BTD)
 
+    def packed(self, ids_BT: Tensor, packing: Packing) -> Tensor:
+        """Hidden states after the final norm of padded rows, at their tokens only, ND.
+
+        Errors: UserError if a row is longer than the model was made for.
+        """
+        sights: dict[int | None, list[Sight]] = {window: [] for window in self.windows}
+        for group in packing.groups:
+            if group.branches is not None:
+                found = self._sights_of_branches(group.branches)
+            else:
+                found = self._sights_of_rows(group.length, ids_BT.device)
+            for window, sight in found.items():
+                sights[window].append(sight)
+        x_ND = self.embed_tokens(ids_BT).flatten(0, 1).index_select(0, packing.sources_N)
+        for window, layer in zip(self.windows, self.layers, strict=True):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x_ND = checkpoint(layer.packed, x_ND, packing, sights[window], use_reentrant=False)
+            else:
+                x_ND = layer.packed(x_ND, packing, sights[window])
+        return self.norm(x_ND)
+
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Next-token logits, BTV, of hidden states of any leading shape."""
         return F.linear(hidden_BTD, self.output_weight)
@@ -417,15 +440,21 @@ class Transformer(nn.Module):
         if cache is not None:
             assert document_ids_BT is None, "a cache holds one document per row"
             return self.sights_after(cache, num_positions)
-        self._check_length(num_positions)
         is_same_B1TT = None
         if document_ids_BT is not None:
             is_same_BTT = document_ids_BT[:, :, None] == document_ids_BT[:, None, :]
             is_same_B1TT = is_same_BTT.tril()[:, None]
+        return self._sights_of_rows(num_positions, ids_BT.device, is_same_B1TT)
+
+    def _sights_of_rows(
+        self, num_positions: int, device: torch.device, is_same_B1TT: Tensor | None = None
+    ) -> dict[int | None, Sight]:
+        """By window, of rows that begin at position 0."""
+        self._check_length(num_positions)
         sights = {}
         for window, table in self.rotary_tables.items():
-            cos_Sh, sin_Sh = table(num_positions, ids_BT.device)
-            near_TT = window_mask(num_positions, window, ids_BT.device)
+            cos_Sh, sin_Sh = table(num_positions, device)
+            near_TT = window_mask(num_positions, window, device)
             may_attend = is_same_B1TT
             if near_TT is not None:
                 may_attend = near_TT[None, None] if may_attend is None else may_attend & near_TT

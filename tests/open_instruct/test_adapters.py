@@ -121,7 +121,8 @@ def test_an_adapter_run_learns_and_leaves_a_folder_that_peft_and_transformers_re
         "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "manifest.json",
         "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "recipe.yaml",
     }  # fmt: skip
-    assert not names & {"config.json", "model.safetensors", "model.tmp", "README.md"}
+    assert not names & {"config.json", "model.safetensors", "model.tmp"}
+    assert "made by the stage `sft`" in (run.path / "README.md").read_text()  # not peft's card
     settings = json.loads((run.path / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(folder / "base")  # from any folder
     assert (settings["r"], settings["lora_alpha"], settings["lora_dropout"]) == (4, 8, 0.0)

@@ -11,6 +11,7 @@ from open_instruct.batches import (
     cut_by_length,
     epoch_order,
     evaluation_batches,
+    pack,
 )
 
 
@@ -236,3 +237,26 @@ def test_evaluation_sees_every_example_once_over_all_ranks():
     ]
     seen = sorted(n for share in shares for batch in share for n in batch.examples.tolist())
     assert seen == [0, 1, 2, 3, 4]
+
+
+def test_rows_end_to_end_lose_no_token_and_repeat_none():
+    random = np.random.default_rng(3)
+    for number in (1, 2, 7, 40):
+        lengths = random.integers(1, 200, size=number)
+        packing = pack(lengths)
+        columns_RT = np.arange(lengths.max())[None, :] < lengths[:, None]
+        assert sorted(packing.sources_N.tolist()) == np.flatnonzero(columns_RT).tolist()
+        assert sum(group.num_rows for group in packing.groups) == number
+        ends = [group.end for group in packing.groups]
+        assert [group.start for group in packing.groups] == [0, *ends[:-1]]
+        assert ends[-1] == lengths.sum()
+
+
+def test_labels_are_found_in_rows_end_to_end():
+    examples = examples_of_lengths([30, 4, 200, 5, 5])
+    batch = examples.batch([2, 0, 4, 1, 3])
+    assert batch.packing is not None
+    ids_N = batch.ids_RT.flatten()[batch.packing.sources_N]
+    positions_L = batch.packed_positions()
+    # All ids differ and count up within a row, so a label is its predecessor and one.
+    assert (ids_N[positions_L] + 1).tolist() == batch.label_ids_L.tolist()

@@ -54,7 +54,8 @@ TINY: dict[str, Any] = dict(
     bos_token_id=1,
     eos_token_id=2,
 )
-NATIVE = "the native OLMo, head at the labels"
+NATIVE = "the native OLMo without padding, head at the labels"
+PADDED = "the native OLMo, head at the labels"
 HEAD, OWN = "head at the labels", "the model's own logits at the labels"
 
 
@@ -483,4 +484,40 @@ def test_a_sliding_window_longer_than_every_pair_does_not_matter():
         logprobs(pairs.batch([5, 0])),
         atol=1e-5,
         rtol=0,
+    )
+
+
+def test_an_olmo_computes_the_same_with_and_without_padding():
+    torch.manual_seed(0)
+    model = olmo2().eval()
+    found = []
+    for packs, way in ((True, NATIVE), (False, PADDED)):
+        logprobs = LabelLogprobs(model, packs=packs)
+        assert (logprobs.way, logprobs.packs) == (way, packs)
+        model.zero_grad()
+        values = logprobs(a_batch())
+        (-values.mean()).backward()
+        found.append((values.detach(), [weight.grad.clone() for weight in model.parameters()]))
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("rows_in_cache", [1, 3, 100])
+def test_log_probabilities_in_the_memory_of_the_logits_equal_cross_entropy(
+    monkeypatch, rows_in_cache
+):
+    monkeypatch.setattr("open_instruct.logprobs.LOGITS_IN_CACHE", rows_in_cache * 11)
+    torch.manual_seed(0)
+    head = torch.nn.Linear(5, 11).double()
+    hidden_LD = (30 * torch.randn(7, 5)).double().requires_grad_()
+    ids_L = torch.arange(7) % 11
+    weights_L = torch.randn(7)
+    found_L = head_logprobs(hidden_LD, ids_L, head, max_logits=10**6)
+    expected_L = -torch.nn.functional.cross_entropy(head(hidden_LD), ids_L, reduction="none")
+    torch.testing.assert_close(found_L, expected_L.float(), atol=1e-5, rtol=1e-6)
+    inputs = [hidden_LD, head.weight, head.bias]
+    torch.testing.assert_close(
+        torch.autograd.grad((found_L * weights_L).sum(), inputs),
+        torch.autograd.grad((expected_L * weights_L).sum(), inputs),
+        atol=1e-4,
+        rtol=1e-5,
     )

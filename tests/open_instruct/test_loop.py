@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from olmo_base.optim import OptimConfig
 from olmo_base.run.artefact import RunConfig, RunFolder
@@ -433,3 +434,21 @@ def test_two_processes_end_with_the_weights_of_one(tmp_path, monkeypatch):
             timed = {"seconds", "tokens_per_second", "eval_accuracy"}
             for key in ours.keys() - timed:
                 assert theirs[key] == pytest.approx(ours[key], abs=1e-4), (stage, key)
+
+
+def test_batching_packed_is_refused_in_words_where_the_model_pads():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=61,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        pad_token_id=0,
+    )
+    workers = Workers(False)
+    with pytest.raises(UserError, match=r"batching: packed, but LlamaForCausalLM .* pads"):
+        workers.place(LlamaForCausalLM(config), "packed")
+    assert not workers.place(LlamaForCausalLM(config), "auto").packs
+    assert workers.place(tiny_olmo2(), "packed").packs
+    assert not workers.place(tiny_olmo2(), "grouped").packs
