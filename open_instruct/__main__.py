@@ -152,6 +152,12 @@ def _ask(model: Path, question: str) -> None:
     metavar="URL",
     help="Talk with a running server, such as http://127.0.0.1:8000; MODEL is a name there.",
 )
+@click.option(
+    "--adapter",
+    metavar="DIR",
+    help="Put this adapter on MODEL; without MODEL on the base that it names.",
+)
+@click.option("--load-in-4bit", is_flag=True, help="Keep the weights in 4 bits (bitsandbytes).")
 @click.option("--system", metavar="TEXT", help="A system prompt, before the first turn.")
 @click.option(
     "--temperature",
@@ -180,6 +186,8 @@ def chat(
     prompt: str | None,
     compare: str | None,
     url: str | None,
+    adapter: str | None,
+    load_in_4bit: bool,
     system: str | None,
     temperature: float,
     top_p: float,
@@ -199,6 +207,8 @@ def chat(
         prompt=prompt,
         compare=compare,
         url=url,
+        adapter=adapter,
+        load_in_4bit=load_in_4bit,
         system=system,
         temperature=temperature,
         top_p=top_p,
