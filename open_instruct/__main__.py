@@ -5,6 +5,7 @@ manifest says whether its run is finished); 2 something the user can mend; 130 s
 143 by SIGTERM where there was nothing to save. A traceback (exit code 1) is a bug of ours.
 """
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -70,7 +71,8 @@ def run(recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:
     folder = stage.run(resolved)
     was_finished = before is not None and before.get("status") == "finished"
     done = "was finished before; nothing was done" if was_finished else "is finished"
-    click.echo(f"{folder.path} {done}", err=True)
+    if folder.is_main:
+        click.echo(f"{folder.path} {done}", err=True)
 
 
 class Terminated(BaseException):
@@ -541,6 +543,12 @@ def merge(models: tuple[str, ...], out: str, average: bool) -> None:
 # ---------------------------------------------------------------- errors out
 
 
+def _rank_prefix() -> str:
+    from olmo_base.run.launch import rank_prefix
+
+    return rank_prefix()
+
+
 def _complain(message: str) -> None:
     click.secho(message, fg="red" if sys.stderr.isatty() else None, err=True)
 
@@ -567,10 +575,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGTERM
     except Stopped as error:
         where = f": {error.where}" if error.where else ""
-        _complain(f"Stopped{where}. {GO_ON}")
+        if os.environ.get("RANK", "0") == "0":  # of several ranks, one tells
+            _complain(f"Stopped{where}. {GO_ON}")
         return error.exit_code
     except UserError as error:
-        _complain(str(error))
+        _complain(_rank_prefix() + str(error))
         return 2
     except Exception as error:
         problem = machine_error(error)
