@@ -20,7 +20,7 @@ from olmo_base.corpus.shards import Place, Shard
 from olmo_base.corpus.warmup import StepSizes, WarmupConfig
 from olmo_base.model.hf_weights import read_model_config
 from olmo_base.model.presets import ModelShape, padded_vocab_size
-from olmo_base.model.transformer import ModelConfig
+from olmo_base.model.transformer import ModelConfig, Recomputation
 from olmo_base.optim import OptimConfig, Schedule
 from olmo_base.parallel import ParallelConfig, Ranks
 from olmo_base.run.artefact import RunConfig, model_files, sha256_file
@@ -94,7 +94,11 @@ class PretrainRecipe:
     optim: PretrainOptim = field(default_factory=PretrainOptim)
     z_loss: float = setting(0.0, low=0)  # OLMo-2 used 1e-5
     bf16: bool | Literal["auto"] = "auto"
-    gradient_checkpointing: bool = setting(False, changes_result=False)
+    gradient_checkpointing: bool | Recomputation = setting(
+        False, changes_result=False, help="false or none, selective, true or full"
+    )
+    torch_compile: bool = setting(False, help="compile each layer; the same to rounding")
+    float8: bool = setting(False, help="matrix products in 8 bits, through torchao on a GPU")
     per_device_eval_batch_size: int = setting(8, low=1, changes_result=False)
     eval_steps: int = setting(0, low=0, changes_result=False)  # 0: at the start and the end only
     max_eval_tokens: int = setting(200_000, low=1)  # held-out tokens looked at each time

@@ -5,6 +5,7 @@ manifest says whether its run is finished); 2 something the user can mend; 130 s
 143 by SIGTERM where there was nothing to save. A traceback (exit code 1) is a bug of ours.
 """
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -69,7 +70,8 @@ def run(recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:
     folder = stage.run(resolved)
     was_finished = before is not None and before.get("status") == "finished"
     done = "was finished before; nothing was done" if was_finished else "is finished"
-    click.echo(f"{folder.path} {done}", err=True)
+    if folder.is_main:
+        click.echo(f"{folder.path} {done}", err=True)
 
 
 class Terminated(BaseException):
@@ -149,6 +151,12 @@ def _ask(model: Path, question: str) -> None:
     metavar="URL",
     help="Talk with a running server, such as http://127.0.0.1:8000; MODEL is a name there.",
 )
+@click.option(
+    "--adapter",
+    metavar="DIR",
+    help="Put this adapter on MODEL; without MODEL on the base that it names.",
+)
+@click.option("--load-in-4bit", is_flag=True, help="Keep the weights in 4 bits (bitsandbytes).")
 @click.option("--system", metavar="TEXT", help="A system prompt, before the first turn.")
 @click.option(
     "--temperature",
@@ -177,6 +185,8 @@ def chat(
     prompt: str | None,
     compare: str | None,
     url: str | None,
+    adapter: str | None,
+    load_in_4bit: bool,
     system: str | None,
     temperature: float,
     top_p: float,
@@ -196,6 +206,8 @@ def chat(
         prompt=prompt,
         compare=compare,
         url=url,
+        adapter=adapter,
+        load_in_4bit=load_in_4bit,
         system=system,
         temperature=temperature,
         top_p=top_p,
@@ -554,6 +566,12 @@ def push(model: str, name: str, public: bool) -> None:
 # ---------------------------------------------------------------- errors out
 
 
+def _rank_prefix() -> str:
+    from olmo_base.run.launch import rank_prefix
+
+    return rank_prefix()
+
+
 def _complain(message: str) -> None:
     click.secho(message, fg="red" if sys.stderr.isatty() else None, err=True)
 
@@ -580,10 +598,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGTERM
     except Stopped as error:
         where = f": {error.where}" if error.where else ""
-        _complain(f"Stopped{where}. {GO_ON}")
+        if os.environ.get("RANK", "0") == "0":  # of several ranks, one tells
+            _complain(f"Stopped{where}. {GO_ON}")
         return error.exit_code
     except UserError as error:
-        _complain(str(error))
+        _complain(_rank_prefix() + str(error))
         return 2
     except Exception as error:
         problem = machine_error(error)

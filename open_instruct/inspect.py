@@ -278,7 +278,7 @@ def _facts(sequences: Sequence[Encoded], counts: ExampleCounts, is_final: bool) 
     share = num_learnt / num_tokens if num_tokens else 0.0
     lines = [f"{num_tokens:,} tokens, {num_learnt:,} of them learnt ({share:.1%})"]
     if is_final:
-        split = f", made of {counts.split:,} that were split" if counts.split else ""
+        split = f"; {counts.split:,} longer dialogues were split" if counts.split else ""
         lines.append(
             f"{counts.used:,} examples used, {counts.truncated:,} of them truncated{split}"
         )

@@ -121,7 +121,7 @@ def test_the_second_stage_of_a_published_model_is_planned_from_its_first(
     assert "# memory_bytes" in capsys.readouterr().out
     _, recipe = load_stage_recipe(path, [f"root={tmp_path}"])
     tokens, rate = STAGE_2[name]
-    planned = plan(recipe)
+    planned: dict[str, Any] = plan(recipe)
     assert planned["tokens"] == pytest.approx(tokens, rel=0.001)
     assert planned["parameters"] == num_parameters(config)
     steps = planned["steps"]

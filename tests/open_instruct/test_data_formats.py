@@ -81,11 +81,11 @@ def stages_of(name: str) -> list[tuple[Any, type, dict[str, Any]]]:
 
 @pytest.mark.parametrize("name", sorted(FIGURES))
 def test_real_files_load_as_they_are_through_a_recipe(name, models, tmp_path):
-    # Of some files every row is tokenised: the figures of all would take half a minute.
+    # Of some files every row is tokenised: the figures of all would take too long.
     template, rows, used = FIGURES[name][1], number(FIGURES[name][2]), number(FIGURES[name][3])
     is_whole = rows <= 500 and name.startswith("dialogues")
     for module, recipe_class, keys in stages_of(name):
-        recipe = load_recipe(
+        recipe: Any = load_recipe(
             recipe_class,
             write_recipe(
                 tmp_path / "recipe.yaml",

@@ -15,6 +15,7 @@ from open_instruct import sft
 from open_instruct.causal_lm import ModelConfig
 from open_instruct.encode import ChatEncoder, find_template, load_chat_encoder
 from open_instruct.examples import DataConfig, Source
+from open_instruct.loop import TrainConfig
 from open_instruct.sft import SftRecipe
 from open_instruct.tokenised import (
     DataReport,
@@ -262,3 +263,31 @@ def test_repeated_rows_and_held_out_ones_are_counted(tmp_path, tulu):
         tokenised_dialogues(sources, tulu, recipe, ExampleCounts(), report)
     assert report.num_repeated == 1
     assert report.overlap() == (2, 6)  # each row is taken twice
+
+
+def test_the_manifest_and_the_run_folder_say_what_became_of_the_data(tmp_path, data):
+    save_tiny_model(tmp_path / "base")
+    evaluation = write(tmp_path / "eval.jsonl", {"x": LONG})
+    leaked = write(tmp_path / "leaked.jsonl", turns(user(LONG), assistant("a")))
+    recipe = replace(
+        recipe_for(tmp_path, data, leaked, decontaminate_against=(evaluation,)),
+        model=ModelConfig(model_name_or_path=str(tmp_path / "base")),
+        chat_template="tulu",
+        train=TrainConfig(max_steps=1, per_device_train_batch_size=2),
+    )
+    folder = sft.run(recipe).path
+    manifest = json.loads((folder / "manifest.json").read_text())
+    uses = [(use["path"], use["available"], use["used"]) for use in manifest["data"]["mixture"]]
+    assert uses == [(data, 5, 5), (leaked, 1, 1)]
+    assert manifest["data"]["decontaminated"] == 1
+    assert manifest["examples"]["used"] == 5
+    (dropped,) = (folder / "decontaminated.jsonl").read_text().splitlines()
+    assert json.loads(dropped) == {
+        "source": leaked,
+        "line": 1,
+        "evaluation": evaluation,
+        "evaluation_line": 1,
+        "shared_with": 1,
+    }
+    log = (folder / "train.log").read_text()
+    assert "1 training rows share 13 words in a row" in log and "tokenised 5 sequences" in log
