@@ -334,7 +334,8 @@ def _jobs(recipe: EvalRecipe, folder: RunFolder, selection: Selection) -> list[J
                 "data": [
                     inputs[str(path)]["sha256"] for path in _data_files(recipe, selection, task)
                 ],
-                "task": dataclasses.asdict(task) | {"file": None, "about": None},
+                "task": dataclasses.asdict(task)
+                | {"file": None, "about": None, "hub": None, "hub_examples": None},
                 "limit": recipe.limit,
                 "seed": recipe.run.seed,
                 "max_new_tokens": recipe.max_new_tokens,

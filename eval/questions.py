@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from eval.hub import fetch
 from eval.tasks import Task
 from olmo_base.corpus.documents import DocumentSource, DocumentStream
 from olmo_base.run.errors import DataError, UserError
@@ -73,15 +74,18 @@ Item = Question | Choice | Document | Foreign
 
 def data_file(task: Task, data_dir: str | None) -> Path:
     """Where a task's questions are. Errors: UserError that says what is there instead."""
-    return _file(task, task.file, data_dir)
+    return _file(task, task.file, data_dir, task.hub)
 
 
 def examples_file(task: Task, data_dir: str | None) -> Path | None:
     """Where the examples before its questions are, if it has any. Errors: UserError."""
-    return None if task.examples_file is None else _file(task, task.examples_file, data_dir)
+    if task.examples_file is None:
+        return None
+    return _file(task, task.examples_file, data_dir, task.hub_examples)
 
 
-def _file(task: Task, name: str, data_dir: str | None) -> Path:
+def _file(task: Task, name: str, data_dir: str | None, hub: str | None) -> Path:
+    """A file of data_dir, fetched from the hub if it is missing and the task says from where."""
     path = Path(name)
     if not path.is_absolute():
         if data_dir is None:
@@ -95,12 +99,18 @@ def _file(task: Task, name: str, data_dir: str | None) -> Path:
                 "from it. Say where the data is with data_dir (--data-dir)."
             )
         path = Path(data_dir) / path
+    problem = ""
+    if not path.is_file() and hub is not None:
+        try:
+            fetch(hub, path)
+        except UserError as error:
+            problem = f" {error}"
     if not path.is_file():
         found = sorted(file.name for file in path.parent.glob("*.json*"))
         listed = f" That folder holds {', '.join(found[:8])}." if found else ""
         raise UserError(
-            f"{path} does not exist; the task {task.name} asks its questions from it.{listed} "
-            "Check data_dir."
+            f"{path} does not exist; the task {task.name} asks its questions from it.{listed}"
+            f"{problem} Check data_dir."
         )
     return path
 

@@ -10,7 +10,7 @@ from eval.statistics import (
     Estimate,
     bootstrap_interval,
     chance_p_value,
-    clustered_mean,
+    clustered_proportion,
     macro_average,
     macro_difference,
     mean,
@@ -136,7 +136,7 @@ def estimate(rows: Sequence[Row], metric: str) -> Estimate:
         found = mean(grades)
         return Estimate(found.value, found.stderr, *bootstrap_interval(grades), found.n)
     if metric not in LOWER_IS_BETTER and (clusters := _clusters(rows)) is not None:
-        return _within_one(clustered_mean([is_right(row, metric) for row in rows], clusters))
+        return clustered_proportion([is_right(row, metric) for row in rows], clusters)
     if metric not in LOWER_IS_BETTER:
         return proportion([is_right(row, metric) for row in rows])
     readable = [row for row in rows if _is_readable(row)]
@@ -173,16 +173,15 @@ def _within_one(item: Estimate) -> Estimate:
 
 
 def _clusters(rows: Sequence[Row]) -> list[str] | None:
-    """The cluster of each question, a question without one being its own; None if there are none.
+    """The cluster of each question, a question without one being its own; None if all are alone.
 
     Of right and wrong answers; the blocks of predicted text are added up by document.
     """
-    if not any("cluster" in row for row in rows):
-        return None
-    return [
+    clusters = [
         f"cluster {row['cluster']}" if "cluster" in row else f"question {row['doc_id']}"
         for row in rows
     ]
+    return clusters if len(set(clusters)) < len(clusters) else None
 
 
 def _is_graded(rows: Sequence[Row], metric: str) -> bool:

@@ -79,13 +79,17 @@ def wilson_interval(
     Unlike value ± error it stays within 0 and 1 and has a width at 0 of n too.
     """
     assert 0 <= num_correct <= n and n > 0, (num_correct, n)
+    return _wilson(num_correct / n, n, confidence)
+
+
+def _wilson(share: float, n: float, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """The same of a share and a number of questions, which need not be whole."""
     z = z_value(confidence)
-    share = num_correct / n
     scale = 1 + z * z / n
     middle = (share + z * z / (2 * n)) / scale
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / scale
-    low = 0.0 if num_correct == 0 else middle - half
-    high = 1.0 if num_correct == n else middle + half
+    low = 0.0 if share == 0 else middle - half
+    high = 1.0 if share == 1 else middle + half
     return low, high
 
 
@@ -129,6 +133,22 @@ def clustered_mean(values: Sequence[float], clusters: Sequence[Hashable]) -> Est
     sums, sizes = _by_cluster(values, clusters)
     estimate = ratio(sums, sizes)
     return Estimate(estimate.value, estimate.stderr, estimate.low, estimate.high, len(values))
+
+
+def clustered_proportion(is_correct: Sequence[bool], clusters: Sequence[Hashable]) -> Estimate:
+    """A share of questions that come in clusters, with Wilson's interval.
+
+    The interval is that of as many independent questions as would have the clustered standard
+    error, never more than there are; where all are right or wrong, of as many as there are
+    clusters.
+    """
+    estimate, num_clusters = clustered_mean(is_correct, clusters), len(set(clusters))
+    share, stderr, n = estimate.value, estimate.stderr, estimate.n
+    worth = float(num_clusters)
+    if 0 < share < 1 and stderr:
+        worth = min(float(n), 1 + share * (1 - share) / stderr**2)
+    low, high = _wilson(share, worth)
+    return Estimate(share, stderr, low, high, n)
 
 
 def _by_cluster(

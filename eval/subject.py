@@ -312,6 +312,7 @@ def load_subject(
     """Load a model folder. Errors: UserError, among them for a folder without tokenizer."""
     tokenizer, encoder = load_encoders(model)
     generator = load_generator(model, dtype=dtype)
+    generator.tokenizer = tokenizer  # its own would be loaded a second time
     return Subject(
         generator=generator,
         tokenizer=tokenizer,

@@ -5,11 +5,12 @@ understood.
 """
 
 import importlib
+import os
 import signal
 import sys
 from typing import Any
 
-from olmo_base.run.errors import Stopped, UserError
+from olmo_base.run.errors import Stopped, UserError, machine_error
 
 USAGE = """\
 usage: python -m olmo_base RECIPE [key=value ...] [--dry-run]
@@ -36,21 +37,35 @@ def main(arguments: list[str] | None = None) -> int:
     in one message. 130: stopped by Ctrl-C.
     """
     words = sys.argv[1:] if arguments is None else arguments
+    is_first = os.environ.get("RANK", "0") == "0"  # of several ranks, one tells
     if not words or "-h" in words or "--help" in words:
         print(USAGE, end="", file=sys.stderr if not words else sys.stdout)
         return 0 if words else 2
     try:
         return _run(words)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{_rank_prefix()}error: {error}", file=sys.stderr)
         return 2
     except Stopped as stopped:
         name = signal.Signals(stopped.signal_number).name
-        print(f"stopped by {name}{stopped.where}. Run it again to go on.", file=sys.stderr)
+        if is_first:
+            print(f"stopped by {name}{stopped.where}. Run it again to go on.", file=sys.stderr)
         return stopped.exit_code
     except KeyboardInterrupt:
         print("stopped.", file=sys.stderr)
         return 128 + signal.SIGINT
+    except Exception as error:
+        problem = machine_error(error)
+        if problem is None:
+            raise
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+
+
+def _rank_prefix() -> str:
+    from olmo_base.run.launch import rank_prefix
+
+    return rank_prefix()
 
 
 def _run(words: list[str]) -> int:
@@ -82,7 +97,8 @@ def _run(words: list[str]) -> int:
             print(f"{key}: {shown}")
         return 0
     folder = module.run(recipe)
-    print(folder.path)
+    if folder.is_main:
+        print(folder.path)
     return 0
 
 

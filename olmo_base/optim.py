@@ -29,6 +29,7 @@ class OptimConfig:
     lr_scheduler_type: Schedule = "linear"
     warmup_ratio: float = setting(0.0, low=0, below=1)  # of all steps, or
     warmup_steps: int = setting(0, low=0)  # a number of them
+    warmup_start_ratio: float = setting(0.0, low=0, high=1)  # it begins at this part of the peak
     min_lr_ratio: float = setting(0.0, low=0, high=1)  # the schedule's end, as part of the peak
     decay_ratio: float = setting(
         0.2, above=0, high=1
@@ -81,7 +82,8 @@ def learning_rate_at(step: int, total_steps: int, config: OptimConfig) -> float:
     """
     num_warmup = num_warmup_steps(total_steps, config)
     if step < num_warmup:
-        return config.learning_rate * (step + 1) / num_warmup
+        start = config.warmup_start_ratio
+        return config.learning_rate * (start + (1.0 - start) * (step + 1) / num_warmup)
     part = _part_of_peak(step - num_warmup, total_steps - num_warmup, num_warmup, config)
     return config.learning_rate * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * part)
 

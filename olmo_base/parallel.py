@@ -8,7 +8,7 @@ A rank's number counts, slowest first: copies of the weights, shards of a copy, 
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -143,7 +143,12 @@ class Ranks:
         if self.num_ranks == 1:
             return row
         rows = [torch.empty_like(row) for _ in range(self.num_ranks)]
-        dist.all_gather(rows, row)
+        try:
+            dist.all_gather(rows, row)
+        except RuntimeError as error:
+            if "onnection" not in str(error):
+                raise
+            raise UserError("Another rank has ended; what it said is the reason.") from None
         return torch.cat(rows)
 
     def total(self, value: Tensor) -> Tensor:
@@ -274,16 +279,27 @@ class _Copied(torch.autograd.Function):
 
 
 def shared_model(
-    config: ModelConfig, ranks: Ranks, weights: Mapping[str, Tensor] | None
+    config: ModelConfig,
+    ranks: Ranks,
+    weights: Mapping[str, Tensor] | None,
+    *,
+    change: Callable[[Transformer], Transformer] | None = None,
 ) -> tuple[Transformer, nn.Module]:
     """The model over the ranks, and what computes its loss.
 
     ``weights`` are whole; without them each is drawn whole, one after the other, exactly as a
-    single process would, and this rank's part is kept.
+    single process would, and this rank's part is kept. ``change`` is made before it is divided.
     """
     parallel = ranks.config
     with torch.device("meta"):
         model = Transformer(config)
+    drawn = {
+        f"{name}.weight": (module.weight.shape, module.init_std)
+        for name, module in model.named_modules()
+        if isinstance(module, Linear | Embedding)
+    }
+    if change is not None:
+        model = change(model)
     if parallel.tensor_parallel > 1:
         _split_layers(model, ranks.weights_mesh["tensor"])
     with_loss: nn.Module = ModelWithLoss(model, ranks)
@@ -295,7 +311,7 @@ def shared_model(
             fully_shard(layer, mesh=mesh)
         fully_shard(with_loss, mesh=mesh)
     model.to_empty(device=ranks.device)
-    _fill(model, weights)
+    _fill(model, weights, drawn)
     if not is_sharded and ranks.num_weights_ranks > 1:
         with_loss = DistributedDataParallel(
             with_loss,
@@ -329,20 +345,20 @@ def whole_model(model: Transformer) -> Transformer:
 
 
 @torch.no_grad()
-def _fill(model: Transformer, weights: Mapping[str, Tensor] | None) -> None:
-    for name, module in model.named_modules():
-        for own, parameter in module.named_parameters(recurse=False):
-            if weights is not None:
-                whole = weights[f"{name}.{own}"]
-            elif isinstance(module, Linear):
-                whole = Linear(module.in_features, module.out_features, module.init_std).weight
-            elif isinstance(module, Embedding):
-                whole = Embedding(
-                    module.num_embeddings, module.embedding_dim, module.init_std
-                ).weight
-            else:
-                whole = torch.ones(parameter.shape)
-            copy_part(parameter, whole)
+def _fill(
+    model: Transformer,
+    weights: Mapping[str, Tensor] | None,
+    drawn: Mapping[str, tuple[torch.Size, float]],
+) -> None:
+    for name, parameter in model.named_parameters():
+        if weights is not None:
+            whole = weights[name]
+        elif name in drawn:
+            (rows, columns), std = drawn[name]
+            whole = Linear(columns, rows, std).weight
+        else:  # of a norm
+            whole = torch.ones(parameter.shape)
+        copy_part(parameter, whole)
 
 
 # ---------------------------------------------------------------- layers over ranks

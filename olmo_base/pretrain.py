@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from olmo_base.compute import compile_layers, in_float8, refuse_float8
 from olmo_base.losses import MAX_LOGITS
 from olmo_base.model.hf_weights import copy_tokenizer, export_hf, load_native
 from olmo_base.model.transformer import (
@@ -43,6 +44,7 @@ from olmo_base.pretrain_recipe import (
     with_global_batch,
 )
 from olmo_base.run.artefact import RunFolder, atomic_write
+from olmo_base.run.errors import UserError, machine_error
 from olmo_base.run.launch import pick_device, seed_everything
 from olmo_base.run.trackers import refuse_missing_trackers
 from olmo_base.tokenizer import load_tokenizer, write_tokenizer_files
@@ -124,7 +126,7 @@ def plan(recipe: PretrainRecipe) -> dict[str, object]:
             recipe.per_device_train_batch_size,
             recipe.max_length,
             bf16=bf16,
-            checkpointing=recipe.gradient_checkpointing,
+            checkpointing=recipe.gradient_checkpointing in (True, "full"),
         ),
     }
 
@@ -139,16 +141,27 @@ def run(recipe: PretrainRecipe) -> RunFolder:
 def _run(recipe: PretrainRecipe, ranks: Ranks) -> RunFolder:
     with ranks.main_first():
         folder = RunFolder.open(recipe, input_files(recipe))
-    if folder.is_finished:
-        return folder
+    if not folder.is_finished:
+        try:
+            _pretrain(recipe, ranks, folder)
+        finally:
+            folder.release()
+    return folder
+
+
+def _pretrain(recipe: PretrainRecipe, ranks: Ranks, folder: RunFolder) -> None:
     corpus = open_corpus(recipe, verify=folder.is_main)
     config = model_config(recipe, corpus)
     refuse_uneven_shape(recipe.parallel, config, recipe.max_length)
     refuse_divided_questions(recipe, ranks)
     bf16 = computes_in_bf16(recipe.bf16, ranks.device, config.hidden_size)
+    if recipe.float8:
+        refuse_float8(ranks)
     seed_everything(recipe.run.seed)
     model, with_loss = _model(recipe, config, ranks)
     model.gradient_checkpointing = recipe.gradient_checkpointing
+    if recipe.torch_compile:
+        compile_layers(model)
     folder.counts.used = len(corpus.train)
     folder.log(
         f"{num_parameters(config):,} parameters, {corpus.train.num_tokens:,} tokens, "
@@ -163,12 +176,19 @@ def _run(recipe: PretrainRecipe, ranks: Ranks) -> RunFolder:
     figures = train(folder, recipe, corpus, model, ranks, with_loss=with_loss, bf16=bf16)
     whole = model if with_loss is None else whole_model(model)
     if folder.is_main:
-        _export(folder, whole, corpus)
+        try:
+            _export(folder, whole, corpus)
+        except Exception as error:
+            if (problem := machine_error(error)) is None:
+                raise
+            raise UserError(
+                f"The model could not be written to {folder.path}: {problem} Its checkpoints are "
+                "kept. Make room and run again; the run goes on from the last one."
+            ) from error
         results = {"parameters": num_parameters(config), "bf16": bf16, **figures}
         atomic_write(folder.path / "README.md", model_card(recipe, corpus, config, results))
         folder.finish(**results)
     ranks.wait()
-    return folder
 
 
 def _model(
@@ -180,8 +200,10 @@ def _model(
     if recipe.init_from is not None:
         given = load_native(recipe.init_from, device=device, dtype=torch.float32)
     if ranks.num_ranks == 1:
-        return given or Transformer(config).to(device), None
-    return shared_model(config, ranks, None if given is None else given.state_dict())
+        model = given or Transformer(config).to(device)
+        return in_float8(model) if recipe.float8 else model, None
+    weights = None if given is None else given.state_dict()
+    return shared_model(config, ranks, weights, change=in_float8 if recipe.float8 else None)
 
 
 def _export(folder: RunFolder, model: Transformer, corpus: Corpus) -> None:

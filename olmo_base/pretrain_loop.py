@@ -34,19 +34,9 @@ from olmo_base.run.artefact import RunFolder
 from olmo_base.run.errors import Stopped, UserError
 from olmo_base.run.launch import StopFlag, stop_signals
 from olmo_base.run.metrics import MetricsLog, Progress
+from olmo_base.run.peaks import peak_flops
 from olmo_base.run.watch import watched
 from olmo_base.tokenizer import load_tokenizer
-
-# Dense bf16 peak in FLOP/s, found by the first part of a name that matches.
-GPU_PEAKS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-}
-
 
 # ---------------------------------------------------------------- loss
 
@@ -251,7 +241,7 @@ def train(
                 ranks=ranks,
             )
             step_loss = ranks.total(step_loss)
-            grad_norm = clip_gradients(model.parameters(), recipe.optim.max_grad_norm)
+            grad_norm = clip_gradients(model.parameters(), recipe.optim.max_grad_norm_at(at.step))
             guard.watch(optimizer, step_loss / max(1, num_tokens), grad_norm)
             optimizer.step()
             optimizer.zero_grad()
@@ -285,7 +275,7 @@ def train(
                     **({"sequences_left_out": at.left_out} if recipe.max_ngram_repeats else {}),
                     **({"skipped_steps": guard.num_skipped} if guard.num_skipped else {}),
                     **{key: shown[key] for key in shown if not key.startswith("eval_")},
-                    **_gpu_figures(model, ranks, shown["tokens_per_second"], recipe.max_length),
+                    **_device_figures(model, ranks, shown["tokens_per_second"], length, bf16=bf16),
                 )
                 row_loss.zero_()
                 at.row_tokens, at.row_seconds = 0, 0.0
@@ -378,17 +368,16 @@ def add_gradients(
     return step_loss
 
 
-def _gpu_figures(
-    model: Transformer, ranks: Ranks, tokens_per_second: float, max_length: int
+def _device_figures(
+    model: Transformer, ranks: Ranks, tokens_per_second: float, length: int, *, bf16: bool
 ) -> dict[str, float]:
-    """``peak_memory_bytes`` of the fullest GPU, and ``mfu`` where the chip's peak is known."""
-    if ranks.device.type != "cuda":
-        return {}
-    most = ranks.gathered([torch.cuda.max_memory_allocated(ranks.device)]).max()
-    figures: dict[str, float] = {"peak_memory_bytes": float(most)}
-    name = torch.cuda.get_device_name(ranks.device)
-    peak = next((peak for part, peak in GPU_PEAKS.items() if part in name), None)
+    """``mfu`` where the device's peak is known, and ``peak_memory_bytes`` of the fullest GPU."""
+    figures: dict[str, float] = {}
+    if ranks.device.type == "cuda":
+        most = ranks.gathered([torch.cuda.max_memory_allocated(ranks.device)]).max()
+        figures["peak_memory_bytes"] = float(most)
+    peak = peak_flops(ranks.device, bf16=bf16)
     if peak is not None:
-        flops = tokens_per_second * flops_per_token(model.config, max_length)
+        flops = tokens_per_second * flops_per_token(model.config, length)
         figures["mfu"] = flops / (peak * ranks.num_ranks)
     return figures

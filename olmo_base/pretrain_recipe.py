@@ -20,7 +20,7 @@ from olmo_base.corpus.shards import Place, Shard
 from olmo_base.corpus.warmup import StepSizes, WarmupConfig
 from olmo_base.model.hf_weights import read_model_config
 from olmo_base.model.presets import ModelShape, padded_vocab_size
-from olmo_base.model.transformer import ModelConfig
+from olmo_base.model.transformer import ModelConfig, Recomputation
 from olmo_base.optim import OptimConfig, Schedule
 from olmo_base.parallel import ParallelConfig, Ranks
 from olmo_base.run.artefact import RunConfig, model_files, sha256_file
@@ -59,6 +59,14 @@ class PretrainOptim(OptimConfig):
     adam_beta2: float = setting(0.95, low=0, below=1)
     skip_spike_sigma: float = setting(0.0, low=0)  # 6 in OLMo-2's runs; 0 skips no finite step
     max_skipped_steps: int = setting(10, low=1)  # in a row; more stop the run
+    # In the first steps max_grad_norm is so many times as large: 5 or 10 in OLMo-1's runs
+    clip_warmup_steps: int = setting(0, low=0)
+    clip_warmup_factor: float = setting(1.0, low=1)
+
+    def max_grad_norm_at(self, step: int) -> float:
+        """How large the gradient may be in step 0, 1, …; 0 never clips."""
+        is_early = step < self.clip_warmup_steps
+        return self.max_grad_norm * (self.clip_warmup_factor if is_early else 1.0)
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,11 @@ class PretrainRecipe:
     optim: PretrainOptim = field(default_factory=PretrainOptim)
     z_loss: float = setting(0.0, low=0)  # OLMo-2 used 1e-5
     bf16: bool | Literal["auto"] = "auto"
-    gradient_checkpointing: bool = setting(False, changes_result=False)
+    gradient_checkpointing: bool | Recomputation = setting(
+        False, changes_result=False, help="false or none, selective, true or full"
+    )
+    torch_compile: bool = setting(False, help="compile each layer; the same to rounding")
+    float8: bool = setting(False, help="matrix products in 8 bits, through torchao on a GPU")
     per_device_eval_batch_size: int = setting(8, low=1, changes_result=False)
     eval_steps: int = setting(0, low=0, changes_result=False)  # 0: at the start and the end only
     max_eval_tokens: int = setting(200_000, low=1)  # held-out tokens looked at each time

@@ -5,7 +5,6 @@ manifest says whether its run is finished); 2 something the user can mend; 130 s
 143 by SIGTERM where there was nothing to save. A traceback (exit code 1) is a bug of ours.
 """
 
-import errno
 import os
 import signal
 import sys
@@ -16,7 +15,7 @@ from typing import Any
 
 import click
 
-from olmo_base.run.errors import Stopped, UserError
+from olmo_base.run.errors import Stopped, UserError, machine_error
 from open_instruct import __version__
 
 # Everything heavier than click is imported inside the verb that needs it: `--help` and a mistyped
@@ -72,7 +71,8 @@ def run(recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:
     folder = stage.run(resolved)
     was_finished = before is not None and before.get("status") == "finished"
     done = "was finished before; nothing was done" if was_finished else "is finished"
-    click.echo(f"{folder.path} {done}", err=True)
+    if folder.is_main:
+        click.echo(f"{folder.path} {done}", err=True)
 
 
 class Terminated(BaseException):
@@ -152,6 +152,12 @@ def _ask(model: Path, question: str) -> None:
     metavar="URL",
     help="Talk with a running server, such as http://127.0.0.1:8000; MODEL is a name there.",
 )
+@click.option(
+    "--adapter",
+    metavar="DIR",
+    help="Put this adapter on MODEL; without MODEL on the base that it names.",
+)
+@click.option("--load-in-4bit", is_flag=True, help="Keep the weights in 4 bits (bitsandbytes).")
 @click.option("--system", metavar="TEXT", help="A system prompt, before the first turn.")
 @click.option(
     "--temperature",
@@ -180,6 +186,8 @@ def chat(
     prompt: str | None,
     compare: str | None,
     url: str | None,
+    adapter: str | None,
+    load_in_4bit: bool,
     system: str | None,
     temperature: float,
     top_p: float,
@@ -199,6 +207,8 @@ def chat(
         prompt=prompt,
         compare=compare,
         url=url,
+        adapter=adapter,
+        load_in_4bit=load_in_4bit,
         system=system,
         temperature=temperature,
         top_p=top_p,
@@ -421,11 +431,17 @@ def data() -> None:
     help="How many examples to show.",
 )
 @click.option("--tokens", is_flag=True, help="One line for each token.")
+@click.option("--html", type=click.Path(dir_okay=False), help="Write it as a page, too.")
 @click.option("--step", type=click.IntRange(min=1), help="Of a pretrain run: what this step read.")
 def inspect(
-    recipe: str, overrides: tuple[str, ...], num_examples: int, tokens: bool, step: int | None
+    recipe: str,
+    overrides: tuple[str, ...],
+    num_examples: int,
+    tokens: bool,
+    html: str | None,
+    step: int | None,
 ) -> None:
-    """Show what the model will see of an sft or dpo RECIPE.
+    """Show what the model will see of an sft, dpo or reward RECIPE.
 
     Examples as text, with what is learnt marked; lengths; rows cut or dropped, with the reason.
     With --step, RECIPE is a pretrain run's folder or recipe, and the documents of that step are
@@ -439,9 +455,11 @@ def inspect(
 
     path = pipeline.find_recipe(recipe)
     _, resolved = pipeline.load_stage_recipe(path, overrides)
-    if resolved.stage not in ("sft", "dpo"):
-        raise UserError(f"{path}: data inspect shows sft and dpo recipes, not {resolved.stage}.")
-    inspect_recipe(resolved, num_shown=num_examples, by_token=tokens)
+    if resolved.stage not in ("sft", "dpo", "reward"):
+        raise UserError(
+            f"{path}: data inspect shows sft, dpo and reward recipes, not {resolved.stage}."
+        )
+    inspect_recipe(resolved, num_shown=num_examples, by_token=tokens, html=html)
 
 
 def _list_documents(recipe: str, overrides: Sequence[str], step: int) -> None:
@@ -525,30 +543,10 @@ def merge(models: tuple[str, ...], out: str, average: bool) -> None:
 # ---------------------------------------------------------------- errors out
 
 
-# Errors of the machine, not of the code: the user can make room or change a permission.
-MACHINE_ERRORS = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-)
+def _rank_prefix() -> str:
+    from olmo_base.run.launch import rank_prefix
 
-
-def _machine_error(error: BaseException) -> str | None:
-    """What the disk or a permission refused, in words; None for any other error."""
-    chain: BaseException | None = error
-    while chain is not None:
-        if isinstance(chain, OSError) and chain.errno in MACHINE_ERRORS:
-            place = f"{chain.filename}: " if chain.filename else ""
-            return f"{place}{os.strerror(chain.errno)}."
-        # safetensors and torch write through their own code and keep only the system's words
-        for number in MACHINE_ERRORS:
-            if f"{os.strerror(number)} (os error" in str(chain):
-                return f"{os.strerror(number)} while writing a file."
-        chain = chain.__cause__ or chain.__context__
-    return None
+    return rank_prefix()
 
 
 def _complain(message: str) -> None:
@@ -577,13 +575,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGTERM
     except Stopped as error:
         where = f": {error.where}" if error.where else ""
-        _complain(f"Stopped{where}. {GO_ON}")
+        if os.environ.get("RANK", "0") == "0":  # of several ranks, one tells
+            _complain(f"Stopped{where}. {GO_ON}")
         return error.exit_code
     except UserError as error:
-        _complain(str(error))
+        _complain(_rank_prefix() + str(error))
         return 2
     except Exception as error:
-        problem = _machine_error(error)
+        problem = machine_error(error)
         if problem is None:
             raise
         _complain(f"{problem} Make room or change the permission, then give the command again.")

@@ -118,6 +118,23 @@ def load_causal_lm(
     return model, stored_dtype
 
 
+def load_in_4bit(name_or_path: str, adapter: Path | None, device: torch.device) -> Any:
+    """A model to ask, its frozen weights in 4 bits; an adapter stays beside them.
+
+    ``adapter`` None is the one that ``name_or_path`` itself may be. Errors: UserError.
+    """
+    given = resolve_model(name_or_path)
+    folder = whole_model_folder(name_or_path)
+    bits = AdapterConfig(use_peft=True, load_in_4bit=True)
+    compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = _load_whole(folder, ModelConfig(name_or_path), bits, device, compute_dtype)
+    if adapter is None and folder != given:
+        adapter = given
+    if adapter is not None:
+        model = open_adapter(model, adapter, is_trainable=False).get_base_model()
+    return model.eval()
+
+
 def _load_whole(
     folder: Path,
     config: ModelConfig,

@@ -5,6 +5,7 @@ examples -> whole sequences, or a bad row with its line -> at most ``max_length`
 
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -317,6 +318,9 @@ _encode_in_process: Callable[[int], Any] | None = None
 
 def _start_process() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process is one of all cores
+    # A signal is the parent's to answer; it ends these.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _run_in_process(start: int) -> Any:

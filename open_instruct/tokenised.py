@@ -46,6 +46,7 @@ from open_instruct.examples import (
     source_files,
 )
 from open_instruct.lengths import encode_dialogues, encode_pairs, encode_rated
+from open_instruct.turns import Message
 
 KEPT_IN = ".tokenised"  # a folder beside those of the runs
 DROPPED_FILE = "decontaminated.jsonl"
@@ -152,7 +153,6 @@ def tokenised_dialogues(
         (sources, encoder, recipe, report),
         lambda keys: read_dialogues(sources, **keys),
         encode_dialogues,
-        lambda item: (item.text or "", [], item.messages),
         lambda encoded: ([encoded], (0, 0)),
         counts,
     )
@@ -174,7 +174,6 @@ def tokenised_pairs(
         (sources, encoder, recipe, report),
         lambda keys: read_pairs(sources, with_margin=with_margin, **keys),
         encode_pairs,
-        lambda item: ("", item.prompt, [*item.chosen, *item.rejected]),
         lambda pair: ([pair.chosen, pair.rejected], (pair.shared_prompt_length, pair.margin)),
         counts,
     )
@@ -194,7 +193,6 @@ def tokenised_rated(
         (sources, encoder, recipe, report),
         lambda keys: read_rated(sources, **keys),
         encode_rated,
-        lambda item: ("", item.prompt, item.answer),
         lambda rated: ([rated.sequence], (rated.prompt_length, rated.is_desirable)),
         counts,
     )
@@ -209,7 +207,6 @@ def _kept_or_made(
     asked: tuple[tuple[Source, ...], ChatEncoder, DataRecipe, DataReport],
     read: Callable[[dict[str, Any]], list[Example]],
     encode: Callable[[list[Example], ChatEncoder, DataConfig, ExampleCounts], list[Result]],
-    parts_of: Callable[[Example], tuple[str, Sequence[Any], Sequence[Any]]],
     flat: Callable[[Result], tuple[list[Encoded], tuple[float, float]]],
     counts: ExampleCounts,
 ) -> list[tuple[list[Encoded], tuple[float, float]]]:
@@ -225,16 +222,16 @@ def _kept_or_made(
         keys = {"seed": recipe.run.seed, "on_bad_row": config.on_bad_row}
         examples = read({**keys, "counts": found, "uses": uses})
         parts = [parts_of(example) for example in examples]
-        clean, contaminated = _decontaminated(examples, parts, against)
+        clean, contaminated = decontaminated(examples, parts, against)
         if contaminated:
             reason = f"shares {NGRAM} words in a row with evaluation data"
             found.drop(reason, len(contaminated))
-        prints = [_prints(item) for item in parts]
+        prints = [prints_of(item) for item in parts]
         encoded = [flat(item) for item in encode(clean, encoder, config, found)]
         sequences = [sequence for rows, _ in encoded for sequence in rows]
         arrays = {
-            "ids": np.array([i for item in sequences for i in item.ids], np.int32),
-            "is_learnt": np.array([i for item in sequences for i in item.is_learnt], np.bool_),
+            "ids": _joined([item.ids for item in sequences], np.int32),
+            "is_learnt": _joined([item.is_learnt for item in sequences], np.bool_),
             "lengths": np.array([len(item.ids) for item in sequences], np.int64),
             "rows": np.array([len(rows) for rows, _ in encoded], np.int64),
             "beside": np.array([beside for _, beside in encoded], np.float64).reshape(-1, 2),
@@ -245,7 +242,7 @@ def _kept_or_made(
             "counts": found.as_dict(),
             "uses": [asdict(use) for use in uses],
             "contaminated": contaminated,
-            "repeated": _num_repeated(examples, prints),
+            "repeated": num_repeated(examples, prints),
             "seconds": round(time.monotonic() - started, 1),
         }
         return arrays, about
@@ -267,6 +264,10 @@ def _kept_or_made(
         report.num_repeated += about["repeated"]
     report.prints.append(Prints(arrays["whole"], arrays["prompt"]))
     return list(_examples(arrays))
+
+
+def _joined(rows: Sequence[Sequence[int]], kind: type) -> np.ndarray:
+    return np.concatenate([np.zeros(0, kind), *(np.array(row, kind) for row in rows)])
 
 
 def _examples(arrays: dict[str, np.ndarray]) -> Iterator[tuple[list[Encoded], tuple[float, float]]]:
@@ -323,32 +324,33 @@ def _kept(
     notes: list[str],
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """What is kept under this key; made and kept now if it is not, or is damaged."""
-    entry = folder / key
+    entry = folder / key[:16]
+    name = f"{folder.name}/{entry.name}"
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_locked(folder / f"{key}.lock"))
+            stack.enter_context(_locked(folder / f"{entry.name}.lock"))
         except OSError as error:  # a read-only place: the run does not depend on it
             notes.append(f"tokenised examples are not kept: {folder} ({error.strerror})")
             return make()
         if entry.exists():
-            kept = _read_entry(entry)
+            kept = _read_entry(entry, key)
             if kept is not None:
-                notes.append(f"tokenised before: {len(kept[0]['lengths']):,} sequences in {entry}")
+                notes.append(f"tokenised before: {len(kept[0]['lengths']):,} sequences in {name}")
                 return kept
-            notes.append(f"{entry} is damaged and was made again")
+            notes.append(f"{name} is damaged and was made again")
         arrays, about = make()
         with atomic_folder(entry) as temporary:
             for name, array in arrays.items():
                 np.save(temporary / f"{name}.npy", array, allow_pickle=False)
             hashes = {name: sha256_file(temporary / f"{name}.npy") for name in arrays}
-            text = json.dumps({**about, "sha256": hashes}, ensure_ascii=False)
+            text = json.dumps({**about, "key": key, "sha256": hashes}, ensure_ascii=False)
             (temporary / ABOUT).write_text(
                 json.dumps({"about": text, "sha256": _sha256(text)}), encoding="utf-8"
             )
         notes.append(
-            f"tokenised {len(arrays['lengths']):,} sequences in {about['seconds']} s; kept in "
-            f"{entry}"
+            f"tokenised {len(arrays['lengths']):,} sequences in {about['seconds']} s; "
+            f"kept in {name}"
         )
         return arrays, about
 
@@ -365,13 +367,15 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _read_entry(entry: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+def _read_entry(entry: Path, key: str) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
     """What an entry holds; None if any of it is not what was written."""
     try:
         outer = json.loads((entry / ABOUT).read_text(encoding="utf-8"))
         if _sha256(outer["about"]) != outer["sha256"]:
             return None
         about = json.loads(outer["about"])
+        if about["key"] != key:
+            return None
         arrays = {}
         for name, sha256 in about["sha256"].items():
             if sha256_file(entry / f"{name}.npy") != sha256:
@@ -385,7 +389,19 @@ def _read_entry(entry: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | N
 # ---------------------------------------------------------------- the same text twice
 
 
-def _prints(parts: tuple[str, Sequence[Any], Sequence[Any]]) -> tuple[int, int]:
+Parts = tuple[str, Sequence[Message], Sequence[Message]]  # a text; a prompt, and what follows it
+
+
+def parts_of(example: Dialogue | Pair | Rated) -> Parts:
+    """What an example says."""
+    if isinstance(example, Dialogue):
+        return example.text or "", [], example.messages
+    if isinstance(example, Pair):
+        return "", example.prompt, [*example.chosen, *example.rejected]
+    return "", example.prompt, example.answer
+
+
+def prints_of(parts: Parts) -> tuple[int, int]:
     """Numbers that are equal for equal examples, and for equal prompts."""
     text, prompt, rest = parts
     if not prompt and rest:  # a dialogue: what stands before its first answer
@@ -397,7 +413,7 @@ def _prints(parts: tuple[str, Sequence[Any], Sequence[Any]]) -> tuple[int, int]:
     return int.from_bytes(numbers[0], "big"), int.from_bytes(numbers[1], "big")
 
 
-def _num_repeated(
+def num_repeated(
     examples: Sequence[Dialogue | Pair | Rated], prints: Sequence[tuple[int, int]]
 ) -> int:
     """Rows whose text an earlier row has; what the recipe itself repeats does not count."""
@@ -407,9 +423,9 @@ def _num_repeated(
     return sum(len(found) - 1 for found in places.values())
 
 
-def _decontaminated(
+def decontaminated(
     examples: list[Example],
-    parts: Sequence[tuple[str, Sequence[Any], Sequence[Any]]],
+    parts: Sequence[Parts],
     against: Sequence[str],
 ) -> tuple[list[Example], list[dict[str, Any]]]:
     """The examples that share no n-gram with the evaluation files, and where the others do."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from transformers import AutoModelForCausalLM, Olmo2ForCausalLM, Olmo3ForCausalL
 from olmo_base.corpus.documents import DocumentSource
 from olmo_base.corpus.tokenize import TokenizeRecipe
 from olmo_base.corpus.tokenize import run as tokenize
-from olmo_base.model.hf_weights import load_native
+from olmo_base.model.hf_weights import hf_config, load_native
 from olmo_base.model.presets import PRESETS
 from olmo_base.model.transformer import Transformer, num_parameters
+from olmo_base.optim import learning_rate_at
 from olmo_base.pretrain import plan
 from olmo_base.pretrain_recipe import model_config, open_corpus
 from olmo_base.run.artefact import RunConfig, read_manifest
@@ -76,12 +78,45 @@ PUBLISHED = {
 }
 
 
+STAGE_2 = {  # tokens, and the rate that falls to zero
+    "olmo2/1b": (50e9, 7.4487e-5),
+    "olmo2/7b": (50e9, 6.1499e-5),
+    "olmo2/13b": (100e9, 9.0e-5),
+    "olmo2/32b": (100e9, 6.6230e-5),
+    "olmo3/7b": (100e9, 2.0712e-4),
+    "olmo3/32b": (100e9, 2.0712e-4),
+}
+
+
 def test_every_recipe_of_a_published_model_is_checked():
-    assert PUBLISHED.keys() == {
-        str(path.parent.relative_to(RECIPES))
-        for path in FILES
-        if path.relative_to(RECIPES).parts[0].startswith("olmo")
-    }
+    found = [path for path in FILES if path.relative_to(RECIPES).parts[0].startswith("olmo")]
+    known = [RECIPES / name / "pretrain.yaml" for name in PUBLISHED]
+    known += [RECIPES / name / "stage2.yaml" for name in STAGE_2]
+    assert sorted(known) == found
+
+
+@pytest.mark.parametrize("name", STAGE_2)
+def test_the_second_stage_of_a_published_model_is_planned_from_its_first(
+    name, root, tmp_path, capsys
+):
+    shutil.copytree(root / "tokens", tmp_path / "stage2_tokens")
+    shutil.copytree(root / "tokenizer", tmp_path / "base")
+    _, first = load_stage_recipe(RECIPES / name / "pretrain.yaml", [f"root={root}"])
+    config = model_config(first, open_corpus(first, verify=False))
+    content = json.dumps(hf_config(config, torch.bfloat16))
+    (tmp_path / "base" / "config.json").write_text(content)
+    (tmp_path / "base" / "model.safetensors").touch()  # a plan reads no weights
+    path = RECIPES / name / "stage2.yaml"
+    assert main(["run", str(path), f"root={tmp_path}", "--dry-run"]) == 0
+    assert "# memory_bytes" in capsys.readouterr().out
+    _, recipe = load_stage_recipe(path, [f"root={tmp_path}"])
+    tokens, rate = STAGE_2[name]
+    planned = plan(recipe)
+    assert planned["tokens"] == pytest.approx(tokens, rel=0.001)
+    assert planned["parameters"] == num_parameters(config)
+    steps = planned["steps"]
+    assert learning_rate_at(0, steps, recipe.optim) == pytest.approx(rate, rel=1e-4)
+    assert learning_rate_at(steps - 1, steps, recipe.optim) < rate / 1000
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -76,6 +76,9 @@ class Task:
     kind: Kind
     file: str  # in data_dir, or an absolute path
     about: str = ""  # a sentence for the report
+    # Where its files come from if data_dir lacks them: "name config split" on the hub
+    hub: str | None = field(default=None, compare=False)
+    hub_examples: str | None = field(default=None, compare=False)
     metric: str | None = None  # the one that counts; the kind's first if not said
     # exact_match
     plain_prompt: str = "Question: {prompt}\nAnswer:"  # for models without a chat template
@@ -114,6 +117,9 @@ class Task:
                 f"{self.metric!r} is not measured by tasks of kind {self.kind}: "
                 f"{', '.join(self.metrics)}.",
             )
+        for key, place in (("hub", self.hub), ("hub_examples", self.hub_examples)):
+            if place is not None and len(place.split()) != 3:
+                raise RecipeError(key, f"{place!r} must be a name, a config (or -) and a split.")
         for key, prompt in (("plain_prompt", self.plain_prompt), ("chat_prompt", self.chat_prompt)):
             if prompt is not None and "{prompt}" not in prompt:
                 raise RecipeError(key, "must contain {prompt}, where the question goes.")

@@ -32,7 +32,7 @@ from olmo_base.run.artefact import (
     RunFolder,
     sha256_file,
 )
-from olmo_base.run.errors import Stopped, UserError
+from olmo_base.run.errors import Stopped, UserError, machine_error
 from olmo_base.run.launch import stop_signals
 from olmo_base.run.metrics import Progress
 from olmo_base.run.recipe import RecipeError, setting
@@ -152,6 +152,13 @@ def run(recipe: TokenizeRecipe) -> RunFolder:
     except UserError:  # once mended the documents are others, and so are the shards
         shutil.rmtree(unfinished)
         raise
+    except OSError as error:
+        if (problem := machine_error(error)) is None:
+            raise
+        raise UserError(
+            f"The shards could not be written to {unfinished}: {problem} Those that are finished "
+            "are kept. Make room and run again; the run goes on after them."
+        ) from error
     os.replace(unfinished, tokens)
     # beside the shards, so that pretraining need not be told which it was
     write_tokenizer_files(path, tokenizer, eos_token, folder.path)

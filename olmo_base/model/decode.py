@@ -132,12 +132,16 @@ Product = Callable[[Tensor], Tensor]  # x -> x @ weight.T
 
 
 def is_fast_alone(model: Transformer) -> bool:
-    """Whether steps of the model are worth LaidOutWeights."""
+    """Whether steps of the model are worth LaidOutWeights.
+
+    They hold plain weights: what an adapter adds beside one would be lost.
+    """
     return (
         model.device.type == "cpu"
         and model.dtype == torch.float32
         and torch.backends.mkldnn.is_available()
         and not any(weight.is_inference() for weight in model.parameters())
+        and not any(hasattr(part, "base_layer") for part in model.modules())  # peft's layers
         and sum(weight.nbytes for weight in model.parameters()) <= MAX_LAID_OUT_BYTES
     )
 

@@ -431,13 +431,13 @@ def load_generator(
     base = adapter_base(folder)
     if base is not None:
         model = _load_adapter(folder, base, target, dtype, trust_remote_code)
-        max_length = _max_length(model.config.get_text_config(decoder=True))
+        max_length = context_length(model.config.get_text_config(decoder=True))
     elif is_native(folder):
         model = load_native(folder, device=target, dtype=dtype)
         max_length = model.config.max_position_embeddings
     else:
         model = _load_with_transformers(folder, target, dtype, trust_remote_code)
-        max_length = _max_length(model.config.get_text_config(decoder=True))
+        max_length = context_length(model.config.get_text_config(decoder=True))
     return Generator(model, eos_token_ids=eos_token_ids, max_length=max_length, source=folder)
 
 
@@ -498,7 +498,7 @@ def _load_adapter(
     return adapted.merge_and_unload(safe_merge=True).eval()
 
 
-def _max_length(config: Any) -> int:
+def context_length(config: Any) -> int:
     """Positions a transformers model can hold; architectures without a limit get a large one."""
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"):
         limit = getattr(config, name, None)  # each architecture has its own word for it

@@ -11,12 +11,18 @@ four see no further back than a window.
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 
 from olmo_base.model.attention import (
     Attention,
@@ -42,6 +48,11 @@ from olmo_base.run.errors import UserError
 GENERATIONS = {"olmo": "OLMo-1", "olmo2": "OLMo-2", "olmo3": "OLMo-3"}
 RMS_NORM_EPS = 1e-6
 FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+# What a layer computes again in the backward pass instead of keeping it: nothing, all but what its
+# matrix products and attention gave, or all. True is "full".
+Recomputation = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True)
@@ -298,6 +309,25 @@ class Block(nn.Module):
         return x_ND + self.feed_forward_norm(self.feed_forward(x_ND))
 
 
+KEPT_PRODUCTS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+
+
+def _keep_products() -> Any:
+    def policy(
+        ctx: SelectiveCheckpointContext, op: Any, *args: Any, **kwargs: Any
+    ) -> CheckpointPolicy:
+        is_kept = op in KEPT_PRODUCTS
+        return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
 class Transformer(nn.Module):
     """The model without its loss. ``model.logits(model(ids_BT))`` are the next-token logits."""
 
@@ -325,7 +355,7 @@ class Transformer(nn.Module):
             )
             for window in self.windows
         }
-        self.gradient_checkpointing = False  # recompute each layer in the backward pass
+        self.gradient_checkpointing: bool | Recomputation = False  # in the backward pass
 
     def forward(
         self,
@@ -358,12 +388,21 @@ class Transformer(nn.Module):
             sights = self._sights_of_branches(branches)
         if tree is not None:
             kept = tree.prefix
+        recomputes = self.gradient_checkpointing not in (False, "none")
+        is_selective = self.gradient_checkpointing == "selective"
         x_BTD = self.embed_tokens(ids_BT)
         for index, layer in enumerate(self.layers):
             rotation, may_attend = sights[self.windows[index]]
-            if self.gradient_checkpointing and torch.is_grad_enabled() and cache is None:
+            if recomputes and torch.is_grad_enabled() and cache is None:
                 x_BTD = checkpoint(
-                    layer, x_BTD, rotation, may_attend, context, index, use_reentrant=False
+                    layer,
+                    x_BTD,
+                    rotation,
+                    may_attend,
+                    context,
+                    index,
+                    use_reentrant=False,
+                    context_fn=_keep_products if is_selective else noop_context_fn,
                 )
             else:
                 x_BTD = layer(x_BTD, rotation, may_attend, kept, index)

@@ -8,6 +8,7 @@ import platform
 import random
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+OTHERS_WAIT_S = 5.0  # torchrun looks at its processes ten times a second
 RECORDED_PACKAGES = (
     "open-instruct",
     "torch",
@@ -30,6 +32,18 @@ RECORDED_PACKAGES = (
 def is_main_process() -> bool:
     """Whether this is the first rank (torchrun and accelerate set RANK), or the only process."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def rank_prefix() -> str:
+    """What the error that ends this process begins with: nothing, or a later rank's number.
+
+    The first rank mostly tells the same, whereupon the launcher ends the others: so they wait.
+    """
+    if is_main_process():
+        return ""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # to be ended without another word
+    time.sleep(OTHERS_WAIT_S)
+    return f"rank {os.environ['RANK']}: "
 
 
 def pick_device() -> torch.device:

@@ -103,7 +103,10 @@ class MetricsLog:
     def _draw(self) -> None:
         self._last_drawn = time.monotonic()
         if self._is_main and can_draw():
-            draw_curves(self._folder.path)
+            try:
+                draw_curves(self._folder.path)
+            except OSError as error:  # a picture is no reason to lose a run
+                self._folder.log(f"curves.png could not be written: {error.strerror}")
 
     def __enter__(self) -> "MetricsLog":
         return self

@@ -10,12 +10,14 @@ Any number of ranks reads what any other number wrote. On a disk the folder gets
 complete; in a store that cannot rename, a checkpoint is one that has its index.json.
 """
 
+import contextlib
 import io
 import json
 import os
 import pickle
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -39,6 +41,9 @@ from olmo_base.run.resume import (
     outdated,
     unwritable,
 )
+
+# One process by itself is meant; torch would say each time that it assumes so.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
 
 class ShardedCheckpoints:
@@ -101,13 +106,16 @@ class ShardedCheckpoints:
             index = unfinished / "index.json"
             index.write_text(json.dumps({"step": step, "files": described}, indent=2), "utf-8")
             self._publish(unfinished, name)
-        elif self._store is not None:  # this node may have a disk of its own
-            shutil.rmtree(unfinished, ignore_errors=True)
+        elif self._store is not None:  # this node may have a disk of its own, or the first rank's
+            for file in mine:
+                file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                unfinished.rmdir()
 
     def _publish(self, unfinished: Path, name: str) -> None:
         if self._store is not None:
             self._store.put([unfinished / "index.json"], name)
-            shutil.rmtree(unfinished)
+            shutil.rmtree(unfinished, ignore_errors=True)
             for old in outdated(self._store.names(), self._config):
                 self._store.remove(old)
         else:
@@ -189,6 +197,7 @@ class ShardedCheckpoints:
 def read_parts(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Fill ``tensors`` in place from what any number of ranks wrote; returns the state beside."""
     reader = CarefulReader(checkpoint.path)
+    reader.read_metadata()  # torch would tell of its errors at length
     dcp.load(dict(tensors), storage_reader=reader, no_dist=not dist.is_initialized())
     state = torch.load(checkpoint.path / "state.pt", map_location="cpu", weights_only=True)
     return dict(state)

@@ -74,6 +74,8 @@ class Watch:
         while not self._done.wait(min(5.0, self._limit_s / 4)):
             try:
                 message = self.look(store)
+            except dist.DistNetworkError:
+                message = ""  # the first rank has ended and said why
             except (dist.DistError, RuntimeError) as error:
                 message = f"{self._title}: the first rank does not answer any more ({error})."
             if message is not None and not self._done.is_set():

@@ -229,10 +229,18 @@ class Server:
         if length.isdigit() and int(length) > limit:
             raise too_large
         body = bytearray()
-        async for piece in request.stream():
-            body += piece
-            if len(body) > limit:
-                raise too_large
+        patience_s = self.settings.max_upload_s
+        try:
+            async with asyncio.timeout(patience_s):
+                async for piece in request.stream():
+                    body += piece
+                    if len(body) > limit:
+                        raise too_large
+        except TimeoutError:
+            raise ApiError(
+                408, f"The body had not come whole after {patience_s:g} s.", code="slow_body",
+                headers={"Connection": "close"},
+            ) from None  # fmt: skip
         try:
             return json.loads(body.decode("utf-8"), parse_constant=_no_constant)
         except UnicodeDecodeError as error:

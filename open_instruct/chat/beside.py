@@ -25,9 +25,9 @@ def beside(base: Generator, folder: Path, eos_token_ids: set[int]) -> Generator:
 
     Errors: UserError if the two do not fit, or the adapter changes more than linear layers.
     """
-    name = adapter_base(folder)
-    assert name is not None
-    refuse_changed_base(folder, name)
+    if adapter_base(folder) is None:
+        raise UserError(f"{folder} is no adapter: it has no adapter_config.json, or is a model.")
+    refuse_changed_base(folder, str(base.source))
     has_tokenizer = (folder / "tokenizer.json").is_file()
     return Generator(
         adapted(base, folder),

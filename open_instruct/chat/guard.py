@@ -42,6 +42,7 @@ class Settings:
     votes: Path = Path("preferences.jsonl")
     max_waiting: int = MAX_WAITING
     max_body_bytes: int = MAX_BODY_BYTES
+    max_upload_s: float = 30.0  # a client that stalls must not keep the server from stopping
 
 
 class Guard:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from olmo_base.run.errors import UserError
-from open_instruct.chat.voices import LocalVoice, Sampling, ServerVoice, TooLong, Voice
+from open_instruct.chat.voices import Sampling, ServerVoice, TooLong, Voice, open_local
 
 if TYPE_CHECKING:
     from open_instruct.examples import Message
@@ -389,22 +389,14 @@ def _show(pieces: Generator[str, None, None]) -> None:
         sys.stdout.flush()
 
 
-def _voice(name: str, url: str | None) -> Voice:
-    if url is not None:
-        return ServerVoice(url, name)
-    from olmo_base.model.generate import load_generator  # heavy: not for a server's models
-    from open_instruct.encode import load_chat_encoder
-
-    encoder = load_chat_encoder(name, None)
-    return LocalVoice(load_generator(name), encoder, name)
-
-
 def chat(
     model: str | None,
     *,
     prompt: str | None = None,
     compare: str | None = None,
     url: str | None = None,
+    adapter: str | None = None,
+    load_in_4bit: bool = False,
     system: str | None = None,
     temperature: float = 0.7,
     top_p: float = 1.0,
@@ -414,21 +406,32 @@ def chat(
     """Talk with a model folder (or hub name): one question with ``prompt``, else line by line.
 
     ``url``: with a model of the server there; None is its first. ``compare``: with another one
-    too. Errors: UserError for a model that cannot chat; with piped input also for a line that
-    cannot be answered. At a terminal such a line is explained and the conversation goes on.
+    too. ``adapter`` is put on ``model``, whose default is the base that it names. Errors: UserError
+    for a model that cannot chat; with piped input also for a line that cannot be answered. At a
+    terminal such a line is explained and the conversation goes on.
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
-    if model is None and url is None:
+    if model is None and url is None and adapter is None:
         raise UserError("Name a model to talk with, or a server with --url.")
+    if url is not None and (adapter is not None or load_in_4bit):
+        option = "--load-in-4bit" if adapter is None else "--adapter"
+        raise UserError(f"{option} is for a model here; the server at {url} has chosen its own.")
+    voices: list[Voice] = []
+    if url is None:
+        voices.append(open_local(model, adapter, load_in_4bit))
+        if compare is not None:
+            voices.append(open_local(compare, None, load_in_4bit))
+    else:
+        voices += [ServerVoice(url, name) for name in (model or "", compare) if name is not None]
     conversations = [
         Conversation(
-            _voice(name, url),
+            voice,
             Sampling(temperature, top_p, max_new_tokens, seed),
             system,
             notify=lambda notice: print(notice, file=sys.stderr, flush=True),
         )
-        for name in ([model or ""] if compare is None else [model or "", compare])
+        for voice in voices
     ]
     if prompt is not None:
         _show_answers(conversations, prompt)

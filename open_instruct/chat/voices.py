@@ -114,6 +114,48 @@ class LocalVoice:
             yield whole[len(shown) :]
 
 
+def open_local(name: str | None, adapter: str | None = None, in_4bit: bool = False) -> LocalVoice:
+    """A model of this machine, with an adapter put on it if one is named.
+
+    ``name`` None is the base that the adapter names. Errors: UserError.
+    """
+    from olmo_base.model.generate import (  # heavy: not for a server's models
+        Generator,
+        context_length,
+        end_token_ids,
+        load_generator,
+    )
+    from olmo_base.run.artefact import adapter_base, resolve_base, resolve_model
+    from olmo_base.run.launch import pick_device
+    from open_instruct.encode import load_chat_encoder
+
+    folder = None if adapter is None else resolve_model(adapter)
+    if folder is not None and (base := adapter_base(folder)) is None:
+        raise UserError(f"--adapter {folder} is no adapter. Talk with it as MODEL.")
+    if name is None:
+        assert folder is not None and base is not None
+        name = str(resolve_base(folder, base))
+    source = resolve_model(name)
+    if in_4bit:
+        from open_instruct.causal_lm import load_in_4bit
+
+        model = load_in_4bit(name, folder, pick_device())
+        ends = (folder and end_token_ids(folder)) or end_token_ids(source)
+        limit = context_length(model.config.get_text_config(decoder=True))
+        has_tokenizer = folder is not None and (folder / "tokenizer.json").is_file()
+        place = folder if has_tokenizer else source
+        generator = Generator(model, eos_token_ids=ends, max_length=limit, source=place)
+    else:
+        generator = load_generator(name)
+        if folder is not None:
+            from open_instruct.chat.beside import beside
+
+            generator = beside(generator, folder, end_token_ids(folder))
+    encoder = load_chat_encoder(generator.source or name, None)
+    shown = name if adapter is None else f"{name} with {adapter}"
+    return LocalVoice(generator, encoder, shown)
+
+
 # ---------------------------------------------------------------- a model on a running server
 
 

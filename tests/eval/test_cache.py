@@ -142,8 +142,8 @@ evaluate(**eval(sys.argv[1]))
 def test_an_evaluation_killed_in_the_middle_computes_only_the_rest(world, tmp_path):
     whole = evaluate(**settings(world, tmp_path / "whole")).path
     given = settings(world, tmp_path / "killed")
-    # Within the second task: the first one has three batches.
-    command = [sys.executable, "-c", KILLED, repr(given), "5"]
+    # Within the second task: the first one has six answers, each kept by itself.
+    command = [sys.executable, "-c", KILLED, repr(given), "9"]
     killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (tmp_path / "killed" / "report.json").exists()

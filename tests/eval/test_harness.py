@@ -16,22 +16,11 @@ from eval.harness import EvalRecipe, evaluate, input_files, model_names, plan, r
 from eval.questions import Choice, Document, Question
 from eval.subject import encode_pairs, load_subject
 from eval.tasks import Task
-from olmo_base.corpus.documents import DocumentSource
-from olmo_base.model.hf_weights import export_hf
-from olmo_base.model.transformer import ModelConfig, Transformer
-from olmo_base.run.artefact import RunConfig
 from olmo_base.run.errors import DataError, Stopped, UserError
 from olmo_base.run.metrics import Progress
 from olmo_base.run.recipe import load_recipe
-from olmo_base.tokenizer import (
-    EOS_TOKEN,
-    PAD_TOKEN,
-    TokenizerRecipe,
-    save_tokenizer,
-    tokenizer_config,
-    train_tokenizer,
-)
-from open_instruct.encode import ChatEncoder, load_chat_encoder, load_chat_tokenizer
+from open_instruct.encode import load_chat_encoder, load_chat_tokenizer
+from tests.eval.knowing import save_knowing_models
 
 COLOURS = {"Mila": "green", "Oren": "dark blue", "Tess": "red", "Juno": "yellow", "Ada": "pink"}
 QUESTIONS = {f"What is the colour of {name}?": colour for name, colour in COLOURS.items()}
@@ -42,66 +31,14 @@ CONTEXT = 64
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> Path:
     """A folder with base (knows PLAIN), chat (knows the same as dialogues) and blank."""
-    root = tmp_path_factory.mktemp("models")
-    tokenizer = train_tokenizer(
-        PLAIN * 3,
-        TokenizerRecipe(
-            stage="tokenizer",
-            dataset_mixer=(DocumentSource("unused"),),
-            run=RunConfig(output_dir="unused"),
-            vocab_size=330,
-        ),
+    return save_knowing_models(
+        tmp_path_factory.mktemp("models"),
+        PLAIN,
+        list(QUESTIONS.items()),
+        vocab_size=330,
+        context=CONTEXT,
+        steps=80,
     )
-    config = tokenizer_config(eos_token=EOS_TOKEN, pad_token=PAD_TOKEN, model_max_length=CONTEXT)
-    save_tokenizer(tokenizer, root / "tokenizer", config)
-    template = (Path(__file__).parents[2] / "chat_templates" / "tulu.jinja").read_text()
-    encoder = ChatEncoder(load_chat_tokenizer(root / "tokenizer"), template)
-    dialogues = [
-        [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        for question, answer in QUESTIONS.items()
-    ]
-    texts = {
-        "base": [tokenizer.encode(text).ids for text in PLAIN],
-        "chat": [encoder.encode_dialogue(messages).ids for messages in dialogues],  # type: ignore[arg-type]
-        "blank": [],
-    }
-    for name, rows in texts.items():
-        export_hf(trained(rows), root / name, tokenizer_files=root / "tokenizer")
-    (root / "chat" / "chat_template.jinja").write_text(template)
-    return root
-
-
-def trained(rows: list[list[int]]) -> Transformer:
-    """A small model after enough steps on a few texts to say them by heart."""
-    torch.manual_seed(0)
-    model = Transformer(
-        ModelConfig(
-            vocab_size=330,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=CONTEXT,
-            eos_token_id=0,
-            pad_token_id=1,
-        )
-    )
-    if not rows:
-        return model
-    width = max(map(len, rows))
-    ids_BT = torch.tensor([row + [1] * (width - len(row)) for row in rows])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(80):
-        logits = model.logits(model(ids_BT[:, :-1]))
-        loss = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), ids_BT[:, 1:].flatten(), ignore_index=1
-        )
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss < 0.3
-    return model
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from eval.statistics import (
     bootstrap_interval,
     chance_p_value,
     clustered_mean,
+    clustered_proportion,
     holm,
     macro_average,
     macro_difference,
@@ -175,6 +176,32 @@ def test_the_clustered_error_is_the_hand_worked_sum_over_pairs():
     )
     expected = math.sqrt(total * 3 / 2) / 6
     assert clustered_mean(values, clusters).stderr == pytest.approx(expected)
+
+
+def test_clusters_that_agree_have_the_interval_of_their_number():
+    """Ten passages of three questions, all of a passage alike, tell what ten questions do."""
+    right = [True] * 21 + [False] * 9
+    clusters = [number // 3 for number in range(30)]
+    found = clustered_proportion(right, clusters)
+    assert (found.value, found.n) == (0.7, 30)
+    assert (found.low, found.high) == pytest.approx(wilson_interval(7, 10))
+    alone = clustered_proportion(right, range(30))
+    assert (alone.low, alone.high) == pytest.approx(wilson_interval(21, 30))
+    all_right = clustered_proportion([True] * 30, clusters)
+    assert (all_right.low, all_right.high) == wilson_interval(10, 10)
+
+
+def test_the_interval_of_clusters_covers_the_truth_about_as_often_as_it_says():
+    chance = random.Random(11)
+    covered = 0
+    for _ in range(400):
+        levels = [0.9 if chance.random() < 0.5 else 0.3 for _ in range(40)]  # 0.6 in all
+        clusters = [number for number in range(40) for _ in range(5)]
+        right = [chance.random() < levels[number] for number in clusters]
+        found = clustered_proportion(right, clusters)
+        assert found.low is not None and found.high is not None
+        covered += found.low <= 0.6 <= found.high
+    assert 0.92 < covered / 400 < 0.98
 
 
 def test_bootstrap_interval_is_that_of_scipy():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from eval.harness import EvalRecipe, input_files
-from eval.questions import Choice, Question, read_items
+from eval.questions import Choice, Question, data_file, read_items
 from eval.report.gather import gather
 from eval.scores import compare, estimate, is_right, measured, picked_option
 from eval.tasks import Task, load_catalogue, select
@@ -368,6 +368,25 @@ def test_every_suite_names_what_it_lacks(suite, tmp_path):
     recipe = EvalRecipe(**settings, run=RunConfig(output_dir="x"), data_dir=str(tmp_path))
     with pytest.raises(UserError, match=r"does not exist; the task .* asks its questions from it"):
         input_files(recipe)
+
+
+def test_a_missing_file_is_fetched_and_then_read_from_disk(tmp_path, capsys):
+    pytest.importorskip("datasets")
+    source = tmp_path / "set"
+    rows = [{"question": "q", "choices": ["a", "b"], "answer": 1}]
+    write_lines(source / "test.jsonl", rows)
+    task = Task("t", "multiple_choice", "mine/t.jsonl.gz", hub=f"{source} - test")
+    path = data_file(task, str(tmp_path))
+    assert "Fetching" in capsys.readouterr().err
+    with gzip.open(path, "rt") as file:
+        assert [json.loads(line) for line in file] == rows
+    (source / "test.jsonl").unlink()
+    assert data_file(task, str(tmp_path)) == path
+    lost = Task("t", "multiple_choice", "x.jsonl", hub="cais/mmlu all test")
+    with pytest.raises(UserError, match="the split test of cais/mmlu on the hub, and HF_HUB_OFF"):
+        data_file(lost, str(tmp_path))
+    with pytest.raises(UserError, match="could not be read"):
+        data_file(Task("t", "perplexity", "y.jsonl", hub=f"{tmp_path} - no"), str(tmp_path))
 
 
 # ---------------------------------------------------------------- request files

@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from eval.asking import ask
@@ -15,23 +14,11 @@ from eval.scores import compare, estimate, is_right, measured
 from eval.statistics import mean, wilson_interval
 from eval.subject import Subject, load_subject
 from eval.tasks import Task, load_catalogue, select
-from olmo_base.corpus.documents import DocumentSource
-from olmo_base.model.hf_weights import export_hf
-from olmo_base.model.transformer import ModelConfig, Transformer
-from olmo_base.run.artefact import RunConfig
 from olmo_base.run.errors import DataError, UserError
 from olmo_base.run.recipe import load_recipe
-from olmo_base.tokenizer import (
-    EOS_TOKEN,
-    PAD_TOKEN,
-    TokenizerRecipe,
-    save_tokenizer,
-    tokenizer_config,
-    train_tokenizer,
-)
 from open_instruct.__main__ import main
-from open_instruct.encode import ChatEncoder, load_chat_tokenizer
 from open_instruct.verifiers.sandbox import check_confinement
+from tests.eval.knowing import save_knowing_models
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 BOATS = {"Mila": 3, "Oren": 12, "Tess": 40, "Juno": 7}
@@ -53,71 +40,20 @@ CONTEXT = 160
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
-    """A folder with base (knows PLAIN), chat (knows DIALOGUES) and blank (knows nothing)."""
-    root = tmp_path_factory.mktemp("models")
-    tokenizer = train_tokenizer(
-        [*PLAIN, *(text for pair in DIALOGUES for text in pair)] * 3,
-        TokenizerRecipe(
-            stage="tokenizer",
-            dataset_mixer=(DocumentSource("unused"),),
-            run=RunConfig(output_dir="unused"),
-            vocab_size=350,
-        ),
+    """A folder with base (knows PLAIN and FUNCTIONS), chat (knows DIALOGUES) and blank."""
+    return save_knowing_models(
+        tmp_path_factory.mktemp("models"),
+        PLAIN,
+        DIALOGUES,
+        vocab_size=350,
+        context=CONTEXT,
+        steps=120,
+        # Read in two pieces, as when it is asked: a token may span the end of the prompt.
+        more=lambda tokenizer: [
+            tokenizer.encode(prompt).ids + tokenizer.encode(f"{body}\ndef more():\n    pass\n").ids
+            for prompt, body in FUNCTIONS.items()
+        ],
     )
-    config = tokenizer_config(eos_token=EOS_TOKEN, pad_token=PAD_TOKEN, model_max_length=CONTEXT)
-    save_tokenizer(tokenizer, root / "tokenizer", config)
-    template = (Path(__file__).parents[2] / "chat_templates" / "tulu.jinja").read_text()
-    encoder = ChatEncoder(load_chat_tokenizer(root / "tokenizer"), template)
-    rows = [
-        encoder.encode_dialogue(
-            [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        ).ids
-        for question, answer in DIALOGUES
-    ]
-    plain = [tokenizer.encode(text).ids for text in PLAIN]
-    # Read in two pieces, as when it is asked: a token may span the end of the prompt.
-    plain += [
-        tokenizer.encode(prompt).ids + tokenizer.encode(f"{body}\ndef more():\n    pass\n").ids
-        for prompt, body in FUNCTIONS.items()
-    ]
-    texts: dict[str, list[list[int]]] = {"base": plain, "chat": rows, "blank": []}
-    for name, ids in texts.items():
-        export_hf(trained(ids), root / name, tokenizer_files=root / "tokenizer")
-    (root / "chat" / "chat_template.jinja").write_text(template)
-    return root
-
-
-def trained(rows: list[list[int]]) -> Transformer:
-    """A small model after enough steps on a few texts to say them by heart."""
-    torch.manual_seed(0)
-    model = Transformer(
-        ModelConfig(
-            vocab_size=350,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=CONTEXT,
-            eos_token_id=0,
-            pad_token_id=1,
-        )
-    )
-    if not rows:
-        return model
-    width = max(map(len, rows))
-    ids_BT = torch.tensor([row + [1] * (width - len(row)) for row in rows])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(120):
-        logits = model.logits(model(ids_BT[:, :-1]))
-        loss = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), ids_BT[:, 1:].flatten(), ignore_index=1
-        )
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss < 0.3
-    return model
 
 
 @pytest.fixture

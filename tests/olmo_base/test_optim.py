@@ -67,6 +67,11 @@ def test_a_decay_ratio_of_a_schedule_that_has_none_is_refused():
         OptimConfig(decay_ratio=0.5)
 
 
+def test_a_warmup_may_begin_above_zero():
+    found = rates(5, lr_scheduler_type="constant", warmup_steps=4, warmup_start_ratio=0.2)
+    assert found == pytest.approx([0.4, 0.6, 0.8, 1.0, 1.0])
+
+
 def test_the_rates_after_the_warmup_are_those_of_transformers():
     from transformers import get_scheduler
 

@@ -2,8 +2,14 @@
 
 import json
 import os
+import pickle
+import re
+import resource
 import shutil
 import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,9 +19,12 @@ from torch.distributed.checkpoint import FileSystemWriter
 
 from olmo_base.parallel import Ranks
 from olmo_base.pretrain import run
+from olmo_base.pretrain_recipe import PretrainRecipe
+from olmo_base.run.artefact import sha256_file
 from olmo_base.run.errors import UserError
+from olmo_base.run.recipe import load_recipe
 from tests.olmo_base import ranks
-from tests.olmo_base.test_pretrain import recipe_for, rows_of, tokens
+from tests.olmo_base.test_pretrain import PROJECT, recipe_file, recipe_for, rows_of, tokens
 
 __all__ = ["tokens"]  # a fixture
 STEPS = 20
@@ -223,28 +232,229 @@ def test_a_rank_killed_while_saving_leaves_the_checkpoint_before_it(tokens, tmp_
     assert_same(tmp_path / "run", alone())
 
 
-@pytest.mark.parametrize("damage", ["missing", "changed"])
 def test_a_damaged_part_of_a_checkpoint_is_named_and_the_one_before_taken(
-    tokens, tmp_path, two, alone, damage
+    tokens, tmp_path, two, alone
 ):
-    recipe = recipe_for(tokens, tmp_path, **KEYS, data_parallel="fsdp", save_steps=9)
+    keys = {**KEYS, "data_parallel": "fsdp", "save_steps": 5, "save_total_limit": 9}
+    recipe = recipe_for(tokens, tmp_path, **keys)
     two.do(run, recipe)
     folder = tmp_path / "run"
-    stop_after(folder, 18)
-    part = folder / "checkpoints" / "step_000018" / "__1_0.distcp"
-    if damage == "missing":
-        part.unlink()
-    else:
-        part.write_bytes(part.read_bytes()[:-1] + b"?")
+    stop_after(folder, 15)
+    (folder / "checkpoints" / "step_000015" / "__1_0.distcp").unlink()
+    part = folder / "checkpoints" / "step_000010" / "__1_0.distcp"
+    part.write_bytes(part.read_bytes()[:-1] + b"?")
     two.do(run, recipe)
     said = (folder / "train.log").read_text()
-    words = "__1_0.distcp is missing" if damage == "missing" else "content of __1_0.distcp has"
-    assert f"step_000018 is corrupt ({words}" in said
-    assert "step_000009, after step 9" in said
+    assert "step_000015 is corrupt (__1_0.distcp is missing)" in said
+    assert "step_000010 is corrupt (the content of __1_0.distcp has changed)" in said
+    assert "step_000005, after step 5" in said
     assert_same(folder, alone())
-    stop_after(folder, 18)
+    stop_after(folder, 15)
     for path in (folder / "checkpoints").iterdir():
         (path / "__0_0.distcp").write_bytes(b"")
     errors = two.do(run, recipe)
     assert all(isinstance(error, UserError) for error in errors)
     assert "is corrupt. Move the folder" in str(errors[0])
+
+
+def test_a_checkpoint_cannot_make_the_reader_run_code(tokens, tmp_path, two):
+    recipe = recipe_for(tokens, tmp_path, **KEYS, save_steps=18)
+    two.do(run, recipe)
+    folder = tmp_path / "run"
+    stop_after(folder, 18)
+    metadata = folder / "checkpoints" / "step_000018" / ".metadata"
+    metadata.write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
+    index = metadata.with_name("index.json")
+    content = json.loads(index.read_text())
+    content["files"][".metadata"] = {
+        "bytes": metadata.stat().st_size,
+        "sha256": sha256_file(metadata),
+    }
+    index.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"names posix\.mkdir, which is not data"):
+        run(recipe_for(tokens, tmp_path, **KEYS, save_steps=18))
+    assert not (tmp_path / "ran").exists()
+
+
+class Bomb:
+    """What a pickle can be."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+# ---------------------------------------------------------------- where checkpoints go
+
+
+def test_permanent_checkpoints_stay_and_the_last_ones(tokens, tmp_path, two):
+    keys = {**KEYS, "save_steps": 2, "save_total_limit": 2, "permanent_save_steps": 6}
+    (tmp_path / "alone").mkdir()
+    two.do(run, recipe_for(tokens, tmp_path, **keys))
+    run(recipe_for(tokens, tmp_path / "alone", **keys))
+    for folder in (tmp_path, tmp_path / "alone"):
+        kept = sorted(path.name for path in (folder / "run" / "checkpoints").iterdir())
+        assert kept == [f"step_{step:06d}" for step in (6, 12, 16, 18)]
+    with pytest.raises(UserError, match="permanent_save_steps: 5 is no multiple of save_steps 2"):
+        recipe_for(tokens, tmp_path, **{**keys, "permanent_save_steps": 5})
+
+
+def test_checkpoints_go_to_a_uri_and_come_back_from_it(tokens, tmp_path, two, alone):
+    keys = {**KEYS, "save_steps": 4, "checkpoint_dir": f"file://{tmp_path}/store"}
+    recipe = recipe_for(tokens, tmp_path, **keys, data_parallel="fsdp")
+    ends = two.do(run_until_signalled, recipe, signal.SIGTERM)
+    assert ends == [("stopped", 0, " after step 11, which is saved")] * 2
+    store = tmp_path / "store"
+    assert sorted(path.name for path in store.iterdir()) == ["step_000008", "step_000011"]
+    (store / "step_000011" / "__1_0.distcp").write_bytes(b"")
+    (store / "step_000012").mkdir()  # no index.json: not complete
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+    run(recipe)
+    said = (tmp_path / "run" / "train.log").read_text()
+    assert f"{store}/step_000011 is corrupt" in said
+    assert "after step 8" in said
+    assert_same(tmp_path / "run", alone())
+
+
+def test_a_store_in_memory_keeps_the_checkpoints_of_one_process(tokens, tmp_path):
+    fsspec = pytest.importorskip("fsspec")
+    keys = {**KEYS, "save_steps": 4, "checkpoint_dir": f"memory://{tmp_path}"}
+    run(recipe_for(tokens, tmp_path, **keys))
+    kept = fsspec.filesystem("memory").ls(str(tmp_path), detail=False)
+    assert sorted(Path(path).name for path in kept) == ["step_000012", "step_000016"]
+    fsspec.filesystem("memory").rm(str(tmp_path), recursive=True)
+
+
+def test_a_store_of_an_unknown_kind_is_one_message(tokens, tmp_path):
+    recipe = recipe_for(tokens, tmp_path, **KEYS, checkpoint_dir="nothing://there")
+    with pytest.raises(UserError, match=r"nothing://there cannot be opened: .* install s3fs"):
+        run(recipe)
+
+
+def run_on_a_small_disk(recipe, rank):
+    """No file of this rank can be longer than 100,000 bytes; a checkpoint's part is."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if os.environ.get("RANK", "0") == rank:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        return run(recipe)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_one_message_and_loses_nothing(tokens, tmp_path, two, alone):
+    (tmp_path / "alone").mkdir()
+    keys = {**KEYS, "save_steps": 6, "data_parallel": "fsdp"}
+    recipe, recipe_alone = (
+        recipe_for(tokens, path, **keys) for path in (tmp_path, tmp_path / "alone")
+    )
+    two.do(run_until_signalled, recipe, signal.SIGTERM)
+    errors = two.do(run_on_a_small_disk, recipe, "1")
+    for error in errors:
+        assert isinstance(error, UserError)
+        assert re.search(
+            r"checkpoint of step 12 could not be written: .*File too large", str(error)
+        )
+    with pytest.raises(UserError, match=r"of step 6 could not be written: .*File too large"):
+        run_on_a_small_disk(recipe_alone, "0")
+    kept = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert {"step_000006", "step_000011"} <= set(kept)
+    two.do(run, recipe)
+    run(recipe_alone)
+    for folder in (tmp_path, tmp_path / "alone"):
+        assert_same(folder / "run", alone())
+
+
+# ---------------------------------------------------------------- a rank that hangs
+
+
+def run_and_hang(recipe, said):
+    """Rank 1 stops taking part in step 6; what is said goes into a file."""
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    if os.environ["RANK"] == "1":
+        original = Ranks.at
+
+        def at(self, step, *, waits=False):
+            original(self, step)
+            if step == 5:
+                threading.Event().wait()
+
+        Ranks.at = at  # type: ignore[method-assign]
+    return run(recipe)
+
+
+def test_a_rank_that_hangs_is_named_and_ends_the_run(tokens, tmp_path):
+    recipe = recipe_for(tokens, tmp_path, **KEYS, hang_seconds=4)
+    stuck = ranks.Ranks(2)
+    assert stuck.do(run_and_hang, recipe, tmp_path / "said") == [None, None]
+    stuck.end()
+    assert [process.exitcode for process in stuck.processes] == [1, 1]
+    said = (tmp_path / "said").read_text()
+    assert "rank 1 of 2 has made no progress for" in said
+    assert "in step 6, and the others wait for it" in said
+    assert said.count("error:") == 1
+
+
+# ---------------------------------------------------------------- what cannot be divided
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"data_parallel_shards": 2}, "data_parallel_shards: 2, but data_parallel is ddp"),
+        ({"tensor_parallel": 2}, "data_parallel: ddp keeps layers whole"),
+        ({"data_parallel": "fsdp", "tensor_parallel": 2}, "does not divide the 1 ranks"),
+        ({"context_parallel": 3}, "does not divide the 1 ranks"),
+        ({"gradient_accumulation_steps": 2}, "it follows from global_batch_size 8"),
+        ({"hang_seconds": 0}, "hang_seconds"),
+    ],
+)
+def test_what_cannot_be_is_refused(tokens, tmp_path, keys, message):
+    with pytest.raises(UserError, match=message):
+        run(recipe_for(tokens, tmp_path, **{**KEYS, **keys}))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"tensor_parallel": 4}, "tensor_parallel 4 does not divide num_key_value_heads 2"),
+        ({"context_parallel": 4, "max_length": 20}, "into 8 equal pieces; max_length 20"),
+        ({"data_parallel": "hsdp", "data_parallel_shards": 3}, "does not divide the 4 ranks that"),
+    ],
+)
+def test_shapes_that_cannot_be_cut_are_refused(tokens, tmp_path, four, keys, message):
+    recipe = recipe_for(tokens, tmp_path, **{**KEYS, "data_parallel": "fsdp", **keys})
+    assert all(message in str(error) for error in four.do(run, recipe))
+
+
+def test_without_a_global_batch_size_each_rank_adds_its_own(tokens, tmp_path, two):
+    keys = {**KEYS, "global_batch_size": 0, "per_device_train_batch_size": 2}
+    recipe = recipe_for(tokens, tmp_path, **{**keys, "gradient_accumulation_steps": 2})
+    two.do(run_until_signalled, recipe, signal.SIGTERM)
+    kept = load_recipe(PretrainRecipe, tmp_path / "run" / "recipe.yaml")
+    assert kept.global_batch_size == 8  # 2 sequences x 2 micro-batches x 2 ranks
+    with pytest.raises(UserError, match="global_batch_size was 8 and is 0"):
+        run(recipe)
+
+
+# ---------------------------------------------------------------- as users start it
+
+
+def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", str(ranks.free_port()), "-m", "open_instruct", "run", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
+
+
+def test_torchrun_trains_and_tells_a_mistake_once(tokens, tmp_path):
+    path = str(recipe_file(tokens, tmp_path, **{**KEYS, "max_steps": 3, "data_parallel": "fsdp"}))
+    wrong = torchrun(path, "context_parallel=3")
+    assert wrong.returncode != 0
+    assert wrong.stderr.count("does not divide the 2 ranks. Start a multiple of 3.") == 1
+    right = torchrun(path)
+    assert right.returncode == 0, right.stderr
+    assert right.stderr.count("is finished") == 1
+    assert len(curve(tmp_path / "run")) == 3

@@ -46,7 +46,7 @@ from olmo_base.tokenizer import TokenizerRecipe, load_tokenizer
 from olmo_base.tokenizer import run as train_tokenizer
 
 PROJECT = Path(__file__).parents[2]
-TIMES = {"seconds", "tokens_per_second"}  # what two equal runs may differ in
+TIMES = {"seconds", "tokens_per_second", "mfu"}  # what two equal runs may differ in
 
 
 @pytest.fixture(scope="module")
@@ -448,6 +448,14 @@ def test_batches_and_rows_that_begin_small_read_every_token_once_and_resume(toke
 def test_a_warmup_that_cannot_be_is_refused(tokens, tmp_path, keys, message):
     with pytest.raises(UserError, match=message):
         recipe_for(tokens, tmp_path, **keys)
+
+
+def test_gradients_may_be_larger_in_the_first_steps(tokens, tmp_path):
+    settings = {"max_grad_norm": 0.5, "clip_warmup_steps": 2, "clip_warmup_factor": 4.0}
+    optim = recipe_for(tokens, tmp_path, **settings).optim
+    assert [optim.max_grad_norm_at(step) for step in range(4)] == [2.0, 2.0, 0.5, 0.5]
+    free = recipe_for(tokens, tmp_path, max_grad_norm=0.0, clip_warmup_steps=2).optim
+    assert free.max_grad_norm_at(0) == 0.0  # never clips
 
 
 def test_a_run_mixes_its_sources_and_says_how(tokens, tmp_path, capsys):

@@ -8,7 +8,7 @@ import pytest
 from open_instruct.chat_template import THINK
 from open_instruct.control_tokens import CannotEncode
 from open_instruct.encode import ChatEncoder
-from open_instruct.turns import Message, Tools
+from open_instruct.turns import Function, Message, Tools
 from tests.open_instruct.rows import assistant, user
 from tests.open_instruct.test_encode import encoder_for, readable
 
@@ -21,7 +21,7 @@ TOOLS: Tools = [
 
 
 def call(*arguments: dict, content: str = "") -> Message:
-    functions = [{"name": "add", "arguments": item} for item in arguments]
+    functions: list[Function] = [{"name": "add", "arguments": item} for item in arguments]
     return {
         "role": "assistant",
         "content": content,

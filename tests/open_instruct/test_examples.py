@@ -2,7 +2,6 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,8 +14,6 @@ from open_instruct.examples import (
     SourceUse,
     mixture_lines,
     read_dialogues,
-    read_pairs,
-    read_rated,
 )
 from tests.open_instruct.rows import GOOD, dialogues, turns, write
 
@@ -114,44 +111,3 @@ def test_parts_share_a_file_without_sharing_a_question(hundred, tmp_path):
     again = dialogues(Source(other, part="held_out"), seed=5)
     assert {item.messages[0]["content"] for item in again} == held_out
     assert len(again) == 2 * len(held_out)
-
-
-# ---------------------------------------------------------------- real data
-
-REAL = {
-    "dialogues/dolly.jsonl.gz": (6400, "instruction/response"),
-    "dialogues/alpaca_en_1k.json": (999, "Alpaca"),
-    "dialogues/identity_sharegpt.json": (500, "ShareGPT"),
-    "dialogues/rasbt_1100.json": (1100, "Alpaca"),
-    "dialogues/toolcalls_sharegpt.json": (300, "ShareGPT"),
-    "preferences/rasbt_1100.json": (1100, "instruction/chosen/rejected"),
-    "preferences/hh_harmless.jsonl.gz": (2312, "Anthropic HH transcripts"),
-    "preferences/ultrafeedback_sample_sharegpt.json": (300, "ShareGPT pairs"),
-    "preferences/kto_unpaired.json": (300, "messages/label"),
-}
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the data for development is not here")
-@pytest.mark.parametrize("name", sorted(REAL))
-def test_every_row_of_the_real_files_is_used_or_counted(name):
-    num_rows, form = REAL[name]
-    counts, uses = ExampleCounts(), list[SourceUse]()
-    keys: dict[str, Any] = {"seed": 0, "on_bad_row": "drop", "counts": counts, "uses": uses}
-    sources = [Source(str(SHARED / name))]
-    if "kto" in name:
-        num_found = len(read_rated(sources, **keys))
-    elif name.startswith("preferences"):
-        num_found = len(read_pairs(sources, **keys))
-    else:
-        num_found = len(read_dialogues(sources, **keys))
-    assert num_found + sum(counts.dropped.values()) == num_rows
-    assert sum(counts.dropped.values()) <= 0.02 * num_rows, counts.dropped
-    assert uses[0].formats == (form,)
-
-
-def test_all_the_real_files_are_tried():
-    if not SHARED.is_dir():
-        pytest.skip("the data for development is not here")
-    folders = ("dialogues", "preferences")
-    found = {f"{folder}/{file.name}" for folder in folders for file in (SHARED / folder).iterdir()}
-    assert found == set(REAL)

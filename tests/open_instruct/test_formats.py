@@ -120,7 +120,7 @@ def test_rows_of_each_format_become_turns(name, tmp_path):
     assert dialogues(path) == [Dialogue(turns, path, 1)]
 
 
-PAIRS = {
+PAIRS: dict[str, dict[str, Any]] = {
     "texts": {"prompt": "q", "chosen": "a", "rejected": "b"},
     "turns": {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")]},
     "whole dialogues": {

@@ -2,6 +2,7 @@
 
 import io
 import json
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,10 @@ from olmo_base.run.artefact import RunConfig
 from olmo_base.run.errors import DataError, UserError
 from open_instruct.causal_lm import ModelConfig
 from open_instruct.examples import DataConfig, Source
-from open_instruct.inspect import inspect_recipe
+from open_instruct.inspect import inspect_recipe, packed_rows
 from open_instruct.pair_losses import LossConfig
 from open_instruct.preference import PreferenceRecipe
+from open_instruct.reward import RewardRecipe
 from open_instruct.sft import SftRecipe
 
 
@@ -30,7 +32,9 @@ def write(path: Path, rows: list[dict]) -> str:
     return str(path)
 
 
-def shown(recipe: SftRecipe | PreferenceRecipe, colours: bool = False, **keys) -> str:
+def shown(
+    recipe: SftRecipe | PreferenceRecipe | RewardRecipe, colours: bool = False, **keys
+) -> str:
     file = io.StringIO()
     console = Console(
         file=file, width=100, force_terminal=colours, color_system="standard" if colours else None
@@ -60,7 +64,7 @@ def test_a_dialogue_is_shown_with_what_is_learnt(tmp_path, model_folder):
     text = shown(sft_recipe(model_folder, path))
     assert f"{path}, line 1" in text.replace("\n", "")
     assert "<|user|>\nq0\n<|assistant|>\n⟦four<|endoftext|>⟧\n" in text
-    assert "prompt/completion   all rows          1      1" in text
+    assert "prompt/completion all rows 1 1" in " ".join(text.split())
     assert "none dropped" in text
     coloured = shown(sft_recipe(model_folder, path), colours=True)
     assert "\x1b[1;32mfour\x1b[0m\x1b[1;4;32m<|endoftext|>" in coloured
@@ -133,3 +137,56 @@ def test_rated_answers_are_shown_with_their_rating(tmp_path, model_folder):
     text = shown(recipe)
     assert "a good answer: " in text and "a bad answer: " in text
     assert "⟦a1<|endoftext|>⟧" in text and "2 examples used" in text
+
+
+def test_pairs_of_a_reward_recipe_are_shown_too(tmp_path, model_folder):
+    pair = {"prompt": "q", "chosen": "yes", "rejected": "no", "margin": "wide"}
+    recipe = RewardRecipe(
+        model=ModelConfig(model_name_or_path=str(model_folder)),
+        chat_template="tulu",
+        data=DataConfig(dataset_mixer=(Source(write(tmp_path / "rows.jsonl", [pair])),)),
+        run=RunConfig(output_dir="unused"),
+    )
+    with pytest.raises(DataError, match="'margin' is 'wide'"):
+        inspect_recipe(recipe, console=Console(file=io.StringIO()))
+    write(tmp_path / "rows.jsonl", [{**pair, "margin": 2}])
+    assert "⟦yes<|endoftext|>⟧" in shown(recipe)
+
+
+def test_the_page_holds_everything_and_escapes_the_data(tmp_path, model_folder):
+    answers = ["<script>alert(1)</script>", "fine", "&amp; <|user|>"]
+    path = write(tmp_path / "rows.jsonl", [*rows(*answers), {"prompt": "q", "completion": ""}])
+    recipe = sft_recipe(model_folder, path, on_bad_row="drop")
+    shown(recipe, html=tmp_path / "page.html", num_shown=9)
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert (
+        "<script" not in text and "src=" not in text and "http" not in text.replace("http-eq", "")
+    )
+    assert "<mark>&lt;script&gt;alert(1)&lt;/script&gt;</mark><mark><u>&lt;|endoftext|&gt;" in text
+    assert "<mark>&amp;amp; &lt;|user|&gt;</mark>" in text  # spelt by the data: no control token
+    assert "1 dropped: empty content" in text
+    assert "3 examples used" in text
+    HTMLParser().feed(text)
+
+
+def test_a_page_is_written_even_if_examples_are_too_long(tmp_path, model_folder):
+    path = write(tmp_path / "rows.jsonl", rows("é" * 45))
+    text = shown(sft_recipe(model_folder, path, max_length=24), html=tmp_path / "page.html")
+    assert "ERROR" in text
+    assert "are longer than max_length" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_sequences_are_packed_longest_first_into_the_fullest_row_they_fit():
+    assert packed_rows([], 10) == 0
+    assert packed_rows([10, 10], 10) == 2
+    assert packed_rows([6, 4, 7, 3], 10) == 2
+    assert packed_rows([5, 5, 5, 1], 10) == 2
+    # 7 | 6 | 4 with 6 | 3 with 7 | 2 and 2 open a third row
+    assert packed_rows([7, 6, 4, 3, 2, 2], 10) == 3
+
+
+def test_repeated_rows_and_packing_are_said(tmp_path, model_folder):
+    row = {"prompt": "q", "completion": "a"}
+    text = shown(sft_recipe(model_folder, write(tmp_path / "rows.jsonl", [row, row]), max_length=9))
+    assert "1 rows say the same as an earlier row" in text
+    assert "packed into rows of 9: 2 rows" in text

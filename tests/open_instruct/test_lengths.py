@@ -2,6 +2,8 @@
 
 import os
 import re
+import signal
+import sys
 
 import pytest
 
@@ -210,7 +212,7 @@ def test_pairs_ratings_and_texts_are_not_split_and_it_is_said_why(tulu):
     not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2,
     reason="needs Linux and two cores",
 )
-def test_several_processes_encode_what_one_does(tulu, monkeypatch):
+def test_several_processes_encode_what_one_does_and_end_without_a_word(tulu, monkeypatch, capfd):
     forged = Dialogue([user("q"), assistant("<|user|>")], "x", 1)
     given = [*dialogues(*range(10, 40)), forged, *dialogues(11)]
     pairs = [Pair([user("q")], [assistant(f"{n}")], [assistant("b")], "x", n) for n in range(9)]
@@ -226,7 +228,12 @@ def test_several_processes_encode_what_one_does(tulu, monkeypatch):
     alone = encode()
     monkeypatch.setattr(lengths, "BATCH_SIZE", 4)
     monkeypatch.setattr(lengths, "LEAST_FOR_PROCESSES", 8)
-    assert encode() == alone
+    before = signal.signal(signal.SIGTERM, lambda *_: print("terminated", file=sys.stderr))
+    try:
+        assert encode() == alone
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capfd.readouterr().err == ""
 
 
 def test_plain_text_stands_between_the_tokens_of_a_document_and_is_learnt(train_tokenizer):

@@ -11,9 +11,11 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from olmo_base.run.artefact import ExampleCounts, RunConfig
+from open_instruct import sft
 from open_instruct.causal_lm import ModelConfig
-from open_instruct.encode import ChatEncoder, find_template
+from open_instruct.encode import ChatEncoder, find_template, load_chat_encoder
 from open_instruct.examples import DataConfig, Source
+from open_instruct.loop import TrainConfig
 from open_instruct.sft import SftRecipe
 from open_instruct.tokenised import (
     DataReport,
@@ -22,8 +24,10 @@ from open_instruct.tokenised import (
     tokenised_pairs,
     tokenised_rated,
 )
+from open_instruct.tuning import tokenise_before_ranks_meet
 from tests.open_instruct.rows import assistant, turns, user, write
 from tests.open_instruct.test_encode import encoder_for
+from tests.open_instruct.tiny import save_tiny_model
 
 
 def recipe_for(folder: Path, *paths: str, **keys) -> SftRecipe:
@@ -172,7 +176,7 @@ def test_what_is_damaged_on_disk_is_made_again_and_said(tmp_path, tulu, data):
                 (entry / name).write_bytes(damaged)
             again, notes = tokenised(recipe, tulu)
             assert again == before
-            assert notes[0] == f"{entry} is damaged and was made again"
+            assert notes[0] == f".tokenised/{entry.name} is damaged and was made again"
             assert tokenised(recipe, tulu)[1][0].startswith("tokenised before")
 
 
@@ -202,6 +206,21 @@ def test_nothing_is_kept_if_the_recipe_says_so_or_the_place_cannot_be_written(tm
     (tmp_path / "runs").write_text("a file, where a folder is needed")
     found, notes = tokenised(recipe_for(tmp_path, data), tulu)
     assert found == kept and notes[0].startswith("tokenised examples are not kept: ")
+
+
+def test_ranks_tokenise_before_they_meet_and_a_run_alone_does_not(tmp_path, data, monkeypatch):
+    save_tiny_model(tmp_path / "base")
+    recipe = replace(
+        recipe_for(tmp_path, data),
+        model=ModelConfig(model_name_or_path=str(tmp_path / "base")),
+        chat_template="tulu",
+    )
+    tokenise_before_ranks_meet(recipe, sft.dialogue_examples)
+    assert not (tmp_path / "runs").exists()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    tokenise_before_ranks_meet(recipe, sft.dialogue_examples)
+    encoder = load_chat_encoder(tmp_path / "base", "tulu")
+    assert tokenised(recipe, encoder)[1][0].startswith("tokenised before: 5 sequences")
 
 
 # ---------------------------------------------------------------- the same text twice
@@ -244,3 +263,31 @@ def test_repeated_rows_and_held_out_ones_are_counted(tmp_path, tulu):
         tokenised_dialogues(sources, tulu, recipe, ExampleCounts(), report)
     assert report.num_repeated == 1
     assert report.overlap() == (2, 6)  # each row is taken twice
+
+
+def test_the_manifest_and_the_run_folder_say_what_became_of_the_data(tmp_path, data):
+    save_tiny_model(tmp_path / "base")
+    evaluation = write(tmp_path / "eval.jsonl", {"x": LONG})
+    leaked = write(tmp_path / "leaked.jsonl", turns(user(LONG), assistant("a")))
+    recipe = replace(
+        recipe_for(tmp_path, data, leaked, decontaminate_against=(evaluation,)),
+        model=ModelConfig(model_name_or_path=str(tmp_path / "base")),
+        chat_template="tulu",
+        train=TrainConfig(max_steps=1, per_device_train_batch_size=2),
+    )
+    folder = sft.run(recipe).path
+    manifest = json.loads((folder / "manifest.json").read_text())
+    uses = [(use["path"], use["available"], use["used"]) for use in manifest["data"]["mixture"]]
+    assert uses == [(data, 5, 5), (leaked, 1, 1)]
+    assert manifest["data"]["decontaminated"] == 1
+    assert manifest["examples"]["used"] == 5
+    (dropped,) = (folder / "decontaminated.jsonl").read_text().splitlines()
+    assert json.loads(dropped) == {
+        "source": leaked,
+        "line": 1,
+        "evaluation": evaluation,
+        "evaluation_line": 1,
+        "shared_with": 1,
+    }
+    log = (folder / "train.log").read_text()
+    assert "1 training rows share 13 words in a row" in log and "tokenised 5 sequences" in log

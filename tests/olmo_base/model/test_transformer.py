@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     Olmo2Config,
     Olmo2ForCausalLM,
@@ -310,14 +311,39 @@ def test_recomputing_layers_in_the_backward_pass_changes_no_gradient(small: Mode
     model = random_model(small)
     ids_BT = torch.randint(61, (2, 70))
     grads = []
-    for model.gradient_checkpointing in (False, True):
+    for model.gradient_checkpointing in (False, True, "none", "selective", "full"):
         model.zero_grad()
         model(ids_BT).square().sum().backward()
         grads.append(
             [weight.grad.clone() for weight in model.layers.parameters() if weight.grad is not None]
         )
-    for plain, recomputed in zip(*grads, strict=True):
-        assert torch.equal(plain, recomputed)
+    for kind in grads[1:]:
+        for plain, recomputed in zip(grads[0], kind, strict=True):
+            assert torch.equal(plain, recomputed)
+
+
+def test_selective_recomputation_makes_no_matrix_product_twice():
+    model = random_model(SMALL)
+    ids_BT = torch.randint(61, (2, 70))
+    kept = {}
+    for kind in ("none", "selective", "full"):
+        model.gradient_checkpointing = kind
+        multiplied = CountProducts()
+        loss = model(ids_BT).square().sum()
+        with multiplied:
+            loss.backward()
+        kept[kind] = multiplied.count
+    assert kept["none"] == kept["selective"] < kept["full"]
+
+
+class CountProducts(TorchDispatchMode):
+    """Counts plain matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.mm.default
+        return func(*args, **(kwargs or {}))
 
 
 @EACH_GENERATION

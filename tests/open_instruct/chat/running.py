@@ -15,9 +15,9 @@ from open_instruct.encode import load_chat_encoder, save_chat_files
 from tests.open_instruct.tiny import save_tiny_model
 
 
-def save_chat_model(folder: Path, seed: int = 0, context: int = 640) -> str:
+def save_chat_model(folder: Path, seed: int = 0, context: int = 640, width: int = 32) -> str:
     """A tiny random model with the tulu template."""
-    save_tiny_model(folder, seed, hidden_size=32, max_position_embeddings=context)
+    save_tiny_model(folder, seed, hidden_size=width, max_position_embeddings=context)
     save_chat_files(load_chat_encoder(folder, "tulu"), folder)
     return str(folder)
 

@@ -14,20 +14,24 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from olmo_base.model.generate import load_generator
 from olmo_base.run.errors import UserError
+from open_instruct.__main__ import main
 from open_instruct.chat.engine import Delta, Engine, Sampling
 from open_instruct.chat.server import load_models
+from open_instruct.chat.voices import Sampling as ChatSampling
+from open_instruct.chat.voices import open_local
 from tests.open_instruct.chat.running import save_chat_model
 from tests.open_instruct.tiny import byte_tokenizer
 
 PROMPTS = ("Hello?", "Once upon a time", "x" * 100)
 
 
-def save_base(folder: Path, kind: str) -> str:
+def save_base(folder: Path, kind: str, width: int = 32) -> str:
     """A tiny model: ours, or one that transformers runs."""
-    save_chat_model(folder)
+    save_chat_model(folder, width=width)
     if kind == "llama":
         torch.manual_seed(1)
         shape: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        shape["intermediate_size"] = 2 * width
         names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
         more: dict[str, Any] = dict(
             num_attention_heads=2, max_position_embeddings=640, eos_token_id=256
@@ -126,3 +130,53 @@ def test_an_adapter_that_cannot_be_served_beside_its_base_is_refused(tmp_path):
     )  # fmt: skip
     with pytest.raises(UserError, match=r"holds .*layers\.9.* no such linear layer"):
         load_models([base, name])
+
+
+# ---------------------------------------------------------------- in the terminal
+
+
+def test_an_adapter_is_put_on_the_model_that_one_talks_with(tmp_path, capsys):
+    base = save_base(tmp_path / "base", "olmo2")
+    adapter = save_adapter(tmp_path / "a", base, 0)
+    words = ["-p", "Hello?", "--temperature", "0", "--max-new-tokens", "12"]
+
+    def said(*more: str) -> str:
+        assert main(["chat", *more, *words]) == 0
+        return capsys.readouterr().out
+
+    merged = said(adapter)
+    assert said(base, "--adapter", adapter) == said("--adapter", adapter) == merged
+    both = said(base, "--adapter", adapter, "--compare", base)
+    assert both == f"[{base} with {adapter}]\n{merged}[{base}]\n{said(base)}"
+    assert main(["chat", "--adapter", base, *words]) == 2
+    assert "is no adapter" in capsys.readouterr().err
+    assert main(["chat", "x", "--adapter", adapter, "--url", "http://127.0.0.1:1", *words]) == 2
+    assert "--adapter is for a model here" in capsys.readouterr().err
+
+
+def test_one_talks_with_a_model_in_4_bits_and_an_adapter_on_it(tmp_path, capsys):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    base = save_base(tmp_path / "base", "llama", width=128)  # bitsandbytes packs by 64
+    adapter = save_adapter(tmp_path / "a", base, 0)
+    for name, on in ((base, None), (base, adapter), (adapter, None)):
+        voice = open_local(name, on, in_4bit=True)
+        kinds = {type(module).__name__ for module in voice.generator.model.modules()}
+        assert "Linear4bit" in kinds
+        layers = [place for place, _ in voice.generator.model.named_modules() if "lora_A" in place]
+        assert bool(layers) == (adapter in (name, on))
+        sampling = ChatSampling(temperature=0.0, max_new_tokens=12)
+        pieces = voice.answer([{"role": "user", "content": "Hello?"}], sampling, 0)
+        model = voice.generator.model
+        prompt = voice.encoder.encode_prompt([{"role": "user", "content": "Hello?"}])
+        with torch.no_grad():
+            output = model.generate(
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                max_new_tokens=12,
+                do_sample=False,
+                eos_token_id=sorted(voice.encoder.end_of_turn_ids | voice.generator.eos_token_ids),
+                pad_token_id=257,
+            )
+        expected = byte_tokenizer().decode(output[0, len(prompt) :], skip_special_tokens=True)
+        assert "".join(pieces) == expected
+    assert main(["chat", base, "--load-in-4bit", "-p", "Hello?", "--max-new-tokens", "3"]) == 0

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -162,6 +163,18 @@ def test_every_parameter_of_the_official_client_is_known_here():
         assert len(documented) > 15
         assert documented <= known
         assert known - documented == {"top_k", "min_p"}  # what we have beyond OpenAI's
+
+
+def test_the_manual_says_of_every_parameter_what_happens_to_it():
+    rows = {}
+    for line in (Path(__file__).parents[3] / "docs" / "chat.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 4 and cells[0].startswith("`"):
+            rows[cells[0].strip("`")] = cells[1:3]
+    places = ((CHAT, CHAT_REFUSED), (COMPLETION, COMPLETION_REFUSED))
+    for place, (honoured, refused) in enumerate(places):
+        said = {name: row[place] for name, row in rows.items() if row[place] != "unknown"}
+        assert said == dict.fromkeys(honoured, "honoured") | dict.fromkeys(refused, "refused")
 
 
 def num_kinds(answer: Any) -> int:
@@ -415,6 +428,24 @@ def test_a_body_that_grows_too_large_is_refused_while_it_comes(running):
         else:
             answer = connection.recv(1000)
         assert b"413" in answer or not answer
+
+
+def test_an_upload_that_stalls_is_ended_and_counts_no_longer(running):
+    made = Running([running.name], max_upload_s=0.2)
+    try:
+        with socket.create_connection(("127.0.0.1", made.port), timeout=30) as connection:
+            connection.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+                b'Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"model'
+            )
+            answer = b""
+            while piece := connection.recv(1000):  # until the server hangs up
+                answer += piece
+        assert b" 408 " in answer and b"slow_body" in answer
+        wait_until(lambda: made.server.num_active == 0, "nothing runs")
+        assert made.ask("GET", "/health")[0] == 200
+    finally:
+        made.stop()
 
 
 def test_ten_thousand_messages_are_refused_at_once(running):
