@@ -88,6 +88,11 @@ class Examples:
             return self.lengths_NW.max(axis=1)
         return self.lengths_NW.sum(axis=1) - self._common_N
 
+    def num_positions(self, numbers: Sequence[int]) -> int:
+        """Positions of all rows of these examples, without padding."""
+        lengths = self.positions_N if self.shares_prompts else self.lengths_NW
+        return int(lengths[list(numbers)].sum())
+
     def __len__(self) -> int:
         return len(self.lengths_NW)
 
@@ -454,8 +459,8 @@ class Steps:
             for groups in self._cut(step).micro_batches:
                 for group in filter(None, groups):
                     rows = len(group) * self.examples.rows_per_example
-                    lengths = self.examples.positions_N[group]
-                    computed = int(lengths.sum()) if packs else rows * int(lengths.max())
+                    longest = int(self.examples.positions_N[group].max())
+                    computed = self.examples.num_positions(group) if packs else rows * longest
                     positions = max(positions, computed)
                     labels = max(labels, int(self.examples.num_labels_NW[group].sum()))
         return positions, labels
