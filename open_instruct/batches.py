@@ -106,6 +106,13 @@ class Examples:
         """Tokens that are learnt."""
         return int(self.num_labels_NW.sum())
 
+    def sequence(self, number: int, side: int = 0) -> tuple[list[int], list[bool]]:
+        """Ids of one sequence of an example, and for each whether it is learnt."""
+        row = number * self.width + side
+        is_learnt = np.zeros(len(self._ids[row]), dtype=bool)
+        is_learnt[self._labels[row]] = True
+        return self._ids[row].tolist(), is_learnt.tolist()
+
     def fingerprint(self) -> str:
         """SHA-256 over every id and every label, in order."""
         digest = hashlib.sha256(self.lengths_NW.tobytes() + self.num_labels_NW.tobytes())

@@ -23,7 +23,7 @@ from rich.text import Text
 from olmo_base.corpus.overlap import NGRAM
 from olmo_base.run.artefact import ExampleCounts, atomic_write
 from olmo_base.run.errors import UserError
-from open_instruct.encode import ChatEncoder, Encoded, EncodedPair, EncodedRated, load_chat_encoder
+from open_instruct.encode import ChatEncoder, Encoded, EncodedPair, EncodedRated
 from open_instruct.examples import (
     Rated,
     SourceUse,
@@ -45,6 +45,7 @@ from open_instruct.preference import PreferenceRecipe
 from open_instruct.reward import RewardRecipe
 from open_instruct.sft import SftRecipe
 from open_instruct.tokenised import decontaminated, num_repeated, parts_of, prints_of
+from open_instruct.tuning import encoder_of
 
 NUM_BINS = 12
 BAR_WIDTH = 40  # characters
@@ -117,7 +118,7 @@ def inspect_recipe(
 
 
 def _inspected(recipe: SftRecipe | PreferenceRecipe | RewardRecipe, num_shown: int) -> Inspection:
-    encoder = load_chat_encoder(recipe.model.model_name_or_path, recipe.chat_template)
+    encoder = encoder_of(recipe)
     data, seed = recipe.data, recipe.run.seed
     counts, uses = ExampleCounts(), list[SourceUse]()
     read: Any = read_pairs
@@ -277,7 +278,7 @@ def _facts(sequences: Sequence[Encoded], counts: ExampleCounts, is_final: bool) 
     share = num_learnt / num_tokens if num_tokens else 0.0
     lines = [f"{num_tokens:,} tokens, {num_learnt:,} of them learnt ({share:.1%})"]
     if is_final:
-        split = f", made of {counts.split:,} that were split" if counts.split else ""
+        split = f"; {counts.split:,} longer dialogues were split" if counts.split else ""
         lines.append(
             f"{counts.used:,} examples used, {counts.truncated:,} of them truncated{split}"
         )

@@ -29,7 +29,9 @@ from open_instruct.logprobs import LabelLogprobs
 from open_instruct.loop import HeldOut, Loss, MeasuredLoss, SummedLoss, TrainConfig, Workers
 from open_instruct.losses import chosen_nll, implicit_rewards, kto_kl, kto_loss
 from open_instruct.pair_losses import LossConfig, PairScores, value_or
+from open_instruct.publish import HubConfig
 from open_instruct.reference import answer_logprobs, reference_logprobs
+from open_instruct.sample_log import SampleLogConfig
 from open_instruct.tokenised import DataReport, tokenised_pairs, tokenised_rated
 from open_instruct.tuning import (
     Model,
@@ -37,6 +39,7 @@ from open_instruct.tuning import (
     load_for_plan,
     open_run,
     plan_figures,
+    plan_from_afar,
     steps_for,
     train_and_finish,
     would_pack,
@@ -77,6 +80,8 @@ class PreferenceRecipe:
     optim: PreferenceOptim = field(default_factory=PreferenceOptim)
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    shown: SampleLogConfig = field(default_factory=SampleLogConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
     run: RunConfig
 
     def __post_init__(self) -> None:
@@ -376,6 +381,9 @@ def learnt(items: Examples | RatedExamples) -> Examples:
 
 def plan(recipe: PreferenceRecipe) -> dict[str, object]:
     """What a run would do, for --dry-run; touches nothing. Errors: as in ``run``."""
+    figures = plan_from_afar(recipe, 1 if recipe.loss.is_rated else 2, recipe.adapter)
+    if figures is not None:
+        return figures
     items, counts = load_for_plan(recipe, load_set)
     examples = learnt(items)
     read = {}
@@ -438,5 +446,7 @@ def run(recipe: PreferenceRecipe) -> RunFolder:
         steps,
         losses["train"],
         held_out,
+        model.sample_log(recipe, folder, opened.encoder, held_out, workers),
+        uses=opened.uses,
     )
     return folder
