@@ -262,7 +262,8 @@ def _encode_each(
 ) -> list[tuple[Example, Result]]:
     """Each example with its encoding, in order."""
     encoded: list[tuple[Example, Result]] = []
-    for item, result in zip(items, _encoded(items, encode_many), strict=True):
+    results: Iterator[Any] = _encoded(items, encode_many)
+    for item, result in zip(items, results, strict=True):
         if not isinstance(result, CannotEncode):
             encoded.append((item, result))
         elif config.on_bad_row == "error":
@@ -274,11 +275,11 @@ def _encode_each(
 
 def _encoded(
     items: Sequence[Example], encode_many: Callable[[Sequence[Example]], list[Result]]
-) -> Iterator[Result | CannotEncode]:
+) -> Iterator[Any]:
     """The encoding of each, or why there is none; on all cores where there are many."""
     starts = range(0, len(items), BATCH_SIZE)
 
-    def encode(start: int) -> list[Result | CannotEncode]:
+    def encode(start: int) -> list[Any]:
         return _encode_batch(items[start : start + BATCH_SIZE], encode_many)
 
     # Forked processes have the examples and the tokenizer without their being sent.
@@ -299,12 +300,12 @@ def _encoded(
 
 def _encode_batch(
     batch: Sequence[Example], encode_many: Callable[[Sequence[Example]], list[Result]]
-) -> list[Result | CannotEncode]:
+) -> list[Any]:
     try:
         return list(encode_many(batch))
     except CannotEncode:
         pass  # found and named below
-    results: list[Result | CannotEncode] = []
+    results: list[Any] = []
     for item in batch:
         try:
             results += encode_many([item])

@@ -436,7 +436,8 @@ def decontaminated(
     overlaps = Overlaps(text for _, text in placed)
     clean, contaminated = [], []
     for example, (text, prompt, rest) in zip(examples, parts, strict=True):
-        texts = [text, *(turn["content"] for turn in (*prompt, *rest))]
+        turns: list[Message] = [*prompt, *rest]
+        texts = [text, *(turn["content"] for turn in turns)]
         found = sorted(set().union(*(overlaps.found_in(item) for item in texts)))
         if not found:
             clean.append(example)
