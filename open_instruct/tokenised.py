@@ -434,11 +434,10 @@ def decontaminated(
     rows = [row for file in against for row in read_rows(Path(file))]
     placed = [(row, text) for row in rows for text in _texts_in(row.value)]
     overlaps = Overlaps(text for _, text in placed)
-    clean, contaminated = [], []
-    for example, (text, prompt, rest) in zip(examples, parts, strict=True):
-        turns: list[Message] = [*prompt, *rest]
-        texts = [text, *(turn["content"] for turn in turns)]
-        found = sorted(set().union(*(overlaps.found_in(item) for item in texts)))
+    clean: list[Example] = []
+    contaminated: list[dict[str, Any]] = []
+    for example, said in zip(examples, parts, strict=True):
+        found = sorted({hit for text in _spoken(said) for hit in overlaps.found_in(text)})
         if not found:
             clean.append(example)
             continue
@@ -453,6 +452,11 @@ def decontaminated(
             }
         )
     return clean, contaminated
+
+
+def _spoken(parts: Parts) -> list[str]:
+    text, prompt, rest = parts
+    return [text] + [turn["content"] for turn in prompt] + [turn["content"] for turn in rest]
 
 
 def _texts_in(value: Any) -> Iterator[str]:
