@@ -435,9 +435,8 @@ def decontaminated(
     placed = [(row, text) for row in rows for text in _texts_in(row.value)]
     overlaps = Overlaps(text for _, text in placed)
     clean, contaminated = [], []
-    for example, (text, prompt, rest) in zip(examples, parts, strict=True):
-        turns: list[Message] = [*prompt, *rest]
-        texts = [text, *(turn["content"] for turn in turns)]
+    for example, said in zip(examples, parts, strict=True):
+        texts = [said[0], *(turn["content"] for turn in [*said[1], *said[2]])]
         found = sorted(set().union(*(overlaps.found_in(item) for item in texts)))
         if not found:
             clean.append(example)
