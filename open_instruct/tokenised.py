@@ -434,10 +434,11 @@ def decontaminated(
     rows = [row for file in against for row in read_rows(Path(file))]
     placed = [(row, text) for row in rows for text in _texts_in(row.value)]
     overlaps = Overlaps(text for _, text in placed)
-    clean, contaminated = [], []
+    clean: list[Example] = []
+    contaminated: list[dict[str, Any]] = []
     for example, said in zip(examples, parts, strict=True):
         texts = [said[0], *(turn["content"] for turn in [*said[1], *said[2]])]
-        found = sorted(set().union(*(overlaps.found_in(item) for item in texts)))
+        found = sorted({number for item in texts for number in overlaps.found_in(item)})
         if not found:
             clean.append(example)
             continue
