@@ -437,8 +437,7 @@ def decontaminated(
     clean: list[Example] = []
     contaminated: list[dict[str, Any]] = []
     for example, said in zip(examples, parts, strict=True):
-        texts = [said[0], *(turn["content"] for turn in [*said[1], *said[2]])]
-        found = sorted({number for item in texts for number in overlaps.found_in(item)})
+        found = sorted({number for item in _said(said) for number in overlaps.found_in(item)})
         if not found:
             clean.append(example)
             continue
@@ -453,6 +452,11 @@ def decontaminated(
             }
         )
     return clean, contaminated
+
+
+def _said(parts: Parts) -> list[str]:
+    text, prompt, rest = parts
+    return [text, *(turn["content"] for turn in [*prompt, *rest])]
 
 
 def _texts_in(value: Any) -> Iterator[str]:
