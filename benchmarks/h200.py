@@ -64,10 +64,18 @@ def shape_of(options: argparse.Namespace) -> tuple[ModelConfig, int]:
     config = PRESETS["olmo2_1b"]
     if not options.tiny:
         return config, 4096
-    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
-    ids = {"vocab_size": 512, "eos_token_id": 0, "pad_token_id": 0}
-    return dataclasses.replace(config, **small, **heads, **ids), 64
+    tiny = dataclasses.replace(
+        config,
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return tiny, 64
 
 
 def batch_at(step: int, options: argparse.Namespace, *, mask: bool) -> Batch:

@@ -206,7 +206,7 @@ def trainer_curve(text: Text, options: argparse.Namespace) -> Curve:
     )
     clock = Clock(options.seconds, options.scores, lambda: text.bits_per_byte(summed))
 
-    class Watch(TrainerCallback):  # type: ignore[misc]  # its class carries no types
+    class Watch(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
             control.should_training_stop = not clock.goes_on()
             return control

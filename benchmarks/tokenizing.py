@@ -81,8 +81,12 @@ def run_alone(program: str, argument: Path, site: str | None) -> Cost:
     with tempfile.NamedTemporaryFile("w", suffix=".py") as file, tempfile.TemporaryFile() as words:
         file.write(program)
         file.flush()
+        alone = ["-S"] if site else []  # a peer sees its own packages only
         process = subprocess.Popen(
-            [sys.executable, file.name, str(argument)], env=environment, stdout=words, stderr=words
+            [sys.executable, *alone, file.name, str(argument)],
+            env=environment,
+            stdout=words,
+            stderr=words,
         )
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)

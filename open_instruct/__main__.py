@@ -64,8 +64,7 @@ def run(recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:
         return
     stage, resolved = pipeline.load_stage_recipe(path, overrides)
     if dry_run:
-        stage.input_files(resolved)
-        click.echo(_described(resolved, stage.plan(resolved)))
+        click.echo(_described(resolved, pipeline.plan_stage(stage, resolved)))
         return
     before = read_manifest(resolved.run.output_dir)
     folder = stage.run(resolved)
@@ -372,8 +371,8 @@ def report(runs: tuple[str, ...], output_dir: str | None) -> None:
 @click.argument("target", metavar="DST")
 @click.option(
     "--to",
-    type=click.Choice(["hf", "olmo", "olmo_core"]),
-    help="The layout of DST: Hugging Face, the first OLMo trainer, or OLMo-core.",
+    type=click.Choice(["hf", "olmo", "olmo_core", "gguf"]),
+    help="The layout of DST: Hugging Face, the first OLMo trainer, OLMo-core, or llama.cpp's GGUF.",
 )
 @click.option("--tokenizer", metavar="DIR", help="A folder with a tokenizer to copy along.")
 @click.option(
@@ -390,7 +389,17 @@ def convert(
     (config.yaml), or of one of OLMo-core (model_and_optim). A checkpoint becomes a Hugging Face
     folder, and such a folder a checkpoint of the trainer that made its generation. DST is compared
     with transformers, layer by layer, and written only if it agrees.
+
+    A Hugging Face folder of any model becomes DST.gguf by llama.cpp's own converter, which is
+    looked for in the folder LLAMA_CPP and on the PATH.
     """
+    if to == "gguf" or (to is None and target.endswith(".gguf")):
+        from open_instruct.gguf import convert_to_gguf
+
+        if tokenizer is not None:
+            raise UserError("--tokenizer: a GGUF takes the tokenizer of SRC. Copy it there first.")
+        click.echo(f"{convert_to_gguf(source, target, dtype)} is written", err=True)
+        return
     from olmo_base.model.convert import DTYPES
     from olmo_base.model.convert import convert as convert_model
 
@@ -538,6 +547,20 @@ def merge(models: tuple[str, ...], out: str, average: bool) -> None:
     else:
         from open_instruct.causal_lm import merge_adapter
     click.echo(f"{merge_adapter(models[0], out)} is written", err=True)
+
+
+# ---------------------------------------------------------------- push
+
+
+@cli.command()
+@click.argument("model", metavar="RUN")
+@click.argument("name", metavar="OWNER/NAME")
+@click.option("--public", is_flag=True, help="For everyone to see; private without it.")
+def push(model: str, name: str, public: bool) -> None:
+    """Upload a finished run to the Hugging Face hub: model, card and figures, no checkpoints."""
+    from open_instruct.publish import push as upload
+
+    click.echo(upload(model, name, is_private=not public))
 
 
 # ---------------------------------------------------------------- errors out

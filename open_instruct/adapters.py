@@ -6,7 +6,7 @@ peft's format, which names its base -> the same opened again, or merged into the
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,12 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from olmo_base.run.artefact import ADAPTER_CONFIG, adapter_base, refuse_changed_base
+from olmo_base.run.artefact import (
+    ADAPTER_CONFIG,
+    adapter_base,
+    adapter_vocabulary,
+    refuse_changed_base,
+)
 from olmo_base.run.errors import UserError
 from olmo_base.run.recipe import RecipeError, setting
 
@@ -67,6 +72,11 @@ class AdapterConfig:
         }
 
     @property
+    def rank(self) -> int:
+        """``lora_r``, or what is usual."""
+        return self.lora_r or 16
+
+    @property
     def is_quantised(self) -> bool:
         """Whether the frozen weights are kept in few bits."""
         return self.load_in_4bit or self.load_in_8bit
@@ -113,6 +123,19 @@ def quantisation(
     )
 
 
+def keep_gradients(model: nn.Module) -> None:
+    """Keep 4-bit weights in the layout that gradients pass through.
+
+    On a CPU with AVX512-BF16 bitsandbytes 0.50 packs them anew at the first evaluation, for a
+    product in bfloat16 without a backward pass; training after it would silently lose every
+    gradient that comes through a frozen layer.
+    """
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 # ---------------------------------------------------------------- a new adapter, or an earlier one
 
 
@@ -123,10 +146,12 @@ def add_adapter(
     seed: int,
     *,
     task: Literal["CAUSAL_LM", "SEQ_CLS"] = "CAUSAL_LM",
+    new_ids: Sequence[int] = (),
 ) -> Any:
     """The model with a fresh adapter, the only thing that is trained; of a classifier its head too.
 
-    At first it changes nothing. Its random half depends on ``seed`` alone. Errors: UserError for
+    Of new tokens (``new_ids``) their rows in embedding and output head are trained and kept. At
+    first it changes nothing. Its random half depends on ``seed`` alone. Errors: UserError for
     target modules that the model does not have, or that share their weights.
     """
     peft = _peft()
@@ -134,8 +159,9 @@ def add_adapter(
     settings = peft.LoraConfig(
         task_type=task,
         modules_to_save=[HEAD] if task == "SEQ_CLS" else None,
+        trainable_token_indices=_token_rows(model, new_ids) if new_ids else None,
         base_model_name_or_path=base,
-        r=config.lora_r or 16,
+        r=config.rank,
         lora_alpha=config.lora_alpha or 32,
         lora_dropout=0.05 if config.lora_dropout is None else config.lora_dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
@@ -154,6 +180,38 @@ def add_adapter(
         ) from None
     _refuse_tied(adapted)
     return adapted
+
+
+def _token_rows(model: PreTrainedModel, new_ids: Sequence[int]) -> dict[str, list[int]]:
+    """Name of each matrix with a row per token -> the rows to train; tied ones count once."""
+    ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if model.config.get_text_config().tie_word_embeddings or ends[1] is None:
+        ends = ends[:1]
+    return {
+        name.rpartition(".")[2]: list(new_ids)
+        for name, module in model.named_modules()
+        if any(module is end for end in ends)
+    }
+
+
+def add_token_rows(model: PreTrainedModel, new_ids: Sequence[int]) -> None:
+    """Make room for new tokens; each starts as the mean of the tokens that were there before."""
+    first, needed = min(new_ids), max(new_ids) + 1
+    embedding: Any = model.get_input_embeddings()
+    if needed > embedding.num_embeddings:
+        model.resize_token_embeddings(needed, mean_resizing=False)
+    ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    with torch.no_grad():
+        for end in ends:
+            if end is not None:
+                end.weight[list(new_ids)] = end.weight[:first].mean(0)
+
+
+def _fit_vocabulary(model: PreTrainedModel, folder: Path) -> None:
+    """As many rows as the adapter in ``folder`` needs; it brings those it trained."""
+    embedding: Any = model.get_input_embeddings()
+    if adapter_vocabulary(folder) > embedding.num_embeddings:
+        model.resize_token_embeddings(adapter_vocabulary(folder), mean_resizing=False)
 
 
 @contextlib.contextmanager
@@ -177,7 +235,7 @@ def _refuse_tied(adapted: Any) -> None:
     if not adapted.config.get_text_config().tie_word_embeddings:
         return
     ends = (adapted.get_input_embeddings(), adapted.get_output_embeddings())
-    if any(hasattr(module, "base_layer") for module in ends):
+    if any(hasattr(module, "lora_A") for module in ends):
         raise UserError(
             "lora_target_modules: this model's output head is its embedding (tied), so neither can "
             "carry an adapter. Leave both out; all-linear does."
@@ -190,6 +248,7 @@ def open_adapter(model: PreTrainedModel, folder: Path, is_trainable: bool) -> An
     assert base is not None
     refuse_changed_base(folder, base)
     model.name_or_path = base
+    _fit_vocabulary(model, folder)
     try:
         return _peft().PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
     except (ValueError, RuntimeError, OSError, KeyError) as error:
@@ -202,6 +261,7 @@ def new_adapter_like(model: PreTrainedModel, folder: Path) -> Any:
     peft = _peft()
     settings = peft.PeftConfig.from_pretrained(folder)
     settings.inference_mode = False  # as it was written
+    _fit_vocabulary(model, folder)
     return peft.get_peft_model(model, settings)
 
 
@@ -254,6 +314,6 @@ def merged(adapted: Any) -> PreTrainedModel:
 
 def save_adapter(adapted: Any, folder: Path) -> None:
     """Write adapter_config.json and adapter_model.safetensors, as peft and vLLM read them."""
-    # "auto" would look for the base on the hub; embeddings are never trained here.
+    # "auto" would look for the base on the hub; rows of new tokens are kept all the same.
     adapted.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card

@@ -88,6 +88,11 @@ class Examples:
             return self.lengths_NW.max(axis=1)
         return self.lengths_NW.sum(axis=1) - self._common_N
 
+    def num_positions(self, numbers: Sequence[int]) -> int:
+        """Positions of all rows of these examples, without padding."""
+        lengths = self.positions_N if self.shares_prompts else self.lengths_NW
+        return int(lengths[list(numbers)].sum())
+
     def __len__(self) -> int:
         return len(self.lengths_NW)
 
@@ -100,6 +105,13 @@ class Examples:
     def num_labels(self) -> int:
         """Tokens that are learnt."""
         return int(self.num_labels_NW.sum())
+
+    def sequence(self, number: int, side: int = 0) -> tuple[list[int], list[bool]]:
+        """Ids of one sequence of an example, and for each whether it is learnt."""
+        row = number * self.width + side
+        is_learnt = np.zeros(len(self._ids[row]), dtype=bool)
+        is_learnt[self._labels[row]] = True
+        return self._ids[row].tolist(), is_learnt.tolist()
 
     def fingerprint(self) -> str:
         """SHA-256 over every id and every label, in order."""
@@ -444,15 +456,19 @@ class Steps:
         """How many epochs are done after ``step`` steps."""
         return min(step * self.per_step, self._num_examples_in_run) / len(self.examples)
 
-    def largest_micro_batch(self, num_steps: int) -> tuple[int, int]:
-        """Positions with padding, and label tokens, of the largest in the first steps of a run."""
+    def largest_micro_batch(self, num_steps: int, *, packs: bool = False) -> tuple[int, int]:
+        """Positions that a model computes, and label tokens, of the largest in the first steps.
+
+        With padding, unless the model ``packs``.
+        """
         positions = labels = 0
         for step in range(min(num_steps, self.total)):
             for groups in self._cut(step).micro_batches:
                 for group in filter(None, groups):
                     rows = len(group) * self.examples.rows_per_example
                     longest = int(self.examples.positions_N[group].max())
-                    positions = max(positions, rows * longest)
+                    computed = self.examples.num_positions(group) if packs else rows * longest
+                    positions = max(positions, computed)
                     labels = max(labels, int(self.examples.num_labels_NW[group].sum()))
         return positions, labels
 

@@ -26,8 +26,10 @@ from olmo_base.run.recipe import setting
 from open_instruct.adapters import (
     AdapterConfig,
     add_adapter,
+    add_token_rows,
     is_adapted,
     is_reward_adapter,
+    keep_gradients,
     merged,
     new_adapter_like,
     open_adapter,
@@ -35,7 +37,13 @@ from open_instruct.adapters import (
     refuse_other_settings,
     save_adapter,
 )
-from open_instruct.encode import ChatEncoder, load_chat_encoder, save_chat_files
+from open_instruct.encode import (
+    ChatEncoder,
+    add_new_tokens,
+    load_chat_encoder,
+    load_chat_tokenizer,
+    save_chat_files,
+)
 from open_instruct.logprobs import MAX_LOGITS
 
 FLOAT_BYTES = 4
@@ -55,6 +63,9 @@ class ModelConfig:
         False, changes_result=False, help="compute activations twice instead of keeping them"
     )
     trust_remote_code: bool = setting(False, help="run Python code that the model folder brings")
+    additional_special_tokens: tuple[str, ...] = setting(
+        (), help="new tokens, such as markers of the chat template; trained, by an adapter too"
+    )
 
 
 def whole_model_folder(name_or_path: str) -> Path:
@@ -110,11 +121,22 @@ def load_causal_lm(
                 f"that it stands on, {folder}, or another one."
             )
         model = open_adapter(model, given, is_trainable=adapter.use_peft)
-        return (model if adapter.use_peft else merged(model)), stored_dtype
+        if adapter.use_peft:
+            if config.additional_special_tokens:
+                raise UserError(
+                    f"additional_special_tokens: {given} is an adapter that goes on being trained, "
+                    "and it keeps its shape. Remove the key, or merge the adapter first: "
+                    f"open-instruct merge {given} OUT."
+                )
+            return model, stored_dtype
+        model = merged(model)
+    new_ids = add_new_tokens(load_chat_tokenizer(given), config.additional_special_tokens)
+    if new_ids:
+        add_token_rows(model, new_ids)
     if adapter.use_peft:
         name = config.model_name_or_path
         base = str(Path(name).resolve()) if Path(name).is_dir() else name
-        model = add_adapter(model, adapter, base, seed)
+        model = add_adapter(model, adapter, base, seed, new_ids=new_ids)
     return model, stored_dtype
 
 
@@ -163,6 +185,7 @@ def _load_whole(
             f"({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}); they would start "
             "random. Give a complete model folder."
         )
+    keep_gradients(model)
     loaded: PreTrainedModel = model
     return loaded
 
@@ -261,28 +284,45 @@ class Sizes:
         return FLOAT_BYTES * (self.all - self.quantised) + round(few)
 
 
-def count_parameters(config: ModelConfig, adapter: AdapterConfig | None = None) -> Sizes:
-    """Sizes of the model, from its architecture alone."""
+def count_parameters(
+    config: ModelConfig, adapter: AdapterConfig | None = None, architecture: Any | None = None
+) -> Sizes:
+    """Sizes of the model, from its architecture alone; None: the one in its folder."""
     adapter = adapter or AdapterConfig()
-    folder = resolve_model(config.model_name_or_path)
+    folder = resolve_model(config.model_name_or_path) if architecture is None else None
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            load_config(config), trust_remote_code=config.trust_remote_code
+            architecture or load_config(config), trust_remote_code=config.trust_remote_code
         )
+        if folder is None:
+            first = model.config.get_text_config().vocab_size
+            new_ids = [first + place for place in range(len(config.additional_special_tokens))]
+        else:
+            tokenizer = load_chat_tokenizer(folder)
+            new_ids = add_new_tokens(tokenizer, config.additional_special_tokens)
+        if new_ids:
+            add_token_rows(model, new_ids)
         number = sum(weight.numel() for weight in model.parameters())
         if not adapter.use_peft:
             return Sizes(number, number)
         head = model.get_output_embeddings()
-        linear = sum(
-            module.weight.numel()
+        inner = [
+            module
             for module in model.modules()
             if isinstance(module, torch.nn.Linear) and module is not head
-        )
-        if adapter_base(folder) is not None:
-            adapted = new_adapter_like(model, folder)
+        ]
+        linear = sum(module.weight.numel() for module in inner)
+        is_usual = adapter.lora_target_modules is None and not adapter.use_dora and not new_ids
+        if folder is None and is_usual:  # peft takes seconds to say the same of a large model
+            widths = sum(module.in_features + module.out_features for module in inner)
+            trained = adapter.rank * widths
         else:
-            adapted = add_adapter(model, adapter, config.model_name_or_path, seed=0)
-        trained = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
+            if folder is not None and adapter_base(folder) is not None:
+                adapted = new_adapter_like(model, folder)
+            else:
+                name = config.model_name_or_path
+                adapted = add_adapter(model, adapter, name, seed=0, new_ids=new_ids)
+            trained = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
     bits = 4 if adapter.load_in_4bit else 8
     return Sizes(number + trained, trained, linear if adapter.is_quantised else 0, bits)
 
@@ -309,7 +349,7 @@ def training_memory(
     # Peaks measured on a CPU were those of 19 and 5, to 4 %: 192-512 wide, 4-8 layers.
     per_layer = 19 * width + 5 * inner
     kept = per_layer + layers * width if gradient_checkpointing else layers * per_layer
-    # Logits, their log-softmax and its gradient; the head works in pieces above MAX_LOGITS.
+    # Logits, and their gradient in their place; the head works in pieces above MAX_LOGITS.
     logits = min(num_labels * text_config.vocab_size, MAX_LOGITS)
-    floats = 3 * sizes.trained + num_positions * kept + 3 * logits
+    floats = 3 * sizes.trained + num_positions * kept + logits
     return sizes.weight_bytes + FLOAT_BYTES * floats + KERNELS_BYTES

@@ -395,8 +395,12 @@ def _common_length(*sequences: Sequence[int]) -> int:
 # ---------------------------------------------------------------- from and to model folders
 
 
-def load_chat_encoder(model_folder: str | Path, chat_template: str | None = None) -> ChatEncoder:
-    """The encoder of a model.
+def load_chat_encoder(
+    model_folder: str | Path,
+    chat_template: str | None = None,
+    new_tokens: Sequence[str] = (),
+) -> ChatEncoder:
+    """The encoder of a model, with special tokens of its own if there are ``new_tokens``.
 
     ``chat_template`` is a name in chat_templates/, the path of a Jinja file, or None for the
     template that the model carries. Errors: UserError if there is no tokenizer or no template.
@@ -405,6 +409,7 @@ def load_chat_encoder(model_folder: str | Path, chat_template: str | None = None
     if not folder.is_dir():
         folder = resolve_model(str(model_folder))
     tokenizer = load_chat_tokenizer(folder)
+    add_new_tokens(tokenizer, new_tokens)
     if chat_template is not None:
         path = find_template(chat_template)
         return ChatEncoder(tokenizer, _read_template(path), f"the chat template {path.stem}")
@@ -444,6 +449,22 @@ def load_chat_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
             f"characters a token covers. A tokenizer.json is needed."
         )
     return tokenizer
+
+
+def add_new_tokens(tokenizer: PreTrainedTokenizerFast, new_tokens: Sequence[str]) -> list[int]:
+    """Make each text one special token; their ids. Errors: UserError for one that is known."""
+    for token in new_tokens:
+        if token in tokenizer.get_vocab():
+            raise UserError(
+                f"additional_special_tokens: {token!r} is a token of this model already. Remove it."
+            )
+        if not token.strip() or new_tokens.count(token) > 1:
+            raise UserError(
+                f"additional_special_tokens: {token!r} is empty or said twice. Remove it."
+            )
+    tokenizer.add_tokens(list(new_tokens), special_tokens=True)
+    vocabulary = tokenizer.get_vocab()
+    return [vocabulary[token] for token in new_tokens]
 
 
 def template_names() -> list[str]:

@@ -141,11 +141,12 @@ class Rated:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Turns that end with the user's, and the row they came from."""
+    """Turns that an assistant is to answer, and the row they came from."""
 
     messages: list[Message]
     source: str
     line: int
+    tools: Tools | None = None
 
 
 @dataclass(frozen=True)
@@ -272,7 +273,7 @@ def read_prompts(
                 "the prompt does not end with a user turn, and nothing else can be answered.",
                 "End it with a user turn.",
             )
-        return [Prompt(messages, row.source, row.line)]
+        return [Prompt(messages, row.source, row.line, read_tools(row.value))]
 
     return _read(sources, PROMPT_FORMATS, prompts, seed, on_bad_row, counts, uses)
 

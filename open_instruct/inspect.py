@@ -23,7 +23,7 @@ from rich.text import Text
 from olmo_base.corpus.overlap import NGRAM
 from olmo_base.run.artefact import ExampleCounts, atomic_write
 from olmo_base.run.errors import UserError
-from open_instruct.encode import ChatEncoder, Encoded, EncodedPair, EncodedRated, load_chat_encoder
+from open_instruct.encode import ChatEncoder, Encoded, EncodedPair, EncodedRated
 from open_instruct.examples import (
     Rated,
     SourceUse,
@@ -45,6 +45,7 @@ from open_instruct.preference import PreferenceRecipe
 from open_instruct.reward import RewardRecipe
 from open_instruct.sft import SftRecipe
 from open_instruct.tokenised import decontaminated, num_repeated, parts_of, prints_of
+from open_instruct.tuning import encoder_of
 
 NUM_BINS = 12
 BAR_WIDTH = 40  # characters
@@ -117,7 +118,7 @@ def inspect_recipe(
 
 
 def _inspected(recipe: SftRecipe | PreferenceRecipe | RewardRecipe, num_shown: int) -> Inspection:
-    encoder = load_chat_encoder(recipe.model.model_name_or_path, recipe.chat_template)
+    encoder = encoder_of(recipe)
     data, seed = recipe.data, recipe.run.seed
     counts, uses = ExampleCounts(), list[SourceUse]()
     read: Any = read_pairs

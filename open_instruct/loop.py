@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -27,11 +29,11 @@ from olmo_base.optim import (
     learning_rate_at,
     set_learning_rate,
 )
-from olmo_base.run.artefact import RunFolder
+from olmo_base.run.artefact import RunFolder, atomic_folder
 from olmo_base.run.errors import Stopped, UserError
 from olmo_base.run.launch import stop_signals
 from olmo_base.run.metrics import LogConfig, MetricsLog, Progress
-from olmo_base.run.recipe import setting
+from olmo_base.run.recipe import RecipeError, setting
 from olmo_base.run.resume import CheckpointConfig, latest_checkpoint, save_checkpoint
 from open_instruct.batches import (
     MICRO_BATCH_COST,
@@ -41,6 +43,7 @@ from open_instruct.batches import (
     evaluation_batches,
 )
 from open_instruct.logprobs import LabelLogprobs, Wrapped
+from open_instruct.sample_log import SampleLog
 
 # (model, micro-batch) -> sums over its terms: "loss", which is minimised, and any others to show.
 SummedLoss = Callable[[nn.Module, Batch], dict[str, Tensor]]
@@ -83,6 +86,34 @@ class TrainConfig:
         help="packed: rows end to end without padding; grouped: rows of similar length, padded; "
         "auto: packed where the model can",
     )
+    early_stopping_patience: int | None = setting(
+        None, low=1, help="evaluations without a lower held-out loss after which training ends"
+    )
+    early_stopping_threshold: float = setting(
+        0.0, low=0, help="by how much the loss must be lower to count"
+    )
+    load_best_model_at_end: bool = setting(
+        False, help="the weights of the lowest held-out loss are the result, not the last"
+    )
+
+    def __post_init__(self) -> None:
+        if self.looks_for_best and not self.eval_steps:
+            key = "load_best_model_at_end"
+            raise RecipeError(
+                key if self.load_best_model_at_end else "early_stopping_patience",
+                "needs the held-out loss while training goes on. Set eval_steps.",
+            )
+        if self.early_stopping_threshold and not self.looks_for_best:
+            raise RecipeError(
+                "early_stopping_threshold",
+                f"{self.early_stopping_threshold}, but nothing looks for the lowest loss. Set "
+                "early_stopping_patience or load_best_model_at_end, or remove it.",
+            )
+
+    @property
+    def looks_for_best(self) -> bool:
+        """Whether the held-out loss decides the result."""
+        return self.load_best_model_at_end or self.early_stopping_patience is not None
 
 
 NEVER = 2.0**40  # a cost that no saved padding makes good
@@ -298,6 +329,12 @@ class Position:
     row_tokens: int = 0
     row_seconds: float = 0.0
     evaluation: dict[str, float] = field(default_factory=dict)  # the latest
+    eval_steps: int = 0  # of the recipe, where the held-out loss decides the result
+    best_loss: float = math.inf  # of all evaluations so far
+    best_step: int = 0
+    best_evaluation: dict[str, float] = field(default_factory=dict)
+    num_not_better: int = 0  # evaluations since then
+    is_over: bool = False  # stopped early
 
 
 def save(
@@ -363,6 +400,54 @@ def resume(
     return at, row
 
 
+# ---------------------------------------------------------------- the lowest held-out loss
+
+BEST = "best"  # beside the numbered checkpoints, and not counted among them
+
+
+def note_evaluation(
+    folder: RunFolder, workers: Workers, model: Wrapped, at: Position, config: TrainConfig
+) -> None:
+    """Keep the weights of the lowest held-out loss so far, and end where nothing gets better.
+
+    Weights of a later step than ``at`` may lie there after a kill; the steps that led to them are
+    done again and come to the same.
+    """
+    if not config.looks_for_best:
+        return
+    loss = at.evaluation["eval_loss"]
+    if loss < at.best_loss - config.early_stopping_threshold:
+        at.best_loss, at.best_step, at.num_not_better = loss, at.step, 0
+        at.best_evaluation = dict(at.evaluation)
+        if config.load_best_model_at_end and workers.rank == 0:
+            with atomic_folder(folder.checkpoints / BEST) as temporary:
+                weights = trained_parameters(model).items()
+                separate = {name: weight.detach().clone() for name, weight in weights}
+                save_file(separate, temporary / "model.safetensors", {"step": str(at.step)})
+        workers.wait()
+        return
+    at.num_not_better += 1
+    patience = config.early_stopping_patience
+    if patience is not None and at.num_not_better >= patience:
+        at.is_over = True
+        folder.log(
+            f"stopped after step {at.step}: the held-out loss was lowest after step "
+            f"{at.best_step} ({at.best_loss:.4g}), {at.num_not_better} evaluations ago"
+        )
+
+
+def take_best(folder: RunFolder, model: Wrapped, at: Position) -> None:
+    """Put the weights of the lowest held-out loss back into the model."""
+    with safe_open(folder.checkpoints / BEST / "model.safetensors", framework="pt") as file:
+        kept_step = int((file.metadata() or {})["step"])
+        assert kept_step == at.best_step, f"weights of step {kept_step}, not {at.best_step}"
+        with torch.no_grad():
+            for name, parameter in trained_parameters(model).items():
+                parameter.copy_(file.get_tensor(name))
+    at.evaluation = dict(at.best_evaluation)
+    folder.log(f"the weights after step {at.best_step} are kept (eval_loss {at.best_loss:.4g})")
+
+
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed the generator of dropout as a pure function of the three.
 
@@ -426,6 +511,7 @@ def train(
     optim: OptimConfig,
     checkpoints: CheckpointConfig,
     log: LogConfig,
+    samples: SampleLog | None = None,
 ) -> dict[str, float]:
     """Train ``model`` in place over all steps, going on from the latest checkpoint if there is one.
 
@@ -435,7 +521,16 @@ def train(
     shared = workers.share(model)
     optimizer = build_optimizer(model.model, optim)
     at, row = resume(folder, workers, model, optimizer)
+    if config.looks_for_best and at.step > 0 and at.eval_steps != config.eval_steps:
+        raise UserError(
+            f"eval_steps is {config.eval_steps} and was {at.eval_steps} when {folder.path} was "
+            "stopped; it decides where the lowest held-out loss is looked for. Put it back, or "
+            "choose another output_dir."
+        )
+    at.eval_steps = config.eval_steps
     metrics = MetricsLog(folder, at.step, log)
+    if samples is not None:
+        samples.go_on_after(at.step)
     model.train()
 
     def write_evaluation() -> None:
@@ -443,6 +538,9 @@ def train(
             at.evaluation = evaluate(model, held_out, workers, config.per_device_eval_batch_size)
             metrics.write(at.step, epoch=steps.epoch(at.step), **at.evaluation)
             progress.update(at.step, **at.evaluation)
+            note_evaluation(folder, workers, model, at, config)
+            if samples is not None:
+                samples.write(at.step)
 
     title = f"{folder.recipe.stage} {folder.path.name}"
     with (
@@ -452,7 +550,7 @@ def train(
     ):
         if at.step == 0:
             write_evaluation()
-        while at.step < steps.total:
+        while at.step < steps.total and not at.is_over:
             started = time.perf_counter()
             learning_rate = learning_rate_at(at.step, steps.total, optim)
             set_learning_rate(optimizer, learning_rate)
@@ -510,4 +608,7 @@ def train(
                 metrics.note_saved()
             if must_stop:
                 raise Stopped(stop.signal_number, f"after step {at.step} of {steps.total}")
-    return {"steps": at.step, "tokens": at.tokens, "loss": at.loss, **at.evaluation}
+    if config.load_best_model_at_end:
+        take_best(folder, model, at)
+    best = {"best_step": at.best_step} if config.looks_for_best else {}
+    return {"steps": at.step, "tokens": at.tokens, "loss": at.loss, **at.evaluation, **best}

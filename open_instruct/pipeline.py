@@ -166,7 +166,9 @@ def find_recipe(name: str) -> Path:
 
 
 def _yaml_in(folder: Path) -> list[Path]:
-    return sorted(file for ending in ("*.yaml", "*.yml") for file in folder.rglob(ending))
+    """The recipes in a folder; those in accelerate/ are for the launcher."""
+    found = sorted(file for ending in ("*.yaml", "*.yml") for file in folder.rglob(ending))
+    return [file for file in found if file.parent.name != "accelerate"]
 
 
 def load_stage_recipe(
@@ -378,6 +380,14 @@ class Planned(NamedTuple):
     step: Step
     what: str  # a sentence
     figures: dict[str, object] | None  # the stage's own plan; None while it waits for others
+
+
+def plan_stage(stage: Stage, recipe: Any) -> dict[str, object]:
+    """What a run of one stage would do. Errors: UserError, for an input that is missing too."""
+    figures = stage.plan(recipe)
+    if "not_here" not in figures:  # the plan of a published model that is not downloaded
+        stage.input_files(recipe)
+    return figures
 
 
 def plan(steps: Sequence[Step]) -> list[Planned]:

@@ -29,7 +29,9 @@ from open_instruct.logprobs import LabelLogprobs
 from open_instruct.loop import HeldOut, Loss, MeasuredLoss, SummedLoss, TrainConfig, Workers
 from open_instruct.losses import chosen_nll, implicit_rewards, kto_kl, kto_loss
 from open_instruct.pair_losses import LossConfig, PairScores, value_or
+from open_instruct.publish import HubConfig
 from open_instruct.reference import answer_logprobs, reference_logprobs
+from open_instruct.sample_log import SampleLogConfig
 from open_instruct.tokenised import DataReport, tokenised_pairs, tokenised_rated
 from open_instruct.tuning import (
     Model,
@@ -37,8 +39,10 @@ from open_instruct.tuning import (
     load_for_plan,
     open_run,
     plan_figures,
+    plan_from_afar,
     steps_for,
     train_and_finish,
+    would_pack,
 )
 
 __all__ = ["PreferenceRecipe", "input_files", "plan", "run"]
@@ -76,6 +80,8 @@ class PreferenceRecipe:
     optim: PreferenceOptim = field(default_factory=PreferenceOptim)
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    shown: SampleLogConfig = field(default_factory=SampleLogConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
     run: RunConfig
 
     def __post_init__(self) -> None:
@@ -285,6 +291,18 @@ def rated_loss_against(
 # ---------------------------------------------------------------- prompts read once
 
 
+def saved_by_sharing(pairs: Examples) -> float:
+    """The share of all tokens that is read once less where answers share their prompt."""
+    return 1 - int(pairs.sharing_prompts().positions_N.sum()) / pairs.num_tokens
+
+
+def worth_sharing(pairs: Examples, recipe: PreferenceRecipe) -> bool:
+    """Whether a run shares prompts if the model can."""
+    if recipe.share_prompts == "auto":
+        return saved_by_sharing(pairs) >= LEAST_SAVED
+    return recipe.share_prompts
+
+
 def with_shared_prompts(
     sets: dict[str, Examples | RatedExamples],
     recipe: PreferenceRecipe,
@@ -302,8 +320,8 @@ def with_shared_prompts(
     shared = {name: examples.sharing_prompts() for name, examples in pairs.items()}
     apart_positions = pairs["train"].num_tokens
     positions = int(shared["train"].positions_N.sum())
-    saved = 1 - positions / apart_positions
-    if recipe.share_prompts == "auto" and saved < LEAST_SAVED:
+    if not worth_sharing(pairs["train"], recipe):
+        saved = saved_by_sharing(pairs["train"])
         folder.log(f"prompts are read twice: to share them would save {saved:.0%} of the tokens")
         return sets
     farthest = max(pairs, key=lambda name: int(shared[name].positions_N.max()))
@@ -363,9 +381,18 @@ def learnt(items: Examples | RatedExamples) -> Examples:
 
 def plan(recipe: PreferenceRecipe) -> dict[str, object]:
     """What a run would do, for --dry-run; touches nothing. Errors: as in ``run``."""
+    figures = plan_from_afar(recipe, 1 if recipe.loss.is_rated else 2, recipe.adapter)
+    if figures is not None:
+        return figures
     items, counts = load_for_plan(recipe, load_set)
     examples = learnt(items)
-    return plan_figures(recipe, examples, np.ones(len(examples)), counts, recipe.adapter)
+    read = {}
+    if isinstance(items, Examples) and worth_sharing(items, recipe):
+        examples = items.sharing_prompts()
+        read = {"tokens_with_shared_prompts": int(examples.positions_N.sum())}
+    terms = np.ones(len(examples))
+    packs = would_pack(recipe)
+    return plan_figures(recipe, examples, terms, counts, recipe.adapter, packs=packs) | read
 
 
 def run(recipe: PreferenceRecipe) -> RunFolder:
@@ -419,5 +446,7 @@ def run(recipe: PreferenceRecipe) -> RunFolder:
         steps,
         losses["train"],
         held_out,
+        model.sample_log(recipe, folder, opened.encoder, held_out, workers),
+        uses=opened.uses,
     )
     return folder

@@ -27,14 +27,16 @@ from olmo_base.run.artefact import (
 )
 from olmo_base.run.errors import UserError
 from olmo_base.run.metrics import LogConfig
-from olmo_base.run.recipe import setting
+from olmo_base.run.recipe import RecipeError, setting
 from olmo_base.run.resume import CheckpointConfig
 from open_instruct.adapters import (
     HEAD,
     AdapterConfig,
     add_adapter,
+    add_token_rows,
     is_adapted,
     is_reward_adapter,
+    keep_gradients,
     merged,
     open_adapter,
     quantisation,
@@ -48,11 +50,18 @@ from open_instruct.causal_lm import (
     new_folder,
     whole_model_folder,
 )
-from open_instruct.encode import ChatEncoder, load_chat_encoder
+from open_instruct.encode import (
+    ChatEncoder,
+    add_new_tokens,
+    load_chat_encoder,
+    load_chat_tokenizer,
+)
 from open_instruct.examples import DataConfig, Source
 from open_instruct.logprobs import Wrapped, padding_mask
 from open_instruct.loop import HeldOut, SummedLoss, TrainConfig
 from open_instruct.losses import bradley_terry_loss, centering_loss
+from open_instruct.publish import HubConfig
+from open_instruct.sample_log import SampleLogConfig
 from open_instruct.tokenised import DataReport, tokenised_pairs
 from open_instruct.tuning import (
     about_adapter,
@@ -60,6 +69,7 @@ from open_instruct.tuning import (
     load_for_plan,
     open_run,
     plan_figures,
+    plan_from_afar,
     steps_for,
     train_and_finish,
 )
@@ -92,7 +102,16 @@ class RewardRecipe:
     optim: RewardOptim = field(default_factory=RewardOptim)
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    shown: SampleLogConfig = field(default_factory=SampleLogConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
     run: RunConfig
+
+    def __post_init__(self) -> None:
+        if self.shown.num_eval_samples:
+            raise RecipeError(
+                "num_eval_samples",
+                f"{self.shown.num_eval_samples}, but a reward model writes nothing. Remove it.",
+            )
 
 
 # ---------------------------------------------------------------- data and loss
@@ -167,7 +186,8 @@ class RowRewards(Wrapped):
             return self._rewards(batch, self._needs_mask)
 
     def _rewards(self, batch: Batch, needs_mask: bool) -> Tensor:
-        whole: Any = self.model.get_base_model() if is_adapted(self.model) else self.model
+        model: Any = self.model
+        whole = model.get_base_model() if is_adapted(model) else model
         body = whole.base_model
         hidden = body(
             input_ids=batch.ids_RT,
@@ -267,10 +287,13 @@ def load_reward_model(
     if folder != given:
         model = merged(open_adapter(model, given, is_trainable=False))
         has_new_head = False
-    elif adapter.use_peft:
+    new_ids = add_new_tokens(load_chat_tokenizer(given), config.additional_special_tokens)
+    if new_ids:
+        add_token_rows(model, new_ids)
+    if adapter.use_peft:
         name = config.model_name_or_path
         base = str(Path(name).resolve()) if Path(name).is_dir() else name
-        model = add_adapter(model, adapter, base, seed, task="SEQ_CLS")
+        model = add_adapter(model, adapter, base, seed, task="SEQ_CLS", new_ids=new_ids)
     return LoadedReward(model, stored_dtype, has_new_head)
 
 
@@ -306,6 +329,7 @@ def _load_classifier(
             f"{folder} lacks {len(missing)} weights of a {type(model).__name__}, the first being "
             f"{missing[0]}; they would start random. Give a complete model folder."
         )
+    keep_gradients(model)
     return model, f"{HEAD}.weight" in report["missing_keys"]
 
 
@@ -342,6 +366,9 @@ def merge_reward_adapter(adapter: str, out: str) -> Path:
 
 def plan(recipe: RewardRecipe) -> dict[str, object]:
     """What a run would do, for --dry-run; touches nothing. Errors: as in ``run``."""
+    figures = plan_from_afar(recipe, 2, recipe.adapter)
+    if figures is not None:
+        return figures
     (examples, _), counts = load_for_plan(recipe, pair_examples)
     return plan_figures(recipe, examples, np.ones(len(examples)), counts, recipe.adapter)
 
@@ -399,5 +426,6 @@ def run(recipe: RewardRecipe) -> RunFolder:
         steps,
         reward_loss(margins_P.to(workers.device), recipe.center_rewards_coefficient),
         held_out,
+        uses=opened.uses,
     )
     return folder

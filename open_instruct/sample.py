@@ -37,6 +37,7 @@ from open_instruct.examples import (
     BadRow,
     Message,
     OnBadRow,
+    Prompt,
     Source,
     SourceUse,
     mixture_lines,
@@ -44,6 +45,7 @@ from open_instruct.examples import (
     read_rows,
     source_files,
 )
+from open_instruct.turns import Tools
 from open_instruct.verifiers import VERIFIERS
 from open_instruct.verifiers.verdict import BadProblem
 
@@ -130,13 +132,19 @@ class Asked:
     ids: list[int]
     source: str
     line: int
+    tools: Tools | None = None
     truth: Any = None
 
+    def as_row(self) -> dict[str, Any]:
+        """For the file; keys that hold nothing are left out."""
+        row: dict[str, Any] = {"prompt": self.messages, "num_prompt_tokens": len(self.ids)}
+        row |= {"source": self.source, "line": self.line}
+        more = {"tools": self.tools, "truth": self.truth}
+        return row | {key: value for key, value in more.items() if value is not None}
 
-def _problems(
-    recipe: SampleRecipe, counts: ExampleCounts
-) -> Iterator[tuple[list[Message], str, int, Any]]:
-    """The problems of a verifier's own files."""
+
+def _problems(recipe: SampleRecipe, counts: ExampleCounts) -> Iterator[tuple[Prompt, Any]]:
+    """The problems of a verifier's own files, with their truth."""
     assert recipe.verifier is not None
     read = VERIFIERS[recipe.verifier].read_problem
     for source in recipe.dataset_mixer:
@@ -167,7 +175,7 @@ def _problems(
                     counts.drop("no problem of the verifier")
                     continue
                 asked: Message = {"role": "user", "content": problem.prompt}
-                yield [asked], row.source, row.line, problem.truth
+                yield Prompt([asked], row.source, row.line), problem.truth
 
 
 def read_asked(
@@ -189,30 +197,30 @@ def read_asked(
             counts=counts,
             uses=uses,
         )
-        rows = [(item.messages, item.source, item.line, None) for item in prompts]
+        rows: list[tuple[Prompt, Any]] = [(item, None) for item in prompts]
     else:
         rows = list(_problems(recipe, counts))
     asked: list[Asked] = []
     known: set[str] = set()
-    for messages, source, line, truth in rows:
-        key = json.dumps(messages)
+    for item, truth in rows:
+        key = json.dumps([item.messages, item.tools])
         if key in known:
             counts.drop("asked before")
             continue
         known.add(key)
-        ids = encoder.encode_prompt(messages)
+        ids = encoder.encode_prompt(item.messages, tools=item.tools)
         if context is not None and len(ids) >= context:
             if recipe.on_too_long == "error":
                 raise DataError(
-                    source,
-                    line,
+                    item.source,
+                    item.line,
                     f"this prompt has {len(ids):,} tokens, and the model reads {context:,}, the "
                     "answer included.",
                     "Shorten it, or set on_too_long: drop.",
                 )
             counts.drop("no room for an answer")
             continue
-        asked.append(Asked(messages, ids, source, line, truth))
+        asked.append(Asked(item.messages, ids, item.source, item.line, item.tools, truth))
     if not asked:
         paths = ", ".join(source.path for source in recipe.dataset_mixer)
         raise UserError(f"No prompt is left of {paths}; dropped: {dict(counts.dropped)}.")
@@ -419,15 +427,7 @@ def run(recipe: SampleRecipe) -> RunFolder:
             for number, writing in answers_to(
                 engine, to_do, config, recipe.run.seed, lambda: stop.requested
             ):
-                item = asked[number]
-                row: dict[str, Any] = {
-                    "prompt": item.messages,
-                    "answers": writing.as_list(),
-                    "num_prompt_tokens": len(item.ids),
-                    "source": item.source,
-                    "line": item.line,
-                }
-                kept.add(number, row if recipe.verifier is None else row | {"truth": item.truth})
+                kept.add(number, asked[number].as_row() | {"answers": writing.as_list()})
                 progress.update(len(kept.rows))
             if stop.requested:
                 folder.note_time()

@@ -28,6 +28,7 @@ from open_instruct.examples import BadRow, Message, read_rows
 from open_instruct.loop import Workers
 from open_instruct.reward import RowRewards, load_reward_model
 from open_instruct.sample import KeptRows, write_rows
+from open_instruct.turns import ASKING, Tools
 from open_instruct.verifiers import VERIFIERS
 
 __all__ = ["ScoreRecipe", "input_files", "plan", "run"]
@@ -149,7 +150,7 @@ def _problem(row: Any, *, needs_truth: bool) -> str | None:
         return "the row needs the keys 'prompt' and 'answers'."
     turns = row["prompt"]
     is_dialogue = isinstance(turns, list) and turns and all(map(_is_turn, turns))
-    if not is_dialogue or turns[-1]["role"] != "user":
+    if not is_dialogue or turns[-1]["role"] not in ASKING:
         return "'prompt' is not a list of turns that ends with the user's."
     answers = row["answers"]
     if not isinstance(answers, list) or not all(
@@ -267,11 +268,13 @@ def _encoded(
         for answer, text in enumerate(row.texts)
         if text.strip()
     ]
-    dialogues: list[list[Message]] = [
-        [*rows[number].prompt, {"role": "assistant", "content": rows[number].texts[answer]}]
-        for number, answer in places
-    ]
-    yield from zip(places, encoder.encode_many(dialogues), strict=True)
+    dialogues: list[list[Message]] = []
+    tools: list[Tools | None] = []
+    for number, answer in places:
+        turn: Message = {"role": "assistant", "content": rows[number].texts[answer]}
+        dialogues.append([*rows[number].prompt, turn])
+        tools.append(rows[number].row.get("tools"))
+    yield from zip(places, encoder.encode_many(dialogues, tools), strict=True)
 
 
 # ---------------------------------------------------------------- the best, and the pairs
@@ -341,14 +344,18 @@ def select(rows: Sequence[dict[str, Any]], config: SelectionConfig) -> Selected:
     for row in rows:
         answers = usable(row["answers"], config, selected.left_out)
         prompt = row["prompt"]
+        tools = {key: row[key] for key in ("tools",) if key in row}
         best, pairs = best_of(answers, config), pairs_of(answers, config)
         for answer in best:
             turn = {"role": "assistant", "content": answer["text"]}
-            selected.dialogues.append({"messages": [*prompt, turn], "score": answer["score"]})
+            selected.dialogues.append(
+                {"messages": [*prompt, turn], **tools, "score": answer["score"]}
+            )
         for chosen, rejected in pairs:
             selected.pairs.append(
                 {
                     "prompt": prompt,
+                    **tools,
                     "chosen": chosen["text"],
                     "rejected": rejected["text"],
                     "score_chosen": chosen["score"],

@@ -27,6 +27,8 @@ from open_instruct.encode import ChatEncoder
 from open_instruct.examples import DataConfig, Source
 from open_instruct.loop import HeldOut, SummedLoss, TrainConfig
 from open_instruct.losses import dft_loss, sft_loss, smoothed_sft_loss
+from open_instruct.publish import HubConfig
+from open_instruct.sample_log import SampleLogConfig
 from open_instruct.tokenised import DataReport, tokenised_dialogues
 from open_instruct.tuning import (
     Model,
@@ -34,8 +36,10 @@ from open_instruct.tuning import (
     load_for_plan,
     open_run,
     plan_figures,
+    plan_from_afar,
     steps_for,
     train_and_finish,
+    would_pack,
 )
 
 __all__ = ["SftRecipe", "input_files", "plan", "run"]
@@ -81,6 +85,8 @@ class SftRecipe:
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    shown: SampleLogConfig = field(default_factory=SampleLogConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
     run: RunConfig
 
 
@@ -179,9 +185,12 @@ def row_seed(step_seed: int, example: int) -> int:
 
 def plan(recipe: SftRecipe) -> dict[str, object]:
     """What a run would do, for --dry-run; touches nothing. Errors: as in ``run``."""
+    figures = plan_from_afar(recipe, 1, recipe.adapter)
+    if figures is not None:
+        return figures
     examples, counts = load_for_plan(recipe, dialogue_examples)
     terms = terms_per_dialogue(recipe.loss, examples)
-    return plan_figures(recipe, examples, terms, counts, recipe.adapter)
+    return plan_figures(recipe, examples, terms, counts, recipe.adapter, packs=would_pack(recipe))
 
 
 def run(recipe: SftRecipe) -> RunFolder:
@@ -220,5 +229,7 @@ def run(recipe: SftRecipe) -> RunFolder:
         steps,
         loss,
         held_out,
+        model.sample_log(recipe, folder, opened.encoder, held_out, workers),
+        uses=opened.uses,
     )
     return folder

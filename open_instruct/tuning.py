@@ -1,13 +1,14 @@
 """What the tuning stages share: how a run opens, what a plan says, the model's load and end."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
+from transformers import AutoModelForCausalLM
 
 from olmo_base.optim import OptimConfig
 from olmo_base.run.artefact import (
@@ -17,12 +18,13 @@ from olmo_base.run.artefact import (
     model_files,
     read_manifest,
 )
+from olmo_base.run.errors import UserError
 from olmo_base.run.launch import seed_everything
 from olmo_base.run.metrics import LogConfig
 from olmo_base.run.resume import CheckpointConfig
 from olmo_base.run.trackers import refuse_missing_trackers
 from open_instruct.adapters import AdapterConfig, is_adapted
-from open_instruct.batches import Examples, Steps
+from open_instruct.batches import MICRO_BATCH_COST, Examples, Steps
 from open_instruct.causal_lm import (
     ModelConfig,
     check_lengths,
@@ -33,12 +35,16 @@ from open_instruct.causal_lm import (
     training_memory,
 )
 from open_instruct.encode import ChatEncoder, find_template, load_chat_encoder
-from open_instruct.examples import DataConfig, Source, source_files
-from open_instruct.logprobs import LabelLogprobs, Wrapped
-from open_instruct.loop import HeldOut, Loss, TrainConfig, Workers, steps_of, train
+from open_instruct.examples import DataConfig, Source, SourceUse, source_files
+from open_instruct.known_shapes import recorded_config
+from open_instruct.logprobs import LabelLogprobs, Wrapped, native_over
+from open_instruct.loop import NEVER, HeldOut, Loss, TrainConfig, Workers, steps_of, train
+from open_instruct.publish import HubConfig, push_if_asked, write_model_card
+from open_instruct.sample_log import SampleLog, SampleLogConfig, first_prompts
 from open_instruct.tokenised import DataReport, report_for
 
 STEPS_LOOKED_AT = 200  # by a plan, for the largest micro-batch
+NOT_HERE = "not_here"  # in the figures of a plan: what is missing on this machine
 
 
 class TuningRecipe(Protocol):
@@ -58,6 +64,10 @@ class TuningRecipe(Protocol):
     def checkpoints(self) -> CheckpointConfig: ...
     @property
     def log(self) -> LogConfig: ...
+    @property
+    def shown(self) -> SampleLogConfig: ...
+    @property
+    def hub(self) -> HubConfig: ...
     @property
     def run(self) -> RunConfig: ...
 
@@ -91,6 +101,32 @@ class Opened(Generic[Loaded]):
     encoder: ChatEncoder
     train: Loaded
     held_out: Loaded | None
+    uses: list[SourceUse]
+
+
+def check_held_out(recipe: TuningRecipe) -> None:
+    """Errors: UserError if something looks at held-out examples and there are none."""
+    if recipe.data.eval_dataset_mixer:
+        return
+    asking = {
+        "load_best_model_at_end": recipe.train.load_best_model_at_end,
+        "early_stopping_patience": recipe.train.early_stopping_patience,
+        "num_eval_samples": recipe.shown.num_eval_samples,
+    }
+    for key, value in asking.items():
+        if value:
+            raise UserError(
+                f"{key}: {value}, but no examples are held out. Set eval_dataset_mixer."
+            )
+
+
+def encoder_of(recipe: TuningRecipe) -> ChatEncoder:
+    """How the recipe's model writes dialogues. Errors: UserError."""
+    return load_chat_encoder(
+        recipe.model.model_name_or_path,
+        recipe.chat_template,
+        recipe.model.additional_special_tokens,
+    )
 
 
 def open_run(recipe: Recipe, load: Load[Recipe, Loaded]) -> Opened[Loaded] | RunFolder:
@@ -98,6 +134,7 @@ def open_run(recipe: Recipe, load: Load[Recipe, Loaded]) -> Opened[Loaded] | Run
 
     Errors: UserError, DataError for what the user can mend.
     """
+    check_held_out(recipe)
     tokenise_before_ranks_meet(recipe, load)
     workers = Workers(recipe.train.bf16)
     with workers.main_first():
@@ -106,14 +143,14 @@ def open_run(recipe: Recipe, load: Load[Recipe, Loaded]) -> Opened[Loaded] | Run
         return folder
     seed_everything(recipe.run.seed)
 
-    encoder = load_chat_encoder(recipe.model.model_name_or_path, recipe.chat_template)
+    encoder = encoder_of(recipe)
     report = report_for(recipe)
     examples = load(recipe.data.dataset_mixer, encoder, recipe, folder.counts, report)
     held_out = None
     if recipe.data.eval_dataset_mixer:
         held_out = load(recipe.data.eval_dataset_mixer, encoder, recipe, ExampleCounts(), report)
     report.tell(folder)
-    return Opened(workers, folder, encoder, examples, held_out)
+    return Opened(workers, folder, encoder, examples, held_out, report.uses)
 
 
 def tokenise_before_ranks_meet(recipe: Recipe, load: Load[Recipe, Loaded]) -> None:
@@ -126,7 +163,7 @@ def tokenise_before_ranks_meet(recipe: Recipe, load: Load[Recipe, Loaded]) -> No
     report = report_for(recipe)
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or is_finished or report.kept_in is None:
         return
-    encoder = load_chat_encoder(recipe.model.model_name_or_path, recipe.chat_template)
+    encoder = encoder_of(recipe)
     for sources in (recipe.data.dataset_mixer, recipe.data.eval_dataset_mixer):
         if sources:
             load(sources, encoder, recipe, ExampleCounts(), report)
@@ -134,7 +171,8 @@ def tokenise_before_ranks_meet(recipe: Recipe, load: Load[Recipe, Loaded]) -> No
 
 def load_for_plan(recipe: Recipe, load: Load[Recipe, Loaded]) -> tuple[Loaded, ExampleCounts]:
     """The examples that a run would learn from, for --dry-run. Errors: as in ``open_run``."""
-    encoder = load_chat_encoder(recipe.model.model_name_or_path, recipe.chat_template)
+    check_held_out(recipe)
+    encoder = encoder_of(recipe)
     counts = ExampleCounts()
     return load(recipe.data.dataset_mixer, encoder, recipe, counts, DataReport()), counts
 
@@ -145,13 +183,21 @@ def plan_figures(
     terms_per_example: np.ndarray,
     counts: ExampleCounts,
     adapter: AdapterConfig | None = None,
+    *,
+    packs: bool = False,
 ) -> dict[str, object]:
     """What a run over these examples would do, for --dry-run. Errors: UserError, as in the run."""
     refuse_missing_trackers(recipe.log.report_to)
     model_config = load_config(recipe.model)
     check_lengths(int(examples.lengths_NW.max()), model_config, recipe.model.model_name_or_path)
-    steps = steps_of(examples, terms_per_example, recipe.train, seed=recipe.run.seed)
-    num_positions, num_labels = steps.largest_micro_batch(STEPS_LOOKED_AT)
+    steps = steps_of(
+        examples,
+        terms_per_example,
+        recipe.train,
+        seed=recipe.run.seed,
+        cost_of_cut=NEVER if packs else MICRO_BATCH_COST["cpu"],
+    )
+    num_positions, num_labels = steps.largest_micro_batch(STEPS_LOOKED_AT, packs=packs)
     sizes = count_parameters(recipe.model, adapter)
     is_part = sizes.trained < sizes.all
     trained = {"trained_parameters": sizes.trained} if is_part else {}
@@ -174,11 +220,58 @@ def plan_figures(
     }
 
 
+def plan_from_afar(
+    recipe: TuningRecipe, rows_per_example: int, adapter: AdapterConfig
+) -> dict[str, object] | None:
+    """What is known of a run whose published model is not on this machine; None if it is here.
+
+    Without its tokenizer no row can be read: the memory is that of examples of ``max_length``, all
+    of them learnt. Errors: UserError, as in the run.
+    """
+    name = recipe.model.model_name_or_path
+    architecture = recorded_config(name)
+    if architecture is None:
+        return None
+    check_held_out(recipe)
+    check_lengths(recipe.data.max_length, architecture, name)
+    sizes = count_parameters(recipe.model, adapter, architecture)
+    longest = recipe.train.per_device_train_batch_size * rows_per_example * recipe.data.max_length
+    per_rank = recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps
+    trained = {"trained_parameters": sizes.trained} if sizes.trained < sizes.all else {}
+    return {
+        NOT_HERE: f"{name} is not on this machine: its recorded shape is used, and rows, tokens "
+        "and steps are not counted",
+        "examples_per_step": per_rank,
+        "parameters": sizes.all,
+        **trained,
+        "memory_bytes": training_memory(
+            architecture,
+            sizes,
+            num_positions=longest,
+            num_labels=longest,
+            gradient_checkpointing=recipe.model.gradient_checkpointing,
+        ),
+    }
+
+
 class AdaptableRecipe(TuningRecipe, Protocol):
     """The keys of a stage that trains a causal language model, whole or by an adapter."""
 
     @property
     def adapter(self) -> AdapterConfig: ...
+
+
+def would_pack(recipe: AdaptableRecipe) -> bool:
+    """Whether a run is expected to leave padding out; found without loading any weight."""
+    if recipe.train.batching == "grouped" or recipe.adapter.use_peft:
+        return False
+    if recipe.model.attn_implementation != "sdpa":
+        return False
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            load_config(recipe.model), trust_remote_code=recipe.model.trust_remote_code
+        )
+    return native_over(model) is not None
 
 
 class Model:
@@ -199,6 +292,22 @@ class Model:
         if is_adapted(self.language_model):
             folder.log(about_adapter(self.language_model))
         self.logprobs: LabelLogprobs = workers.place(self.language_model, recipe.train.batching)
+
+    def sample_log(
+        self,
+        recipe: TuningRecipe,
+        folder: RunFolder,
+        encoder: ChatEncoder,
+        held_out: HeldOut | None,
+        workers: Workers,
+    ) -> SampleLog | None:
+        """What answers held-out prompts while training goes on; None where nobody asks."""
+        if held_out is None or recipe.shown.num_eval_samples == 0:
+            return None
+        prompts = first_prompts(held_out.examples, recipe.shown.num_eval_samples)
+        return SampleLog(
+            folder, self.language_model, encoder, prompts, recipe.shown, workers.precision
+        )
 
     def save(self, folder: RunFolder, encoder: ChatEncoder) -> None:
         """Write the run's model folder. Changes the model's precision."""
@@ -246,8 +355,15 @@ def train_and_finish(
     steps: Steps,
     loss: Loss,
     held_out: HeldOut | None,
+    samples: SampleLog | None = None,
+    *,
+    uses: Sequence[SourceUse],
 ) -> None:
-    """Go through all steps, ``save`` the model folder and mark the run as finished."""
+    """Go through all steps, ``save`` the model folder and mark the run as finished.
+
+    ``uses`` is what was read of each source, for the model card. Errors: UserError if the recipe
+    asks for an upload and that fails; the run is finished all the same.
+    """
     results = train(
         folder,
         workers,
@@ -260,8 +376,13 @@ def train_and_finish(
         optim=recipe.optim,
         checkpoints=recipe.checkpoints,
         log=recipe.log,
+        samples=samples,
     )
     if workers.rank == 0:
         save()
+        write_model_card(folder, uses, results)
         folder.finish(**results)
+        address = push_if_asked(folder.path, recipe.hub)
+        if address is not None:
+            folder.log(f"uploaded to {address}")
     workers.wait()

@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
 from transformers import AutoModelForCausalLM, Olmo2ForCausalLM, Olmo3ForCausalLM, OlmoForCausalLM
 
 from olmo_base.corpus.documents import DocumentSource
@@ -24,10 +27,17 @@ from olmo_base.run.recipe import read_keys, read_stage
 from olmo_base.tokenizer import TokenizerRecipe
 from olmo_base.tokenizer import run as train_tokenizer
 from open_instruct.__main__ import main
+from open_instruct.known_shapes import recorded_config
 from open_instruct.pipeline import STAGES, load_pipeline, load_stage_recipe
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-FILES = sorted(path for ending in ("*.yaml", "*.yml") for path in RECIPES.rglob(ending))
+LAUNCHED_BY = RECIPES / "accelerate"  # for accelerate launch, and no recipes
+FILES = sorted(
+    path
+    for ending in ("*.yaml", "*.yml")
+    for path in RECIPES.rglob(ending)
+    if path.parent != LAUNCHED_BY
+)
 PIPELINES = [path for path in FILES if read_stage(path) == "pipeline"]
 
 
@@ -111,7 +121,7 @@ def test_the_second_stage_of_a_published_model_is_planned_from_its_first(
     assert "# memory_bytes" in capsys.readouterr().out
     _, recipe = load_stage_recipe(path, [f"root={tmp_path}"])
     tokens, rate = STAGE_2[name]
-    planned = plan(recipe)
+    planned: dict[str, Any] = plan(recipe)
     assert planned["tokens"] == pytest.approx(tokens, rel=0.001)
     assert planned["parameters"] == num_parameters(config)
     steps = planned["steps"]
@@ -134,6 +144,70 @@ def test_the_recipe_of_a_published_model_is_planned_with_its_shape(name, root, c
     with torch.device("meta"):
         model = Transformer(config)
     assert sum(weight.numel() for weight in model.parameters()) == num_parameters(config)
+
+
+def test_accelerate_reads_the_files_of_its_launcher_and_the_loop_trains_with_their_kind():
+    files = sorted(LAUNCHED_BY.glob("*.yaml"))
+    assert [path.stem for path in files] == ["ddp"]
+    for path in files:
+        config = load_config_from_file(str(path))
+        assert config.distributed_type == DistributedType.MULTI_GPU
+        assert config.num_processes > 1 and config.mixed_precision == "no"
+        known = {field.name for field in dataclasses.fields(config)}
+        assert yaml.safe_load(path.read_text(encoding="utf-8")).keys() <= known
+
+
+# ---------------------------------------------------------------- published tunings
+
+# Examples of a step, and parameters in thousands of millions.
+TUNED = {
+    "tulu2/7b": (128, 32, 6.74),
+    "tulu2/13b": (128, 32, 13.02),
+    "tulu2/70b": (128, 32, 68.98),
+    "olmo1/7b": (128, 32, 6.89),
+    "tulu3/8b": (128, 128, 8.03),
+    "tulu3/70b": (128, 128, 70.55),
+    "olmo2/1b": (128, 128, 1.485),
+    "olmo2/7b": (128, 128, 7.30),
+    "olmo2/13b": (64, 128, 13.72),
+    "olmo2/32b": (256, 128, 32.23),
+    "olmo3/7b": (128, 128, 7.30),
+    "olmo3/32b": (512, 128, 32.23),
+}
+TUNINGS = [
+    path
+    for path in FILES
+    if path.relative_to(RECIPES).parts[0] not in ("debug", "quickstart", "real_small")
+    and read_stage(path) in ("sft", "dpo", "reward")
+]
+
+
+def test_every_published_tuning_is_checked_in_full_and_as_an_adapter():
+    assert {str(path.parent.relative_to(RECIPES)) for path in TUNINGS} == TUNED.keys()
+    for name in TUNED:
+        stages = {path.stem for path in TUNINGS if str(path.parent.relative_to(RECIPES)) == name}
+        assert stages >= {"sft", "sft_qlora", "dpo", "dpo_qlora"}
+        assert ("reward" in stages) == ("reward_qlora" in stages) == name.startswith("tulu3")
+
+
+@pytest.mark.parametrize("path", TUNINGS, ids=lambda path: str(path.relative_to(RECIPES)))
+def test_a_published_tuning_is_planned_without_its_model(path, capsys):
+    assert main(["run", str(path), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "is not on this machine: its recorded shape is used" in out
+    assert "# memory_bytes" in out
+    text = path.read_text(encoding="utf-8")
+    assert "Figures" in text or "None was published" in text
+    stage, recipe = load_stage_recipe(path)
+    of_sft, of_pairs, billions = TUNED[str(path.parent.relative_to(RECIPES))]
+    per_step = recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps
+    assert per_step == (of_sft if recipe.stage == "sft" else of_pairs) or "qlora" in path.stem
+    assert recorded_config(recipe.model.model_name_or_path) is not None
+    if "qlora" in path.stem:
+        assert recipe.adapter.load_in_4bit and "# trained_parameters" in out
+    else:
+        figures = stage.plan(recipe)
+        assert figures["parameters"] == pytest.approx(billions * 1e9, rel=0.002)
 
 
 @pytest.mark.parametrize(

@@ -258,19 +258,21 @@ def problems(report: Report) -> list[str]:
     """What a reader must know before trusting a number."""
     lines = []
     for model in report.models:
-        for name, result in model.tasks.items():
-            number = result.record.get("not_fitting", 0)
-            if number:
-                lines.append(
-                    f"{model.name}: {number:,} of {len(result.rows):,} questions of {name} do not "
-                    "fit the model's context; they count as wrong."
-                )
-            number = result.record.get("context_cut", 0)
-            if number:
-                lines.append(
-                    f"{model.name}: {number:,} of {len(result.rows):,} contexts of {name} lost "
-                    "their beginning, because they are too long for the model."
-                )
+        for key, what, reason in (
+            ("not_fitting", "questions", "do not fit the model's context; they count as wrong"),
+            (
+                "context_cut",
+                "contexts",
+                "lost their beginning, because they are too long for the model",
+            ),
+        ):
+            found = [
+                f"{number:,} of {len(result.rows):,} {what} of {name}"
+                for name, result in model.tasks.items()
+                if (number := result.record.get(key, 0))
+            ]
+            if found:
+                lines.append(f"{model.name}: {', '.join(found)} {reason}.")
         guessed = [name for name, result in model.tasks.items() if may_be_guessing(result)]
         if guessed:
             scores = "score on" if len(guessed) == 1 else "scores on"

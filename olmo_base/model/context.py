@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 
 class SplitContext:
@@ -54,6 +53,9 @@ class SplitContext:
         self, q_BHPh: Tensor, k_BKPh: Tensor, v_BKPh: Tensor, may_attend: Tensor | None
     ) -> Tensor:
         """Each of this rank's positions' mix of the row's values, BHPh."""
+        # It brings torch's compiler, seconds of every start that needs no split context.
+        from torch.nn.attention.bias import causal_lower_right
+
         parts = _Gather.apply(torch.stack([k_BKPh, v_BKPh]), self._group)
         half = q_BHPh.shape[2] // 2
         early = [part[..., :half, :] for part in parts]

@@ -362,8 +362,8 @@ class TransformersDecoder:
         if prefix is not None:
             length = prefix.mask_BT.shape[1]
             for index, layer in enumerate(prefix.cache.layers):
-                parts = [_shifted(part, padding_B) for part in (layer.keys, layer.values)]
-                self.cache.update(*parts, index)
+                keys, values = (_shifted(part, padding_B) for part in (layer.keys, layer.values))
+                self.cache.update(keys, values, index)
         self.prompt_ids_BT = ids_BT[:, length:].to(model.device)
 
     def prefill(self) -> Tensor:

@@ -28,7 +28,12 @@ from olmo_base.model.decode import (
 )
 from olmo_base.model.hf_weights import is_native, load_native
 from olmo_base.model.transformer import Transformer
-from olmo_base.run.artefact import adapter_base, refuse_changed_base, resolve_model
+from olmo_base.run.artefact import (
+    adapter_base,
+    adapter_vocabulary,
+    refuse_changed_base,
+    resolve_model,
+)
 from olmo_base.run.errors import UserError
 from olmo_base.run.launch import pick_device
 
@@ -482,6 +487,9 @@ def _load_adapter(
 ) -> Any:
     refuse_changed_base(folder, base)
     model = _load_with_transformers(resolve_model(base), device, dtype, trust)
+    if adapter_vocabulary(folder) > model.get_input_embeddings().num_embeddings:
+        # The adapter brings the new rows.
+        model.resize_token_embeddings(adapter_vocabulary(folder), mean_resizing=False)
     try:
         # transformers' own way starts DoRA's magnitudes anew (5.23)
         from peft import PeftModel

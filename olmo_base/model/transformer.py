@@ -388,12 +388,11 @@ class Transformer(nn.Module):
             sights = self._sights_of_branches(branches)
         if tree is not None:
             kept = tree.prefix
-        recomputes = self.gradient_checkpointing not in (False, "none")
         is_selective = self.gradient_checkpointing == "selective"
         x_BTD = self.embed_tokens(ids_BT)
         for index, layer in enumerate(self.layers):
             rotation, may_attend = sights[self.windows[index]]
-            if recomputes and torch.is_grad_enabled() and cache is None:
+            if self.recomputes and torch.is_grad_enabled() and cache is None:
                 x_BTD = checkpoint(
                     layer,
                     x_BTD,
@@ -424,8 +423,9 @@ class Transformer(nn.Module):
             for window, sight in found.items():
                 sights[window].append(sight)
         x_ND = self.embed_tokens(ids_BT).flatten(0, 1).index_select(0, packing.sources_N)
-        for window, layer in zip(self.windows, self.layers, strict=True):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
+        for window, module in zip(self.windows, self.layers, strict=True):
+            layer: Any = module
+            if self.recomputes and torch.is_grad_enabled():
                 x_ND = checkpoint(layer.packed, x_ND, packing, sights[window], use_reentrant=False)
             else:
                 x_ND = layer.packed(x_ND, packing, sights[window])
@@ -434,6 +434,11 @@ class Transformer(nn.Module):
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Next-token logits, BTV, of hidden states of any leading shape."""
         return F.linear(hidden_BTD, self.output_weight)
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether layers are computed again in the backward pass, or parts of them."""
+        return self.gradient_checkpointing not in (False, "none")
 
     @property
     def output_weight(self) -> Tensor:

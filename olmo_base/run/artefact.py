@@ -176,6 +176,14 @@ def adapter_base(folder: Path) -> str | None:
     return base
 
 
+def adapter_vocabulary(folder: Path) -> int:
+    """Rows that the embedding must have for the adapter in ``folder``; 0 if it trained no token."""
+    settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    rows = settings.get("trainable_token_indices") or {}
+    lists = rows.values() if isinstance(rows, dict) else [rows]
+    return max((max(ids) + 1 for ids in lists if ids), default=0)
+
+
 def resolve_base(folder: Path, base: str) -> Path:
     """The folder of the model that the adapter in ``folder`` stands on.
 

@@ -41,9 +41,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter  # only there if tensorboard is
 
         purged = session.resume_step + 1 if session.resume_step else 0
-        self._writer: Any = SummaryWriter(  # type: ignore[no-untyped-call]
-            str(session.folder / "tensorboard"), purge_step=purged
-        )
+        self._writer: Any = SummaryWriter(str(session.folder / "tensorboard"), purge_step=purged)
         lines = (f"    {key}: {value}" for key, value in session.recipe.items())
         self._writer.add_text("recipe", "\n".join(lines), 0)
 

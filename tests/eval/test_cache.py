@@ -47,7 +47,10 @@ def world(tmp_path_factory) -> Path:
         {"prompt": f"{a} {b}?", "answer": a} for a, b in zip(WORDS[:6], WORDS[5:], strict=True)
     ]
     (root / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    rows = [{"question": f"{a}?", "options": [a, "hill old", "boat"], "gold": 1} for a in WORDS[:8]]
+    rows = [
+        {"question": f"{word}?", "options": [word, "hill old", "boat"], "gold": number % 3}
+        for number, word in enumerate(WORDS[:8])
+    ]
     (root / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (root / "text.txt").write_text(" ".join(WORDS) * 20)
     tokenizer = train_tokenizer(
@@ -219,6 +222,22 @@ def test_two_processes_give_the_report_of_one(world, tmp_path):
     keys = kept_keys(tmp_path / "out" / "cache")
     assert sorted(keys) == sorted(kept_keys(alone / "cache"))  # each request in one process only
     assert done.stdout.count("report.html") == 1
+
+
+def test_without_the_texts_of_right_answers_the_scores_are_the_same(world, tmp_path, capsys):
+    shared = {"cache_dir": str(tmp_path / "cache"), "tasks": ["choices"], "limit": 6, "seed": 3}
+    whole = evaluate(**settings(world, tmp_path / "whole", **shared)).path
+    shared |= {"samples_only_failures": True}
+    short = evaluate(**settings(world, tmp_path / "short", **shared)).path
+    assert results(short)["tasks"] == results(whole)["tasks"]
+    name = "samples/one/choices.jsonl"
+    kept, rows = results(short)[name], results(whole)[name]
+    assert len(rows) == 6
+    assert any(row["correct"] for row in rows) and not all(row["correct"] for row in rows)
+    for short_row, row in zip(kept, rows, strict=True):
+        assert short_row["prompt"] == ("" if row["correct"] else row["prompt"])
+        assert short_row["options"] == row["options"]
+    assert "questions, " in capsys.readouterr().err  # with speed and time left
 
 
 # ---------------------------------------------------------------- the file

@@ -272,7 +272,9 @@ def test_a_question_longer_than_the_context_counts_as_wrong_and_is_reported(
     assert samples(folder, "base", "choices")[-1]["not_fitting"]
     assert samples(folder, "base", "choices")[-2]["context_cut"]
     page = (folder / "report.html").read_text()
-    assert "1 of 6 questions of words do not fit the model" in page
+    assert (
+        "base: 1 of 6 questions of words, 1 of 7 questions of choices do not fit the model" in page
+    )
     assert "1 of 7 contexts of choices lost their beginning" in page
     assert "1 of 6 questions of words do not fit" in capsys.readouterr().err
     assert json.loads((folder / "report.json").read_text())["models"][0]["not_fitting"] == {

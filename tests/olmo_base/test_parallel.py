@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,7 +87,7 @@ def assert_same(found: Path, expected: Path) -> None:
         torch.testing.assert_close(weights[name], whole[name], rtol=0, atol=1e-4)
 
 
-WAYS = {
+WAYS: dict[str, dict[str, Any]] = {
     "ddp": {},
     "fsdp": {"data_parallel": "fsdp", "gradient_checkpointing": True},
     "hsdp": {"data_parallel": "hsdp", "data_parallel_shards": 2, "mask_documents": True},

@@ -18,8 +18,8 @@ from olmo_base.run.recipe import load_recipe
 from open_instruct import preference, sft
 from open_instruct.__main__ import main
 from open_instruct.adapters import AdapterConfig
-from open_instruct.causal_lm import ModelConfig, count_parameters, load_causal_lm
-from open_instruct.encode import load_chat_encoder
+from open_instruct.causal_lm import ModelConfig, count_parameters, load_causal_lm, load_config
+from open_instruct.encode import find_template, load_chat_encoder
 from open_instruct.loop import steps_of
 from open_instruct.reference import REFERENCE_FILE
 from open_instruct.tokenised import DataReport
@@ -121,7 +121,8 @@ def test_an_adapter_run_learns_and_leaves_a_folder_that_peft_and_transformers_re
         "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "manifest.json",
         "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "recipe.yaml",
     }  # fmt: skip
-    assert not names & {"config.json", "model.safetensors", "model.tmp", "README.md"}
+    assert not names & {"config.json", "model.safetensors", "model.tmp"}
+    assert "made by the stage `sft`" in (run.path / "README.md").read_text()  # not peft's card
     settings = json.loads((run.path / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(folder / "base")  # from any folder
     assert (settings["r"], settings["lora_alpha"], settings["lora_dropout"]) == (4, 8, 0.0)
@@ -254,6 +255,78 @@ def test_the_merged_model_gives_the_adapters_logits(folder, capsys, keys, change
     is_tied = json.loads((folder / "whole" / "config.json").read_text())["tie_word_embeddings"]
     assert is_tied == changes.get("tie_word_embeddings", False)
     assert ("lm_head.weight" in weights_of(folder / "whole")) != is_tied
+
+
+# ---------------------------------------------------------------- new tokens
+
+
+def with_new_tokens(folder: Path, **changes) -> dict[str, Any]:
+    """Keys of a recipe whose template opens answers with a token that the base does not have."""
+    template = find_template("tulu").read_text(encoding="utf-8")
+    path = folder / "marked.jinja"
+    path.write_text(template.replace("<|assistant|>", "<|answer|>"), encoding="utf-8")
+    keys = dict(chat_template=str(path), additional_special_tokens=["<|answer|>"], max_steps=6)
+    return keys | changes
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_new_tokens_are_trained_and_kept_by_an_adapter_and_its_merged_model(folder, is_tied):
+    save_tiny_model(folder / "base", tie_word_embeddings=is_tied)
+    run = sft.run(sft_recipe(folder, **with_new_tokens(folder)))
+    tokenizer = AutoTokenizer.from_pretrained("lora")
+    assert len(tokenizer) == 262 and tokenizer.convert_tokens_to_ids("<|answer|>") == 261
+    rows = rows_of(run.path / "metrics.jsonl")
+    assert rows[-1]["eval_loss"] < rows[0]["eval_loss"]
+    kept = load_file("lora/adapter_model.safetensors")
+    matrices = [weight for name, weight in kept.items() if "token_adapter" in name]
+    assert [tuple(weight.shape) for weight in matrices] == [(1, 16)] * (1 if is_tied else 2)
+
+    assert main(["merge", "lora", "whole"]) == 0
+    whole = opened("whole")
+    assert whole.config.vocab_size == 262
+    base = opened("base")
+    old_rows = base.get_input_embeddings().weight.detach()
+    new_rows = whole.get_input_embeddings().weight.detach()
+    assert torch.equal(new_rows[:261], old_rows)  # nothing else is changed
+    assert (new_rows[261] - old_rows.mean(0)).abs().max() > 1e-3
+    base.resize_token_embeddings(262, mean_resizing=False)
+    by_peft = peft.PeftModel.from_pretrained(base, "lora")
+    ids = torch.tensor([[261, 5, 80, 261, 7, 9]])
+    with torch.no_grad():
+        expected = by_peft.eval()(ids).logits
+        torch.testing.assert_close(whole.eval()(ids).logits, expected, atol=1e-5, rtol=0)
+        loaded = load_generator("lora").model(ids).logits
+        torch.testing.assert_close(loaded, expected, atol=1e-5, rtol=0)
+    # It goes on from where it was, and says that it keeps its shape.
+    keys = dict(model_name_or_path="lora", chat_template=None, output_dir="on")
+    on = sft.run(sft_recipe(folder, **keys, max_steps=1))
+    first = rows_of(on.path / "metrics.jsonl")[0]["eval_loss"]
+    assert first == pytest.approx(rows[-1]["eval_loss"], abs=1e-5)
+
+
+def test_new_tokens_of_a_whole_model_are_trained_and_read_again(folder):
+    keys = with_new_tokens(folder, use_peft=False, output_dir="full") | dict.fromkeys(LORA)
+    run = sft.run(sft_recipe(folder, **(keys | {"use_peft": False})))
+    whole = opened("full")
+    assert whole.config.vocab_size == 262
+    for matrix in (whole.get_input_embeddings(), whole.get_output_embeddings()):
+        before = opened("base").get_input_embeddings().weight.mean(0)
+        assert matrix.weight.shape[0] == 262
+        assert (matrix.weight[261] - before).abs().max() > 1e-3
+    rows = rows_of(run.path / "metrics.jsonl")
+    assert rows[-1]["eval_loss"] < rows[0]["eval_loss"]
+    again = dict(model_name_or_path="full", chat_template=None, output_dir="again")
+    first = rows_of(sft.run(sft_recipe(folder, **again, max_steps=1)).path / "metrics.jsonl")[0]
+    assert first["eval_loss"] == pytest.approx(rows[-1]["eval_loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [(["<|user|>"], "is a token of this model already"), (["a b", "a b"], "twice")],
+)
+def test_a_new_token_that_is_none_is_refused(folder, tokens, words):
+    with pytest.raises(UserError, match=words):
+        sft.run(sft_recipe(folder, additional_special_tokens=tokens))
 
 
 def test_a_merged_model_keeps_the_precision_of_its_base(folder):
@@ -424,6 +497,14 @@ def test_a_plan_counts_what_is_trained_and_needs_less_memory(folder):
     sft.run(sft_recipe(folder, max_steps=1))
     further = sft.plan(sft_recipe(folder, model_name_or_path="lora", output_dir="next"))
     assert further["trained_parameters"] == expected
+
+
+@pytest.mark.parametrize("more", [None, {}, {"use_dora": True}, {"load_in_4bit": True}])
+def test_a_shape_alone_has_the_sizes_of_its_model(folder, more):
+    config = ModelConfig("base")
+    adapter = AdapterConfig() if more is None else AdapterConfig(**(LORA | more))
+    shape = load_config(config)
+    assert count_parameters(config, adapter, shape) == count_parameters(config, adapter)
 
 
 def test_few_bits_take_less_room(folder):

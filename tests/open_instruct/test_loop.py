@@ -18,7 +18,7 @@ from olmo_base.run.errors import Stopped, UserError
 from olmo_base.run.metrics import LogConfig
 from olmo_base.run.recipe import load_recipe
 from olmo_base.run.resume import CheckpointConfig
-from open_instruct import preference, sft
+from open_instruct import preference, reward, sft
 from open_instruct.batches import Examples
 from open_instruct.encode import Encoded
 from open_instruct.logprobs import LabelLogprobs
@@ -360,11 +360,12 @@ def test_gradient_checkpointing_changes_memory_and_not_gradients():
 
 ALL_STAGES = """
 from olmo_base.run.recipe import load_recipe
-from open_instruct import preference, sft
+from open_instruct import preference, reward, sft
 sft.run(load_recipe(sft.SftRecipe, "sft.yaml"))
 preference.run(load_recipe(preference.PreferenceRecipe, "dpo.yaml"))
 preference.run(load_recipe(preference.PreferenceRecipe, "kto.yaml"))
 sft.run(load_recipe(sft.SftRecipe, "lora.yaml"))
+reward.run(load_recipe(reward.RewardRecipe, "reward.yaml"))
 """
 
 DATA = {
@@ -372,6 +373,7 @@ DATA = {
     "dpo": "pairs.jsonl",
     "kto": "rated.jsonl",
     "lora": "dialogues.jsonl",
+    "reward": "pairs.jsonl",
 }
 OTHER_KEYS: dict[str, dict[str, Any]] = {
     "kto": dict(stage="dpo", loss_type="kto"),
@@ -412,6 +414,7 @@ def test_two_processes_end_with_the_weights_of_one(tmp_path, monkeypatch):
             preference.run(load_recipe(preference.PreferenceRecipe, "dpo.yaml"))
             preference.run(load_recipe(preference.PreferenceRecipe, "kto.yaml"))
             sft.run(load_recipe(sft.SftRecipe, "lora.yaml"))
+            reward.run(load_recipe(reward.RewardRecipe, "reward.yaml"))
     (tmp_path / "both.py").write_text(ALL_STAGES)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}

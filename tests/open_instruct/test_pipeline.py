@@ -283,7 +283,7 @@ def test_a_plan_knows_finished_and_changed_stages(recipes):
 
 def test_a_shipped_recipe_is_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shipped = sorted(shipped_folder("recipes").rglob("*.yaml"))
+    shipped = sorted(shipped_folder("recipes").glob("[!a]*/**/*.yaml"))
     assert shipped
     for file in shipped:
         name = file.relative_to(shipped_folder("recipes")).as_posix()

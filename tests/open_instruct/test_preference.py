@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -34,6 +34,7 @@ from open_instruct.tokenised import DataReport
 from tests.open_instruct.tiny import (
     assert_same_weights,
     kill_after_step,
+    random_step,
     rows_of,
     save_tiny_model,
     tiny_olmo2,
@@ -152,6 +153,7 @@ SHARED_WITH_TRL = [  # our loss_type and keys, TRL's
         dict(loss_type=("hinge", "apo_zero"), beta=0.1, loss_weights=(0.7, 2.0)),
         ["hinge", "apo_zero"],
     ),
+    (dict(loss_type="dpo_norm", beta=5.0, rpo_alpha=0.3), ["sigmoid_norm", "sft"]),
 ]
 
 
@@ -162,6 +164,8 @@ def test_loss_and_gradients_equal_trl_on_random_log_probabilities(
     loss = LossConfig(**keys)
     trl_trainer.loss_types, trl_trainer.beta = their_names, loss.beta_in_use
     trl_trainer.loss_weights = list(loss.loss_weights or [1.0])
+    if loss.rpo_alpha is not None:
+        trl_trainer.loss_weights.append(loss.rpo_alpha)
     trl_trainer.label_smoothing = loss.label_smoothing
     trl_trainer.use_weighting = "wpo" in loss.names
 
@@ -170,7 +174,8 @@ def test_loss_and_gradients_equal_trl_on_random_log_probabilities(
     examples = preference.pair_examples(
         recipe.data.dataset_mixer, encoder, recipe, ExampleCounts(), DataReport()
     )
-    numbers = [3, 0, 9, 14]
+    # TRL adds the chosen answers' mean over all tokens: ours, where they are of one length.
+    numbers = [3, 0, 9, 14] if loss.rpo_alpha is None else [0, 7, 14, 21]
     batch = examples.batch(numbers)
     reference_42 = torch.randn(4, 2, generator=torch.Generator().manual_seed(3)) * 3 - 50
 
@@ -418,6 +423,20 @@ def test_a_killed_run_ends_with_the_same_bits_as_one_never_killed(folder, share_
     assert_same_weights(reference_file(folder / "run")[0], reference_file(folder / "whole")[0])
 
 
+def test_a_killed_run_of_kto_on_an_adapter_ends_with_the_same_bits(folder):
+    write_rated(folder / "train.jsonl")
+    write_rated(folder / "held_out.jsonl", number=6)
+    keys = dict(loss_type="kto", num_train_epochs=30, gradient_accumulation_steps=2)
+    keys |= dict(use_peft=True, lora_r=4, lora_dropout=0.2, learning_rate=1e-2)
+    preference.run(recipe_of(folder, output_dir="whole", **keys))
+    recipe = recipe_of(folder, **keys)
+    kill_after_step(folder / "run.yaml", folder / "run", step=random_step("kto"))
+    preference.run(recipe)
+    assert "going on from" in (folder / "run" / "train.log").read_text()
+    found, expected = (load_file(f"{name}/adapter_model.safetensors") for name in ("run", "whole"))
+    assert_same_weights(found, expected)
+
+
 # ---------------------------------------------------------------- prompts read once
 
 
@@ -432,7 +451,8 @@ def test_shared_prompts_change_what_is_read_and_nothing_else(folder):
     }
     assert_same_weights(weights_of(runs["auto"]), weights_of(runs[True]))
     assert "both answers share their prompt" in log_of(runs["auto"])
-    assert "prompts are" not in log_of(runs[False]) and "share" not in log_of(runs[False])
+    assert "prompts are" not in log_of(runs[False])
+    assert "share their prompt" not in log_of(runs[False])
     shared, apart = (rows_of(runs[word] / "metrics.jsonl") for word in (True, False))
     assert len(shared) == len(apart) > 10
     for ours, theirs in zip(shared, apart, strict=True):
@@ -641,6 +661,11 @@ def test_a_plan_counts_both_answers_and_writes_nothing(folder):
         for side in ("chosen", "rejected")
     )
     assert figures["tokens"] == tokens
+    read = figures["tokens_with_shared_prompts"]
+    assert isinstance(read, int) and tokens / 2 < read < tokens
+    apart = preference.plan(recipe_of(folder, share_prompts=False))
+    assert "tokens_with_shared_prompts" not in apart and apart["tokens"] == tokens
+    assert int(str(figures["memory_bytes"])) < int(str(apart["memory_bytes"]))
 
 
 def test_a_model_without_template_says_what_to_do(folder):

@@ -7,9 +7,10 @@ from safetensors.torch import load_file
 
 from olmo_base.run.errors import UserError
 from olmo_base.run.recipe import load_recipe
-from open_instruct import preference, sft
+from open_instruct import preference, reward, sft
 from open_instruct.__main__ import main
 from open_instruct.causal_lm import ModelConfig, load_causal_lm
+from open_instruct.encode import find_template
 from open_instruct.reference import REFERENCE_FILE
 from tests.open_instruct.tiny import (
     assert_same_weights,
@@ -36,8 +37,15 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+RECIPES: dict[str, Any] = {
+    "sft": sft.SftRecipe,
+    "dpo": preference.PreferenceRecipe,
+    "reward": reward.RewardRecipe,
+}
+
+
 def recipe_of(folder, stage="sft", **changes):
-    data = {"sft": "dialogues.jsonl", "dpo": "pairs.jsonl"}[stage]
+    data = {"sft": "dialogues.jsonl"}.get(stage, "pairs.jsonl")
     keys = dict(
         stage=stage,
         model_name_or_path="base",
@@ -57,8 +65,7 @@ def recipe_of(folder, stage="sft", **changes):
     )
     keys |= changes
     path = write_recipe(folder / f"{keys['output_dir']}.yaml", **keys)
-    recipe_class = {"sft": sft.SftRecipe, "dpo": preference.PreferenceRecipe}[stage]
-    return load_recipe(recipe_class, path)
+    return load_recipe(RECIPES[stage], path)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -71,6 +78,34 @@ def test_the_base_is_kept_in_few_bits_and_the_adapter_in_full_precision(folder, 
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     assert trained and all(weight.dtype == torch.float32 for weight in trained)
     assert model.get_output_embeddings().weight.dtype == torch.float32
+
+
+def test_gradients_through_4_bit_weights_are_those_of_the_same_weights_in_full(folder):
+    """After an evaluation, which on some processors changes how the weights are kept."""
+    model, twin = (
+        load_causal_lm(ModelConfig("base"), recipe_of(folder, lora_dropout=0.0, **keys).adapter)[0]
+        for keys in ({"load_in_4bit": True}, {})
+    )
+    parts = dict(model.named_modules())
+    for name, module in twin.named_modules():
+        if type(parts.get(f"{name}.base_layer")).__name__ == "Linear4bit":
+            weight: Any = parts[f"{name}.base_layer"].weight
+            full = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+            module.base_layer.weight.data = full.float()
+    ids = torch.arange(30)[None] * 7 % 256
+    found = []
+    for each in (model, twin):
+        with torch.no_grad():
+            each.eval()(ids)
+            for name, weight in each.named_parameters():
+                if "lora_B" in name:  # zero at first, and then no gradient passes
+                    weight.fill_(0.02)
+        each.train()(ids, labels=ids).loss.backward()
+        found.append({n: w.grad for n, w in each.named_parameters() if w.requires_grad})
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 20
+    for name, gradient in found[1].items():
+        assert gradient is not None and gradient.abs().max() > 1e-6
+        torch.testing.assert_close(found[0][name], gradient, atol=1e-6, rtol=1e-3, msg=name)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -116,6 +151,29 @@ def test_an_adapter_goes_on_over_a_quantised_base(folder):
     assert rows[0]["eval_reward_margin"] == 0.0 and rows[-1]["eval_reward_margin"] > 0
     settings = json.loads((run.path / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(folder / "base")
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_reward_model_stands_on_a_quantised_base(folder, bits):
+    run = reward.run(recipe_of(folder, "reward", **{bits: True}))
+    rows = rows_of(run.path / "metrics.jsonl")
+    assert rows[-1]["eval_accuracy"] > 0.9 and rows[-1]["eval_loss"] < rows[0]["eval_loss"] - 0.1
+    kept = load_file(run.path / "adapter_model.safetensors")
+    (head,) = [weight for name, weight in kept.items() if "score" in name]
+    assert head.shape == (1, 64) and head.dtype == torch.float32
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_new_tokens_are_trained_beside_a_quantised_base(folder, bits):
+    template = find_template("tulu").read_text(encoding="utf-8")
+    (folder / "marked.jinja").write_text(template.replace("<|assistant|>", "<|answer|>"))
+    keys = dict(chat_template="marked.jinja", additional_special_tokens=["<|answer|>"])
+    run = sft.run(recipe_of(folder, **keys, **{bits: True}))
+    rows = rows_of(run.path / "metrics.jsonl")
+    assert rows[-1]["eval_loss"] < rows[0]["eval_loss"] - 0.1
+    assert main(["merge", "sft", "whole"]) == 0
+    embedding = load_file("whole/model.safetensors")["model.embed_tokens.weight"]
+    assert embedding.shape == (262, 64)
 
 
 def test_a_killed_quantised_run_ends_with_the_same_bits(folder):

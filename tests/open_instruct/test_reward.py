@@ -4,9 +4,11 @@ import random
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import RewardConfig, RewardTrainer
 
@@ -14,6 +16,8 @@ from olmo_base.run.artefact import ExampleCounts
 from olmo_base.run.errors import DataError, UserError
 from olmo_base.run.recipe import load_recipe
 from open_instruct import reward, sft
+from open_instruct.__main__ import main
+from open_instruct.causal_lm import ModelConfig, load_causal_lm
 from open_instruct.encode import load_chat_encoder
 from open_instruct.losses import bradley_terry_loss, centering_loss
 from open_instruct.pipeline import find_stage
@@ -21,6 +25,7 @@ from open_instruct.tokenised import DataReport
 from tests.open_instruct.tiny import (
     assert_same_weights,
     kill_after_step,
+    random_step,
     rows_of,
     save_tiny_model,
     weights_of,
@@ -95,7 +100,7 @@ def test_rewards_of_padded_rows_equal_transformers_on_each_row_alone(folder):
         recipe.data.dataset_mixer, encoder, recipe, ExampleCounts(), DataReport()
     )
     model: Any
-    model, _ = reward.load_reward_model(recipe.model, encoder, seed=1)
+    model = reward.load_reward_model(recipe.model, encoder, seed=1).model
     batch = examples.batch([3, 0, 9])
     with torch.no_grad():
         found_R = reward.RowRewards(model.eval())(batch)
@@ -114,7 +119,9 @@ def test_loss_and_gradients_equal_trl(folder, center):
     )
     model: Any
     theirs: Any
-    model, theirs = (reward.load_reward_model(recipe.model, encoder, seed=1)[0] for _ in range(2))
+    model, theirs = (
+        reward.load_reward_model(recipe.model, encoder, seed=1).model for _ in range(2)
+    )
     trainer = RewardTrainer(
         model=theirs,
         args=RewardConfig(
@@ -202,8 +209,7 @@ def test_the_new_head_depends_on_the_seed_alone(folder):
     heads = []
     for seed in (1, 1, 2):
         torch.rand(3)
-        model: Any
-        model, _ = reward.load_reward_model(recipe_of(folder).model, encoder, seed)
+        model = reward.load_reward_model(recipe_of(folder).model, encoder, seed).model
         heads.append(model.score.weight.detach())
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
 
@@ -235,3 +241,53 @@ def test_an_adapter_has_to_be_merged_first(folder):
     sft.run(load_recipe(sft.SftRecipe, write_recipe(folder / "a.yaml", **keys)))
     with pytest.raises(UserError, match="open-instruct merge"):
         reward.run(recipe_of(folder, model_name_or_path="a", chat_template=None))
+
+
+# ---------------------------------------------------------------- by an adapter
+
+LORA = dict(use_peft=True, lora_r=4, lora_alpha=8, lora_dropout=0.1, learning_rate=2e-2)
+IDS = torch.arange(12)[None] * 5 % 256
+
+
+@torch.no_grad()
+def reward_of(model: Any) -> float:
+    return model.eval()(input_ids=IDS).logits.item()
+
+
+def test_an_adapter_learns_and_keeps_the_head_and_merges_into_the_same_rewards(folder):
+    run = reward.run(recipe_of(folder, **LORA))
+    rows = rows_of(run.path / "metrics.jsonl")
+    assert rows[-1]["eval_accuracy"] > 0.9 > rows[0]["eval_accuracy"]
+    kept = load_file("run/adapter_model.safetensors")
+    assert any("score" in name for name in kept) and any("lora_A" in name for name in kept)
+    assert not (folder / "run" / "config.json").exists()
+
+    by_peft = peft.AutoPeftModelForSequenceClassification.from_pretrained("run", num_labels=1)
+    expected = reward_of(by_peft)
+    assert main(["merge", "run", "whole"]) == 0
+    assert reward_of(opened(folder / "whole")) == pytest.approx(expected, abs=1e-5)
+    encoder = load_chat_encoder("run")
+    loaded = reward.load_reward_model(ModelConfig("run"), encoder, seed=5)
+    assert reward_of(loaded.model) == pytest.approx(expected, abs=1e-5)
+    assert not loaded.has_new_head
+
+    with pytest.raises(UserError, match="writes no text"):
+        load_causal_lm(ModelConfig("run"))
+
+
+def test_a_killed_adapter_run_ends_with_the_same_bits_head_and_all(folder):
+    keys = LORA | dict(num_train_epochs=30)
+    reward.run(recipe_of(folder, output_dir="whole", **keys))
+    recipe = recipe_of(folder, **keys)
+    kill_after_step(folder / "run.yaml", folder / "run", step=random_step("reward adapter"))
+    reward.run(recipe)
+    assert "going on from" in (folder / "run" / "train.log").read_text()
+    found, expected = (load_file(f"{name}/adapter_model.safetensors") for name in ("run", "whole"))
+    assert_same_weights(found, expected)
+
+
+def test_a_plan_counts_what_an_adapter_trains(folder):
+    whole, part = (reward.plan(recipe_of(folder, **keys)) for keys in ({}, LORA))
+    assert "trained_parameters" not in whole
+    memory = [figures["memory_bytes"] for figures in (part, whole)]
+    assert isinstance(memory[0], int) and isinstance(memory[1], int) and memory[0] < memory[1]

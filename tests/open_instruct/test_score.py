@@ -14,6 +14,7 @@ from olmo_base.run.errors import DataError, UserError
 from olmo_base.run.recipe import load_recipe
 from open_instruct import preference, reward, sample, score, sft
 from open_instruct.encode import load_chat_encoder
+from open_instruct.examples import Message
 from open_instruct.score import SelectionConfig, best_of, pairs_of, select, usable
 from tests.open_instruct.tiny import save_tiny_model, write_jsonl, write_pairs, write_recipe
 
@@ -87,7 +88,7 @@ def test_from_prompts_to_answers_to_scores_to_a_tuned_model(folder):
             if not answer["text"].strip():
                 assert answer["score"] is None
                 continue
-            turn = {"role": "assistant", "content": answer["text"]}
+            turn: Message = {"role": "assistant", "content": answer["text"]}
             ids = encoder.encode_dialogue([*row["prompt"], turn]).ids
             with torch.no_grad():
                 expected = model(input_ids=torch.tensor([ids])).logits.item()

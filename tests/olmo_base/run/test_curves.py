@@ -1,6 +1,7 @@
 """Training curves: which rows become lines, and a picture that opens."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -8,7 +9,7 @@ from olmo_base.run.curves import draw_curves, lines_of
 
 
 def test_a_key_gathers_its_own_points_and_those_of_its_sources():
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"step": 1, "loss": 5.0, "eval_loss": 6.0, "eval_loss/web": 7.0, "loss_of_other": 1.0},
         {"step": 2, "loss": None},
         {"step": 3, "loss": 4.0},
