@@ -20,6 +20,7 @@ from open_instruct.examples import DataConfig, Dialogue, Pair, Rated
 from open_instruct.turns import Message
 
 BATCH_SIZE = 512  # examples tokenised in one call
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LEAST_FOR_PROCESSES = 4 * BATCH_SIZE  # fewer are not worth starting others
 
 Example = TypeVar("Example", Dialogue, Pair, Rated)
@@ -290,11 +291,22 @@ def _encoded(
         return
     global _encode_in_process
     _encode_in_process = lambda start: _packed(encode(start))  # noqa: E731 - what a fork inherits
+    # Signals wait until a new process has put the parent's handlers aside: one that came earlier
+    # would be answered by those, and the process would live on.
+    masked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
-        with multiprocessing.get_context("fork").Pool(num_processes, _start_process) as pool:
-            for packed in pool.imap(_run_in_process, starts):
-                yield from _unpacked(packed)
+        pool = multiprocessing.get_context("fork").Pool(num_processes, _start_process)
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+    try:
+        for packed in pool.imap(_run_in_process, starts):
+            yield from _unpacked(packed)
+        pool.close()
+    except BaseException:
+        pool.terminate()
+        raise
+    finally:
+        pool.join()
         _encode_in_process = None
 
 
@@ -322,6 +334,7 @@ def _start_process() -> None:
     # A signal is the parent's to answer; it ends these.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def _run_in_process(start: int) -> Any:

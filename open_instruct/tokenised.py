@@ -437,7 +437,7 @@ def decontaminated(
     clean: list[Example] = []
     contaminated: list[dict[str, Any]] = []
     for example, said in zip(examples, parts, strict=True):
-        found = sorted({hit for text in _spoken(said) for hit in overlaps.found_in(text)})
+        found = sorted({number for item in _said(said) for number in overlaps.found_in(item)})
         if not found:
             clean.append(example)
             continue
@@ -454,9 +454,9 @@ def decontaminated(
     return clean, contaminated
 
 
-def _spoken(parts: Parts) -> list[str]:
+def _said(parts: Parts) -> list[str]:
     text, prompt, rest = parts
-    return [text] + [turn["content"] for turn in prompt] + [turn["content"] for turn in rest]
+    return [text, *(turn["content"] for turn in [*prompt, *rest])]
 
 
 def _texts_in(value: Any) -> Iterator[str]:
