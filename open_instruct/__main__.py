@@ -271,6 +271,9 @@ def serve(models: tuple[str, ...], votes: str, backend: str, **options: Any) -> 
     if backend == "vllm":
         _serve_by_vllm(models, **options)
         return
+    # Threads of a product that wait for each other spin, and take the cores that the server's other
+    # threads and its clients need. Read when torch is loaded, so it is said before.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     try:
         import starlette  # noqa: F401 - the extra is either there or not
         import uvicorn  # noqa: F401
