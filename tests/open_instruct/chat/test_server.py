@@ -1,3 +1,4 @@
+import gc
 import http.client
 import inspect
 import json
@@ -632,6 +633,13 @@ def test_sigterm_lets_streams_finish_and_refuses_new_requests(tmp_path):
         process.communicate()
 
 
+NOT_TO_START = {  # heavy; AutoTokenizer alone imports the third
+    "torch._dynamo", "torch._inductor", "transformers.models.auto", "transformers.generation",
+    "sympy", "pandas", "sklearn", "scipy", "datasets", "accelerate", "peft", "bitsandbytes",
+    "llguidance", "matplotlib",
+}  # fmt: skip
+
+
 def test_what_serve_cannot_do_is_said_without_a_traceback(tmp_path, capsys, monkeypatch):
     from open_instruct.__main__ import main
 
@@ -643,3 +651,20 @@ def test_what_serve_cannot_do_is_said_without_a_traceback(tmp_path, capsys, monk
     assert "given twice" in capsys.readouterr().err
     assert main(["serve", model, "--port", "0", "--votes", str(tmp_path / "no" / "v.jsonl")]) == 2
     assert "there is no folder" in capsys.readouterr().err
+    assert gc.isenabled()
+    gc.unfreeze()  # serve keeps what it has imported out of later collections
+
+
+def test_a_start_imports_nothing_that_the_first_request_does_not_need(tmp_path):
+    name = save_chat_model(tmp_path / "model")
+    code = (
+        "import os, sys\n"
+        "from open_instruct.chat.server import load_models\n"
+        f"(served,) = load_models([{name!r}]).values()\n"
+        "assert served.encoder is not None\n"
+        f"heavy = {NOT_TO_START!r}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        "os._exit(0)\n"  # the engine's thread would go on
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
