@@ -88,6 +88,11 @@ class Examples:
             return self.lengths_NW.max(axis=1)
         return self.lengths_NW.sum(axis=1) - self._common_N
 
+    def num_positions(self, numbers: Sequence[int]) -> int:
+        """Positions of all rows of these examples, without padding."""
+        lengths = self.positions_N if self.shares_prompts else self.lengths_NW
+        return int(lengths[list(numbers)].sum())
+
     def __len__(self) -> int:
         return len(self.lengths_NW)
 
@@ -451,15 +456,19 @@ class Steps:
         """How many epochs are done after ``step`` steps."""
         return min(step * self.per_step, self._num_examples_in_run) / len(self.examples)
 
-    def largest_micro_batch(self, num_steps: int) -> tuple[int, int]:
-        """Positions with padding, and label tokens, of the largest in the first steps of a run."""
+    def largest_micro_batch(self, num_steps: int, *, packs: bool = False) -> tuple[int, int]:
+        """Positions that a model computes, and label tokens, of the largest in the first steps.
+
+        With padding, unless the model ``packs``.
+        """
         positions = labels = 0
         for step in range(min(num_steps, self.total)):
             for groups in self._cut(step).micro_batches:
                 for group in filter(None, groups):
                     rows = len(group) * self.examples.rows_per_example
                     longest = int(self.examples.positions_N[group].max())
-                    positions = max(positions, rows * longest)
+                    computed = self.examples.num_positions(group) if packs else rows * longest
+                    positions = max(positions, computed)
                     labels = max(labels, int(self.examples.num_labels_NW[group].sum()))
         return positions, labels
 

@@ -349,7 +349,7 @@ def training_memory(
     # Peaks measured on a CPU were those of 19 and 5, to 4 %: 192-512 wide, 4-8 layers.
     per_layer = 19 * width + 5 * inner
     kept = per_layer + layers * width if gradient_checkpointing else layers * per_layer
-    # Logits, their log-softmax and its gradient; the head works in pieces above MAX_LOGITS.
+    # Logits, and their gradient in their place; the head works in pieces above MAX_LOGITS.
     logits = min(num_labels * text_config.vocab_size, MAX_LOGITS)
-    floats = 3 * sizes.trained + num_positions * kept + 3 * logits
+    floats = 3 * sizes.trained + num_positions * kept + logits
     return sizes.weight_bytes + FLOAT_BYTES * floats + KERNELS_BYTES

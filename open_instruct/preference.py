@@ -42,6 +42,7 @@ from open_instruct.tuning import (
     plan_from_afar,
     steps_for,
     train_and_finish,
+    would_pack,
 )
 
 __all__ = ["PreferenceRecipe", "input_files", "plan", "run"]
@@ -290,6 +291,18 @@ def rated_loss_against(
 # ---------------------------------------------------------------- prompts read once
 
 
+def saved_by_sharing(pairs: Examples) -> float:
+    """The share of all tokens that is read once less where answers share their prompt."""
+    return 1 - int(pairs.sharing_prompts().positions_N.sum()) / pairs.num_tokens
+
+
+def worth_sharing(pairs: Examples, recipe: PreferenceRecipe) -> bool:
+    """Whether a run shares prompts if the model can."""
+    if recipe.share_prompts == "auto":
+        return saved_by_sharing(pairs) >= LEAST_SAVED
+    return recipe.share_prompts
+
+
 def with_shared_prompts(
     sets: dict[str, Examples | RatedExamples],
     recipe: PreferenceRecipe,
@@ -307,8 +320,8 @@ def with_shared_prompts(
     shared = {name: examples.sharing_prompts() for name, examples in pairs.items()}
     apart_positions = pairs["train"].num_tokens
     positions = int(shared["train"].positions_N.sum())
-    saved = 1 - positions / apart_positions
-    if recipe.share_prompts == "auto" and saved < LEAST_SAVED:
+    if not worth_sharing(pairs["train"], recipe):
+        saved = saved_by_sharing(pairs["train"])
         folder.log(f"prompts are read twice: to share them would save {saved:.0%} of the tokens")
         return sets
     farthest = max(pairs, key=lambda name: int(shared[name].positions_N.max()))
@@ -373,7 +386,13 @@ def plan(recipe: PreferenceRecipe) -> dict[str, object]:
         return figures
     items, counts = load_for_plan(recipe, load_set)
     examples = learnt(items)
-    return plan_figures(recipe, examples, np.ones(len(examples)), counts, recipe.adapter)
+    read = {}
+    if isinstance(items, Examples) and worth_sharing(items, recipe):
+        examples = items.sharing_prompts()
+        read = {"tokens_with_shared_prompts": int(examples.positions_N.sum())}
+    terms = np.ones(len(examples))
+    packs = would_pack(recipe)
+    return plan_figures(recipe, examples, terms, counts, recipe.adapter, packs=packs) | read
 
 
 def run(recipe: PreferenceRecipe) -> RunFolder:

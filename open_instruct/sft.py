@@ -39,6 +39,7 @@ from open_instruct.tuning import (
     plan_from_afar,
     steps_for,
     train_and_finish,
+    would_pack,
 )
 
 __all__ = ["SftRecipe", "input_files", "plan", "run"]
@@ -189,7 +190,7 @@ def plan(recipe: SftRecipe) -> dict[str, object]:
         return figures
     examples, counts = load_for_plan(recipe, dialogue_examples)
     terms = terms_per_dialogue(recipe.loss, examples)
-    return plan_figures(recipe, examples, terms, counts, recipe.adapter)
+    return plan_figures(recipe, examples, terms, counts, recipe.adapter, packs=would_pack(recipe))
 
 
 def run(recipe: SftRecipe) -> RunFolder:

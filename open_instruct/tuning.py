@@ -8,6 +8,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
+from transformers import AutoModelForCausalLM
 
 from olmo_base.optim import OptimConfig
 from olmo_base.run.artefact import (
@@ -23,7 +24,7 @@ from olmo_base.run.metrics import LogConfig
 from olmo_base.run.resume import CheckpointConfig
 from olmo_base.run.trackers import refuse_missing_trackers
 from open_instruct.adapters import AdapterConfig, is_adapted
-from open_instruct.batches import Examples, Steps
+from open_instruct.batches import MICRO_BATCH_COST, Examples, Steps
 from open_instruct.causal_lm import (
     ModelConfig,
     check_lengths,
@@ -36,8 +37,8 @@ from open_instruct.causal_lm import (
 from open_instruct.encode import ChatEncoder, find_template, load_chat_encoder
 from open_instruct.examples import DataConfig, Source, SourceUse, source_files
 from open_instruct.known_shapes import recorded_config
-from open_instruct.logprobs import LabelLogprobs, Wrapped
-from open_instruct.loop import HeldOut, Loss, TrainConfig, Workers, steps_of, train
+from open_instruct.logprobs import LabelLogprobs, Wrapped, native_over
+from open_instruct.loop import NEVER, HeldOut, Loss, TrainConfig, Workers, steps_of, train
 from open_instruct.publish import HubConfig, push_if_asked, write_model_card
 from open_instruct.sample_log import SampleLog, SampleLogConfig, first_prompts
 from open_instruct.tokenised import DataReport, report_for
@@ -182,13 +183,21 @@ def plan_figures(
     terms_per_example: np.ndarray,
     counts: ExampleCounts,
     adapter: AdapterConfig | None = None,
+    *,
+    packs: bool = False,
 ) -> dict[str, object]:
     """What a run over these examples would do, for --dry-run. Errors: UserError, as in the run."""
     refuse_missing_trackers(recipe.log.report_to)
     model_config = load_config(recipe.model)
     check_lengths(int(examples.lengths_NW.max()), model_config, recipe.model.model_name_or_path)
-    steps = steps_of(examples, terms_per_example, recipe.train, seed=recipe.run.seed)
-    num_positions, num_labels = steps.largest_micro_batch(STEPS_LOOKED_AT)
+    steps = steps_of(
+        examples,
+        terms_per_example,
+        recipe.train,
+        seed=recipe.run.seed,
+        cost_of_cut=NEVER if packs else MICRO_BATCH_COST["cpu"],
+    )
+    num_positions, num_labels = steps.largest_micro_batch(STEPS_LOOKED_AT, packs=packs)
     sizes = count_parameters(recipe.model, adapter)
     is_part = sizes.trained < sizes.all
     trained = {"trained_parameters": sizes.trained} if is_part else {}
@@ -250,6 +259,19 @@ class AdaptableRecipe(TuningRecipe, Protocol):
 
     @property
     def adapter(self) -> AdapterConfig: ...
+
+
+def would_pack(recipe: AdaptableRecipe) -> bool:
+    """Whether a run is expected to leave padding out; found without loading any weight."""
+    if recipe.train.batching == "grouped" or recipe.adapter.use_peft:
+        return False
+    if recipe.model.attn_implementation != "sdpa":
+        return False
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            load_config(recipe.model), trust_remote_code=recipe.model.trust_remote_code
+        )
+    return native_over(model) is not None
 
 
 class Model:
