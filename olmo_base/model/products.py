@@ -25,7 +25,7 @@ def linear(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
     gradient, a compiled model, weights spread over ranks, small products) is ``F.linear``.
     """
     if trains_plainly(x_MK, weight_NK) and _is_for_onednn(x_MK, weight_NK):
-        return _Linear.apply(x_MK, weight_NK)  # type: ignore[no-any-return]
+        return _Linear.apply(x_MK, weight_NK)
     return F.linear(x_MK, weight_NK)
 
 
@@ -63,12 +63,12 @@ def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
         and type(weight) in (Tensor, torch.nn.Parameter)
         and x.numel() * weight.shape[0] >= LEAST_WORK
         and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
     )
 
 
 def _onednn(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")  # type: ignore[no-any-return]
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
 class _Linear(torch.autograd.Function):
