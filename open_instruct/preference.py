@@ -35,6 +35,7 @@ from open_instruct.sample_log import SampleLogConfig
 from open_instruct.tokenised import DataReport, tokenised_pairs, tokenised_rated
 from open_instruct.tuning import (
     Model,
+    expected_way,
     input_files,
     load_for_plan,
     open_run,
@@ -42,7 +43,6 @@ from open_instruct.tuning import (
     plan_from_afar,
     steps_for,
     train_and_finish,
-    would_pack,
 )
 
 __all__ = ["PreferenceRecipe", "input_files", "plan", "run"]
@@ -143,7 +143,7 @@ def pair_scores(
     model: nn.Module, batch: Batch, reference_P2: Tensor | None, loss: LossConfig
 ) -> PairScores:
     """The pairs of a micro-batch under the model as it is, in one forward pass."""
-    is_weighted = "wpo" in loss.names
+    is_weighted = loss.is_weighted
     scores_L = model(batch, "log_sum_squares") if is_weighted else model(batch)
     logprobs_L = scores_L[:, 0] if is_weighted else scores_L
     policy_B2 = batch.sums_over_sequences(logprobs_L).view(-1, 2)
@@ -381,7 +381,7 @@ def learnt(items: Examples | RatedExamples) -> Examples:
 
 def plan(recipe: PreferenceRecipe) -> dict[str, object]:
     """What a run would do, for --dry-run; touches nothing. Errors: as in ``run``."""
-    figures = plan_from_afar(recipe, 1 if recipe.loss.is_rated else 2, recipe.adapter)
+    figures = plan_from_afar(recipe, 1 if recipe.loss.is_rated else 2)
     if figures is not None:
         return figures
     items, counts = load_for_plan(recipe, load_set)
@@ -391,8 +391,10 @@ def plan(recipe: PreferenceRecipe) -> dict[str, object]:
         examples = items.sharing_prompts()
         read = {"tokens_with_shared_prompts": int(examples.positions_N.sum())}
     terms = np.ones(len(examples))
-    packs = would_pack(recipe)
-    return plan_figures(recipe, examples, terms, counts, recipe.adapter, packs=packs) | read
+    is_weighted = recipe.loss.is_weighted
+    way = expected_way(recipe)
+    figures = plan_figures(recipe, examples, terms, counts, way, needs_distribution=is_weighted)
+    return figures | read
 
 
 def run(recipe: PreferenceRecipe) -> RunFolder:
@@ -448,5 +450,6 @@ def run(recipe: PreferenceRecipe) -> RunFolder:
         held_out,
         model.sample_log(recipe, folder, opened.encoder, held_out, workers),
         uses=opened.uses,
+        needs_distribution=recipe.loss.is_weighted,
     )
     return folder
