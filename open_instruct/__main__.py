@@ -320,6 +320,7 @@ def _serve_by_vllm(models: Sequence[str], max_waiting: int, **options: Any) -> N
 @click.option("--max-new-tokens", type=click.IntRange(min=1), help="Longest answer, in tokens.")
 @click.option("--apply-chat-template", is_flag=True, help="Put lm-eval's tasks as dialogues.")
 @click.option("--system-prompt", help="What lm-eval's dialogues begin with.")
+@click.option("--judge", metavar="URL#MODEL", help="An OpenAI-compatible API that judges answers.")
 @click.option("--seed", type=click.IntRange(min=0), default=42, show_default=True)
 @click.option(
     "--contamination",
