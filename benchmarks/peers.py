@@ -326,7 +326,12 @@ def measure(
                     best[candidate.name] = found
                     continue
                 before = best[candidate.name]
-                best[candidate.name] = Measured(*map(max, found, before))
+                best[candidate.name] = Measured(
+                    max(found.rate, before.rate),
+                    max(found.cpu_rate, before.cpu_rate),
+                    max(found.peak_bytes, before.peak_bytes),
+                    max(found.training_bytes, before.training_bytes),
+                )
     return best
 
 

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 NUM_TOKENS = 100  # of an answer
+NUM_SHORT = 20  # requests by which the wait for a first token is measured
 VARIANTS = 2  # different requests of one client, asked in turn
 PEERS: dict[str, list[str]] = {
     "transformers serve": [],
@@ -78,6 +79,7 @@ class Process:
     process: subprocess.Popen
     port: int
     start_s: float  # until the first answer to /health
+    start_work_s: float  # of that, what all its threads computed
 
 
 @contextlib.contextmanager
@@ -92,7 +94,8 @@ def started(command: Sequence[str], port: int, timeout_s: float = 180) -> Iterat
                     log.seek(0)
                     raise SystemExit(f"{' '.join(command)} did not start:\n{log.read()[-2000:]}")
                 time.sleep(0.01)
-            yield Process(process, port, time.perf_counter() - began)
+            start_s = time.perf_counter() - began
+            yield Process(process, port, start_s, processor_seconds(process.pid))
         finally:
             process.send_signal(signal.SIGTERM)
             try:
@@ -130,6 +133,12 @@ def peer_command(model: Path, port: int, options: Sequence[str]) -> list[str]:
     return [sys.executable, "-c", code, "serve", str(model), *where, *options]
 
 
+def processor_seconds(pid: int) -> float:
+    """What a process has computed so far, in all its threads, the kernel's work for it included."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def resident_bytes(pid: int) -> int:
     """Memory that a process holds now."""
     status = Path(f"/proc/{pid}/status").read_text()
@@ -147,6 +156,7 @@ class Load:
     seconds: float = 0.0
     tokens: list[int] = field(default_factory=list)  # of each client, in the measured time
     first_s: list[float] = field(default_factory=list)  # of each request, until its first text
+    prefill_s: list[float] = field(default_factory=list)  # of its prompt, by the model alone
     texts: list[tuple[tuple[int, int], str]] = field(default_factory=list)  # of whole answers
     errors: list[str] = field(default_factory=list)
     resident: list[int] = field(default_factory=list)  # bytes, once a second
@@ -189,7 +199,7 @@ async def _ask(port: int, body: bytes, load: Load, key: tuple[int, int], end: fl
             if b'"content":"' in line and b'"content":""' not in line:
                 now = time.perf_counter()
                 if end is not None and now > end:
-                    return
+                    continue  # it is read to its end, for its text, and no longer counted
                 load.tokens[key[0]] += 1
                 if is_first:
                     load.first_s.append(now - began)
@@ -221,7 +231,7 @@ def stream_many(server: Process, model: str, num_clients: int, seconds: float) -
         turn = 0
         while time.perf_counter() < end and len(load.errors) < 100:
             key = (number, turn % VARIANTS)
-            wait = end - time.perf_counter() + 5
+            wait = end - time.perf_counter() + 30
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(
                     _ask(server.port, request_body(model, *key), load, key, end), wait
@@ -258,7 +268,7 @@ def stream_alone(server: Process, model: str, keys: Sequence[tuple[int, int]]) -
 
 
 def in_own_process(name: str, server: Process, *arguments: Any) -> Load:
-    """``stream_many`` or ``stream_alone`` in a process of its own."""
+    """``stream_many``, ``_alone`` or ``_beside_prefills`` in a process of its own."""
     given = json.dumps([name, server.process.pid, server.port, *arguments])
     command = [sys.executable, str(Path(__file__).resolve()), "--client", given]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -275,9 +285,11 @@ def be_client(given: str) -> None:
         def __init__(self) -> None:
             self.pid = pid
 
-    server = Process(Watched(), port, 0.0)  # type: ignore[arg-type]
+    server = Process(Watched(), port, 0.0, 0.0)  # type: ignore[arg-type]
     if name == "alone":
         load = stream_alone(server, arguments[0], [(key[0], key[1]) for key in arguments[1]])
+    elif name == "beside":
+        load = stream_beside_prefills(server, *arguments)
     else:
         load = stream_many(server, *arguments)
     print(json.dumps(load.__dict__))
@@ -304,22 +316,27 @@ def growth(load: Load) -> float:
     return statistics.mean(last) / statistics.mean(first) if first else 1.0
 
 
-def prefill_seconds(model: Path, body: bytes) -> float:
-    """The model's own time to read this request's prompt, the median of some."""
+def stream_beside_prefills(server: Process, model: str, number: int, folder: str) -> Load:
+    """One request after the other, each right after the model alone has read the same prompt.
+
+    Both meet the same moment of the machine. Each prompt is new to the server and to the model.
+    """
     import torch
 
     from olmo_base.model.generate import load_generator
     from open_instruct.encode import load_chat_encoder
 
     torch.set_num_threads(1)
-    prompt = load_chat_encoder(model).encode_prompt(json.loads(body)["messages"])
-    generator = load_generator(model)
-    seconds = []
-    for _ in range(20):
+    encoder, generator = load_chat_encoder(folder), load_generator(folder)
+    load = Load(tokens=[0])
+    for variant in range(number):
+        body = request_body(model, 0, variant)
+        prompt = encoder.encode_prompt(json.loads(body)["messages"])
         began = time.perf_counter()
         next(generator.stream(prompt, max_new_tokens=1))
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
+        load.prefill_s.append(time.perf_counter() - began)
+        asyncio.run(_ask(server.port, body, load, (0, variant), None))
+    return load
 
 
 # ---------------------------------------------------------------- from the command line
@@ -348,17 +365,19 @@ def measure(options: argparse.Namespace, model: Path) -> bool:
     name = str(model)
     port = free_port()
     keys = [(client, turn) for client in range(options.clients) for turn in range(VARIANTS)]
-    starts = []
+    starts, works = [], []
     for _ in range(2):  # the first reads files from the disk
         with started(our_command(model, port), port) as server:
             starts.append(server.start_s)
+            works.append(server.start_work_s)
     with started(our_command(model, port), port) as server:
         starts.append(server.start_s)
-        short = in_own_process("alone", server, name, keys[:20])
+        works.append(server.start_work_s)
+        short = in_own_process("beside", server, name, NUM_SHORT, name)
         alone = in_own_process("alone", server, name, keys)
         many = in_own_process("many", server, name, options.clients, options.seconds)
-    prefill = prefill_seconds(model, request_body(name, 0, 0))
-    first = statistics.median(short.first_s)
+    first, prefill = statistics.median(short.first_s), statistics.median(short.prefill_s)
+    more = sorted(f - p for f, p in zip(short.first_s, short.prefill_s, strict=True))
     print(
         f"{options.clients} clients, {options.seconds:g} s, {os.cpu_count()} cores, {options.model}"
     )
@@ -384,12 +403,14 @@ def measure(options: argparse.Namespace, model: Path) -> bool:
             grown <= FLAT,
         ),
         judge(
-            f"first token after {first * 1e3:.1f} ms, of which {prefill * 1e3:.1f} ms are the "
-            f"model's prefill, needed at most {NEEDED_FIRST_TOKEN_S * 1e3:.0f} ms more",
-            first - prefill <= NEEDED_FIRST_TOKEN_S,
+            f"first token after {first * 1e3:.1f} ms; the model alone reads the prompt in "
+            f"{prefill * 1e3:.1f} ms: {statistics.median(more) * 1e3:.1f} ms more (slowest "
+            f"{more[-1] * 1e3:.1f}), needed at most {NEEDED_FIRST_TOKEN_S * 1e3:.0f}",
+            statistics.median(more) <= NEEDED_FIRST_TOKEN_S,
         ),
         judge(
-            f"starts in {min(starts):.1f} s ({starts_s}), needed less than {NEEDED_START_S:g}",
+            f"starts in {min(starts):.1f} s ({starts_s}), {min(works):.1f} s of which it computes, "
+            f"needed less than {NEEDED_START_S:g}",
             min(starts) < NEEDED_START_S,
         ),
     ]

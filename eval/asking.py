@@ -10,11 +10,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from eval.answers import is_correct
+from eval.judge import Judge, ask_judged
 from eval.questions import BLOCK_CHARACTERS, Choice, Document, Item, Question
 from eval.scores import is_right
 from eval.solving import plain_prompt, solve
 from eval.subject import AS_TEXT, OnProgress, Subject, encode_pairs
-from eval.tasks import Task
+from eval.tasks import IN_WORDS, Task
 from olmo_base.scorer import Score
 
 EXCERPT = 200  # characters of a block of text kept in its sample
@@ -27,6 +28,7 @@ def ask(
     *,
     max_new_tokens: int | None = None,
     seed: int = 0,
+    judge: Judge | None = None,
     on_progress: OnProgress = lambda done: None,
 ) -> list[dict[str, Any]]:
     """The sample rows of a task, in the order of its questions.
@@ -34,11 +36,14 @@ def ask(
     ``max_new_tokens`` replaces the task's own limit; ``seed`` decides answers that are drawn by
     chance. Rows of questions that do not fit the model's context carry ``not_fitting``.
     """
-    if task.kind in ("exact_match", "verified"):
+    if task.kind in IN_WORDS:
         questions = [item for item in items if isinstance(item, Question)]
         limit = max_new_tokens or task.max_new_tokens
         if task.kind == "verified":
             return solve(subject, task, questions, limit, seed, on_progress)
+        if task.kind == "judged":
+            assert judge is not None
+            return ask_judged(subject, task, questions, judge, limit, seed, on_progress)
         return _answer(subject, task, questions, limit, on_progress)
     if task.kind == "perplexity":
         documents = [item for item in items if isinstance(item, Document)]

@@ -21,13 +21,14 @@ import torch
 from eval.asking import ask
 from eval.cache import RequestCache, fingerprint
 from eval.contamination import note_overlaps, question_texts, refuse_unreadable
+from eval.judge import Judge, JudgeError, open_judge
 from eval.questions import Document, Foreign, Item, data_file, drawn, examples_file, read_items
 from eval.ranks import end_ranks, gathered, is_first, start_ranks, wait_for_all
 from eval.report import write_report
 from eval.report.gather import EVALUATION, SAMPLES, read_samples
 from eval.report.training import model_facts
 from eval.subject import OnProgress, Subject, load_encoders, load_subject
-from eval.tasks import Selection, Task, lm_engine, select
+from eval.tasks import IN_WORDS, NEEDS_JUDGE, Selection, Task, lm_engine, select
 from olmo_base.run.artefact import (
     RunConfig,
     RunFolder,
@@ -68,6 +69,9 @@ class EvalRecipe:
     # Of lm-eval's tasks; ours use a model's chat template wherever it answers in words.
     apply_chat_template: bool = False
     system_prompt: str | None = None
+    # URL#MODEL of an OpenAI-compatible endpoint, up to and with /v1, that judges answers; its key
+    # is read from OPEN_INSTRUCT_JUDGE_KEY. Tasks that need a judge are left out without one.
+    judge: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: as the weights are stored
     batch_tokens: int = setting(8192, low=1, changes_result=False)
     generation_batch_size: int = setting(64, low=1, changes_result=False)
@@ -84,6 +88,8 @@ class EvalRecipe:
             raise RecipeError("suite", "name a suite, or tasks.")
         if self.system_prompt is not None and not self.apply_chat_template:
             raise RecipeError("system_prompt", "is read with apply_chat_template only.")
+        if self.judge is not None:
+            open_judge(self.judge)
 
 
 # ---------------------------------------------------------------- what there is to do
@@ -101,8 +107,16 @@ def model_names(models: Sequence[str]) -> list[str]:
 
 
 def _selection(recipe: EvalRecipe) -> Selection:
-    """What is asked. Errors: UserError naming all tasks whose files are missing, unless skipped."""
+    """What is asked: without a judge, nothing that needs one.
+
+    Errors: UserError naming all tasks whose files are missing, unless skipped.
+    """
     selection = select(recipe.suite, recipe.tasks, recipe.include_path)
+    if recipe.judge is None:
+        judged = [task.name for task in selection.tasks if task.kind == "judged"]
+        if len(judged) == len(selection.tasks):
+            raise UserError(f"{judged[0]}: {NEEDS_JUDGE}")
+        selection = selection.without(dict.fromkeys(judged, NEEDS_JUDGE))
     missing: dict[str, str] = {}
     for task in selection.tasks:
         if task.kind == "lm_eval":
@@ -234,6 +248,12 @@ def _evaluate(recipe: EvalRecipe, folder: RunFolder) -> None:
     is_finished = gathered(
         {number: job.is_finished() for number, job in enumerate(jobs)} if is_first() else {}
     )
+    judge = None
+    if any(job.task.kind == "judged" and not is_finished[n] for n, job in enumerate(jobs)):
+        judge = open_judge(recipe.judge or "")
+        judge.open_cache(Path(recipe.cache_dir) if recipe.cache_dir else folder.path / CACHE)
+        judge.check_ready()
+    judge_problems: list[JudgeError] = []
     seed_everything(recipe.run.seed)
     total = sum(job.weight for job in jobs)
     with (
@@ -247,7 +267,11 @@ def _evaluate(recipe: EvalRecipe, folder: RunFolder) -> None:
             for number, job in of_model:
                 if not is_finished[number]:
                     subject = subject or _load(recipe, folder, model)
-                    _ask(recipe, folder, job, subject, _Ticker(progress, stop, done, job))
+                    ticker = _Ticker(progress, stop, done, job)
+                    try:
+                        _ask(recipe, folder, job, subject, judge, ticker)
+                    except JudgeError as error:  # all else can be asked without it
+                        judge_problems.append(error)
                 done += job.weight
                 progress.update(done)
             if subject is not None and subject.cache is not None:
@@ -258,6 +282,12 @@ def _evaluate(recipe: EvalRecipe, folder: RunFolder) -> None:
         return
     _note_overlaps(recipe, folder)
     folder.note_time()
+    if judge_problems:
+        write_report([folder.path], show=True)
+        raise UserError(
+            f"{judge_problems[0]} The report shows everything else. Answers and verdicts are kept: "
+            "give the same command again to go on."
+        )
     path = write_report([folder.path], show=True)
     report = json.loads((folder.path / "report.json").read_text(encoding="utf-8"))
     folder.counts.used = sum(len(job.items) for job in jobs if job.model == recipe.models[0])
@@ -347,6 +377,8 @@ def _jobs(recipe: EvalRecipe, folder: RunFolder, selection: Selection) -> list[J
                     "apply_chat_template": recipe.apply_chat_template,
                     "system_prompt": recipe.system_prompt,
                 }
+            if task.kind == "judged":
+                content["judge"] = recipe.judge
             key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
             samples = folder.path / SAMPLES / name / f"{task.name}.jsonl"
             jobs.append(Job(name, model, task, questions[task.name], samples, key))
@@ -398,7 +430,12 @@ class _Ticker:
 
 
 def _ask(
-    recipe: EvalRecipe, folder: RunFolder, job: Job, subject: Subject, on_progress: OnProgress
+    recipe: EvalRecipe,
+    folder: RunFolder,
+    job: Job,
+    subject: Subject,
+    judge: Judge | None,
+    on_progress: OnProgress,
 ) -> None:
     """Ask one task and keep the samples."""
     started = time.monotonic()
@@ -421,8 +458,8 @@ def _ask(
         )
         is_chat = recipe.apply_chat_template
     else:
-        rows = ask(subject, job.task, job.items, **settings)
-        is_chat = subject.encoder is not None and job.task.kind in ("exact_match", "verified")
+        rows = ask(subject, job.task, job.items, judge=judge, **settings)
+        is_chat = subject.encoder is not None and job.task.kind in IN_WORDS
     if not is_first():
         return
     record = {
@@ -436,6 +473,8 @@ def _ask(
         # Requests computed and found in the cache; tokens of prompts and answers, cached or not.
         **{key: subject.spent[key] for key in SPENT},
     }
+    if job.task.kind == "judged" and judge is not None:
+        record |= {"judge": judge.name, "unclear": sum(row["unclear"] > 0 for row in rows)}
     if whole:
         record["whole"] = whole
     if recipe.samples_only_failures:
@@ -479,6 +518,7 @@ def evaluate(
     max_new_tokens: int | None = None,
     apply_chat_template: bool = False,
     system_prompt: str | None = None,
+    judge: str | None = None,
     batch_tokens: int = 8192,
     generation_batch_size: int = 64,
     seed: int = 42,
@@ -505,6 +545,7 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         apply_chat_template=apply_chat_template,
         system_prompt=system_prompt,
+        judge=judge,
         batch_tokens=batch_tokens,
         generation_batch_size=generation_batch_size,
         contamination=tuple(contamination),

@@ -134,6 +134,8 @@ def read_items(
         items = _read_choices(task, path, examples)
     elif task.kind == "requests":
         items = _read_requests(task, path)
+    elif task.kind == "judged":
+        items = _read_judged(task, path)
     else:
         items = READERS[task.kind](path)
     if task.main_metric == "acc_uncond":
@@ -224,7 +226,8 @@ def _read_questions(path: Path) -> list[Item]:
     return [_question(_Row(path, line, row), number) for number, (line, row) in _numbered(path)]
 
 
-def _question(row: _Row, number: int) -> Question:
+def _messages(row: _Row) -> tuple[Message, ...]:
+    """The dialogue that a row asks to go on, its last turn the user's."""
     if "messages" in row.row:
         needed = "a list of {role, content} that ends with the user's turn"
         messages = row.get("messages", list, needed)
@@ -241,17 +244,47 @@ def _question(row: _Row, number: int) -> Question:
         ]
     if not messages[-1]["content"].strip():
         row.fail("the question is empty.", "Write it, or remove the row.")
+    return tuple(messages)
+
+
+def _question(row: _Row, number: int) -> Question:
+    messages = _messages(row)
     answer = row.get("answer", (str, list), "the answer, or a list of accepted answers")
     targets = (answer,) if isinstance(answer, str) else row.texts("answer", "texts")
     if not all(target.strip() for target in targets):
         row.fail("an accepted answer is empty.", "Every model that says nothing would be right.")
     return Question(
         str(number),
-        tuple(messages),
+        messages,
         targets,
         row.text_or_none("category"),
         row.text_or_none("cluster"),
     )
+
+
+def _read_judged(task: Task, path: Path) -> list[Item]:
+    """Rows of {"prompt" or "instruction": text} or {"messages": [...]}.
+
+    Where a judge compares, "reference" or "output" is the answer that others are compared with, as
+    in AlpacaEval's file. "category" or "dataset" sorts questions in the report.
+    """
+    items: list[Item] = []
+    for number, (line, content) in _numbered(path):
+        for key, other in (("prompt", "instruction"), ("reference", "output")):
+            if key not in content and other in content:
+                content[key] = content[other]
+        row = _Row(path, line, content)
+        references: tuple[str, ...] = ()
+        if task.rubric == "better":
+            reference = row.get("reference", str, "the answer to compare with, or 'output'")
+            if not reference.strip():
+                row.fail("the reference answer is empty.", "Write it, or remove the row.")
+            references = (reference,)
+        category = row.text_or_none("category" if "category" in content else "dataset")
+        items.append(Question(str(number), _messages(row), references, category))
+    if not items:
+        raise DataError(path, None, "the file holds no question.")
+    return items
 
 
 def _problems(task: Task, path: Path) -> Iterator[Problem]:

@@ -11,6 +11,7 @@ from eval.statistics import (
     bootstrap_interval,
     chance_p_value,
     clustered_proportion,
+    length_controlled,
     macro_average,
     macro_difference,
     mean,
@@ -21,7 +22,7 @@ from eval.statistics import (
     proportion,
     ratio,
 )
-from eval.tasks import LOWER_IS_BETTER, MACRO, METRICS
+from eval.tasks import LOWER_IS_BETTER, MACRO, METRICS, RUBRICS
 
 Row = Mapping[str, Any]  # one sample
 
@@ -35,6 +36,7 @@ DIVISORS: dict[str, Callable[[Row], float]] = {
     "acc_norm": lambda option: len(option["text"]),
     "acc_bytes": lambda option: len(option["text"].encode()),
 }
+JUDGED = {name for names in RUBRICS.values() for name in names}
 UNCONDITIONAL = {"acc_uncond", "acc_mutual_info"}
 # What a perplexity counts in; its logarithm is what has an interval.
 PERPLEXITY_UNITS = {"word_perplexity": "num_words", "byte_perplexity": "num_bytes"}
@@ -68,6 +70,8 @@ def is_right(row: Row, metric: str) -> bool:
         return bool(row["correct"])
     if metric == "mc2":
         return _grade(row, metric) > 0.5
+    if metric in JUDGED:
+        return bool(row["correct"])
     if "scores" in row:
         return bool(row["scores"].get(metric) == 1.0)
     return picked_option(row, metric) == row["gold"]
@@ -88,6 +92,13 @@ def _grade(row: Row, metric: str) -> float:
     return sum(shares[number] for number in row["golds"]) / sum(shares)
 
 
+def _grades(rows: Sequence[Row], metric: str) -> list[float]:
+    if metric != "lc_win_rate":
+        return [_grade(row, metric) for row in rows]
+    won = [row["scores"]["win_rate"] for row in rows]
+    return length_controlled(won, [row["excess_length"] for row in rows])
+
+
 def _surprise(row: Row, metric: str) -> tuple[float, float]:
     """Numerator and denominator of a perplexity-like metric for one sample."""
     if "options" in row:  # bits per byte of the right option, each question counting the same
@@ -100,6 +111,8 @@ def _surprise(row: Row, metric: str) -> tuple[float, float]:
 
 def measured(kind: str, rows: Sequence[Row]) -> list[str]:
     """The metrics of a kind that these samples hold: unconditional ones not in every file."""
+    if kind == "judged":
+        return [*(["lc_win_rate"] if "excess_length" in rows[0] else []), *rows[0]["scores"]]
     if "scores" in rows[0]:
         return list(rows[0]["scores"])
     if kind == "lm_eval":
@@ -131,10 +144,12 @@ def estimate(rows: Sequence[Row], metric: str) -> Estimate:
         numbers = [row["num_parts"] for row in rows]
         followed = [row["scores"][metric] * row["num_parts"] for row in rows]
         return _within_one(ratio(followed, numbers))
-    if metric == "mc2" or _is_graded(rows, metric):
-        grades = [_grade(row, metric) for row in rows]
+    is_fitted = metric == "lc_win_rate" and len({row["correct"] for row in rows}) > 1
+    if metric == "mc2" or is_fitted or _is_graded(rows, metric):
+        grades = _grades(rows, metric)
         found = mean(grades)
-        return Estimate(found.value, found.stderr, *bootstrap_interval(grades), found.n)
+        interval = bootstrap_interval(grades)
+        return _within_one(Estimate(found.value, found.stderr, *interval, found.n))
     if metric not in LOWER_IS_BETTER and (clusters := _clusters(rows)) is not None:
         return clustered_proportion([is_right(row, metric) for row in rows], clusters)
     if metric not in LOWER_IS_BETTER:
@@ -186,6 +201,7 @@ def _clusters(rows: Sequence[Row]) -> list[str] | None:
 
 def _is_graded(rows: Sequence[Row], metric: str) -> bool:
     """Whether some answers are neither right nor wrong but have a score in between."""
+    metric = "win_rate" if metric == "lc_win_rate" else metric
     return "scores" in rows[0] and any(row["scores"][metric] not in (0.0, 1.0) for row in rows)
 
 
@@ -199,7 +215,8 @@ def compare(first: Sequence[Row], second: Sequence[Row], metric: str) -> Differe
     A perplexity has no paired difference of its own: compare nats or bits. Nor has what lm-eval
     computes from all answers together.
     """
-    if metric in PERPLEXITY_UNITS or ("scores" in first[0] and metric not in first[0]["scores"]):
+    is_held = "scores" not in first[0] or metric in {"lc_win_rate", *first[0]["scores"]}
+    if metric in PERPLEXITY_UNITS or not is_held:
         return None
     if metric.endswith(MACRO):
         of_first_by_category = _by_category(first)
@@ -223,8 +240,10 @@ def compare(first: Sequence[Row], second: Sequence[Row], metric: str) -> Differe
             for side in (0, 1)
         )
         return paired_ratios(before, after, numbers, lower_is_better=False)
-    if metric == "mc2" or any(_is_graded(side, metric) for side in zip(*pairs, strict=True)):
-        before, after = ([_grade(pair[side], metric) for pair in pairs] for side in (0, 1))
+    if metric in ("mc2", "lc_win_rate") or any(
+        _is_graded(side, metric) for side in zip(*pairs, strict=True)
+    ):
+        before, after = (_grades([pair[side] for pair in pairs], metric) for side in (0, 1))
         return paired_bootstrap(before, after)
     if metric not in LOWER_IS_BETTER:
         first_right, second_right = (

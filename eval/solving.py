@@ -50,17 +50,15 @@ class Written:
     is_cut: bool  # it would have gone on
 
 
-def solve(
+def write_answers(
     subject: Subject,
     task: Task,
     questions: Sequence[Question],
     max_new_tokens: int,
     seed: int,
     on_progress: OnProgress,
-) -> list[dict[str, Any]]:
-    """The sample rows of a verified task."""
-    assert task.verifier is not None
-    judge = VERIFIERS[task.verifier].judge
+) -> tuple[list[list[int]], dict[int, list[Written]]]:
+    """The prompt of each question as ids, and by their numbers the answers to those that fit."""
     encoder = subject.encoder
     if encoder is not None:
         dialogues = [chat_turns(task, item) for item in questions]
@@ -90,6 +88,21 @@ def solve(
         kept = before_stop(text, stops)
         is_cut = len(ids) >= room and kept == text
         answers.setdefault(n, []).append(Written(kept, len(ids), is_cut))
+    return prompts, answers
+
+
+def solve(
+    subject: Subject,
+    task: Task,
+    questions: Sequence[Question],
+    max_new_tokens: int,
+    seed: int,
+    on_progress: OnProgress,
+) -> list[dict[str, Any]]:
+    """The sample rows of a verified task."""
+    assert task.verifier is not None
+    judge = VERIFIERS[task.verifier].judge
+    prompts, answers = write_answers(subject, task, questions, max_new_tokens, seed, on_progress)
     if not is_first():  # programs are tried once; the first process keeps the rows
         return []
     judged = _judged(judge, questions, answers, lambda: on_progress(len(questions)))

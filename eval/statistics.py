@@ -13,6 +13,7 @@ import numpy as np
 CONFIDENCE = 0.95
 POWER = 0.8
 NUM_RESAMPLES = 10_000
+MAX_NEWTON_STEPS = 200
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,43 @@ def _resampled_means(
         drawn = chance.integers(len(sums), size=(rows, len(sums)))
         means += list(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
     return np.array(means)
+
+
+def length_controlled(shares: Sequence[float], excess: Sequence[float]) -> list[float]:
+    """A number for each question whose mean is the win rate if both answers were equally long.
+
+    ``shares``: how much of each question was won, 0 to 1; ``excess``: how much longer the answer
+    was than the other. The logistic regression of AlpacaEval 2 (arXiv:2404.04475) without its
+    difficulty of each question, which takes many models to estimate:
+    logit(won) = a + b tanh(excess / its standard deviation), b with a standard normal prior.
+    Beyond their mean, the numbers (jackknife pseudo-values, linearised) vary as that value does.
+    """
+    won_N = np.asarray(shares, dtype=float)
+    excess_N = np.asarray(excess, dtype=float)
+    if won_N.min() == won_N.max():  # nothing for a length to explain, and no finite logit of 0
+        return [float(value) for value in won_N]
+    scale = excess_N.std()
+    length_N = np.tanh(excess_N / scale) if scale > 0 else np.zeros_like(excess_N)
+    features_N2 = np.stack([np.ones_like(length_N), length_N], axis=1)
+    prior_22 = np.diag([0.0, 1.0])
+    weights_2 = np.zeros(2)
+    for _ in range(MAX_NEWTON_STEPS):
+        fitted_N = _logistic(features_N2 @ weights_2)
+        gradient_2 = features_N2.T @ (won_N - fitted_N) - prior_22 @ weights_2
+        curvature_22 = (features_N2.T * (fitted_N * (1 - fitted_N))) @ features_N2 + prior_22
+        step_2 = np.linalg.solve(curvature_22, gradient_2)
+        weights_2 += step_2 / max(1.0, float(np.abs(step_2).max()))  # no step overshoots
+        if np.abs(gradient_2).max() < 1e-10 * len(won_N):
+            break
+    value = float(_logistic(weights_2[:1])[0])
+    scores_N2 = features_N2 * (won_N - fitted_N)[:, None]
+    influence_N = np.linalg.solve(curvature_22, scores_N2.T)[0] * value * (1 - value)
+    influence_N -= influence_N.mean()
+    return [float(item) for item in value + len(won_N) * influence_N]
+
+
+def _logistic(logits_N: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-logits_N))
 
 
 def chance_p_value(num_correct: int, chances: Sequence[float]) -> float:

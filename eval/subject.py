@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from eval.cache import RequestCache, request_key
@@ -103,12 +104,16 @@ class Subject:
     @functools.cached_property
     def cuts_words(self) -> bool:
         """Whether the tokenizer is byte-level BPE that adds nothing to a text."""
-        found = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        before = found["pre_tokenizer"] or {}
+        backend = self.tokenizer.backend_tokenizer
+        # What each part says of itself: the whole would be read with its vocabulary.
+        normalizer, before = (
+            {} if part is None else json.loads(part.__getstate__())
+            for part in (backend.normalizer, backend.pre_tokenizer)
+        )
         steps = before.get("pretokenizers", [before])
         return (
-            found["model"]["type"] == "BPE"
-            and found["normalizer"] in (None, {"type": "NFC"})
+            isinstance(backend.model, BPE)
+            and normalizer in ({}, {"type": "NFC"})
             and {step.get("type") for step in steps} <= {"ByteLevel", "Split", "Digits"}
             and steps[-1].get("type") == "ByteLevel"
             and not steps[-1].get("add_prefix_space")

@@ -7,7 +7,8 @@ The options of a question stand side by side behind one copy of their context, e
 others (a tree, not a text), and what many questions begin with is run once. Models that cannot
 read trees (windows, flash attention, recurrence) read each option as a text of its own.
 
-B rows, T positions, S positions looked at, N scored positions of a batch, V vocabulary
+B rows, T positions, S positions looked at, N scored positions of a batch, M tokens asked for,
+V vocabulary
 """
 
 import copy
@@ -18,15 +19,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olmo_base.model.attention import SharedPrefix, Tree
 from olmo_base.model.transformer import Transformer
 
 # Logits of one batch, in numbers: 2**24 are 64 MiB in fp32. A single longer row is let through.
-# A processor is as fast with few, which stay in its caches; a GPU wants long batches.
+# A GPU wants long batches.
 MAX_LOGITS = 2**24
 MAX_LOGITS_GPU = 2**28
+# Logits that are summed at once. On a CPU 2**19 are 2 MiB, which stay in its caches; fewer than
+# MIN_BLOCK columns make slow products.
+BLOCK_LOGITS = 2**19
+BLOCK_LOGITS_GPU = 2**26
+MIN_BLOCK = 1024
 MIN_SHARED = 8  # tokens of a context, from which on its options share one copy
 MAX_BRANCH_TOKENS = 256  # of all options in a row, unless the context is longer
 MIN_PREFIX = 32  # tokens that rows begin with, from which on they are run once
@@ -80,21 +87,23 @@ class Prefix:
     kept: Any  # SharedPrefix of our model, a cache of transformers
 
 
-def logits_at(
+def outputs_at(
     model: nn.Module,
     ids_BT: Tensor,
     is_scored_BT: Tensor,
     tree: Tree | None = None,
     cache: Any = None,
 ) -> Tensor:
-    """Logits_NV, in fp32, at the positions marked in ``is_scored_BT``, row after row.
+    """What ``_logits`` makes logits of, at the positions marked in ``is_scored_BT``, row after row.
 
-    Rows are padded on the right: a causal model cannot see what stands behind a position, so no
-    mask is needed without a ``tree``. The head runs on the N positions only. ``cache`` is
-    transformers' own; our model has it in the tree.
+    Hidden states of our model, whose head is still to run; logits of any other, whose head runs on
+    the N positions only. Rows are padded on the right: a causal model cannot see what stands behind
+    a position, so no mask is needed without a ``tree``. ``cache`` is transformers' own; our model
+    has it in the tree.
     """
     if isinstance(model, Transformer):
-        return model.logits(model(ids_BT, tree=tree)[is_scored_BT]).float()
+        hidden_BTD: Tensor = model(ids_BT, tree=tree)
+        return hidden_BTD[is_scored_BT]
     hugging_face: Any = model
     head: nn.Module = hugging_face.get_output_embeddings()
 
@@ -117,9 +126,16 @@ def logits_at(
     hook = head.register_forward_pre_hook(keep_scored)
     try:
         logits_NV: Tensor = hugging_face(input_ids=ids_BT, **extra).logits[0]
-        return logits_NV.float()
+        return logits_NV
     finally:
         hook.remove()
+
+
+def _logits(model: nn.Module, outputs_N: Tensor, first: int, last: int) -> Tensor:
+    """Logits, in fp32, of the ids from ``first`` to before ``last``; they may be overwritten."""
+    if isinstance(model, Transformer):
+        return F.linear(outputs_N, model.output_weight[first:last]).float()
+    return outputs_N[:, first:last].float()
 
 
 def _run_prefix(model: nn.Module, ids: Sequence[int]) -> Prefix:
@@ -137,7 +153,7 @@ def _run_prefix(model: nn.Module, ids: Sequence[int]) -> Prefix:
     kept = DynamicCache(config=_text_config(model))
     is_last_1P = torch.zeros_like(ids_1P, dtype=torch.bool)
     is_last_1P[:, -1] = True
-    logits_at(hugging_face, ids_1P, is_last_1P, Tree(positions_1P, len(ids), None), kept)
+    outputs_at(hugging_face, ids_1P, is_last_1P, Tree(positions_1P, len(ids), None), kept)
     return Prefix(len(ids), kept)
 
 
@@ -187,8 +203,8 @@ def _probe(model: nn.Module) -> bool:
     )
     try:
         prefix = _run_prefix(model, texts[0][:cut])
-        plain_NV, _ = _row_logits(model, rows, 0, None)
-        tree_NV, place_BT = _row_logits(model, [tree], 0, prefix)
+        plain_NV, _ = _row_outputs(model, rows, 0, None)
+        tree_NV, place_BT = _row_outputs(model, [tree], 0, prefix)
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, NotImplementedError):
         return False  # an architecture with other arguments, or another idea of a mask
     spread = plain_NV.std().item()
@@ -411,10 +427,10 @@ def continuation_logprobs(
     return [scores[number] for number in range(len(requests))]
 
 
-def _row_logits(
+def _row_outputs(
     model: nn.Module, batch: Sequence[_Row], pad_id: int, prefix: Prefix | None
 ) -> tuple[Tensor, Tensor]:
-    """Logits_NV of all positions that are read, and where each of them is, place_BT.
+    """``outputs_at`` all positions that are read, and where each of them is, place_BT.
 
     Positions before the end of the prefix have no place.
     """
@@ -433,8 +449,8 @@ def _row_logits(
     if prefix is not None and not isinstance(model, Transformer):
         cache = copy.deepcopy(prefix.kept)
         cache.batch_repeat_interleave(len(batch))
-    logits_NV = logits_at(model, ids_BT.to(device), is_scored_BT.to(device), tree, cache)
-    return logits_NV, place_BT
+    outputs_N = outputs_at(model, ids_BT.to(device), is_scored_BT.to(device), tree, cache)
+    return outputs_N, place_BT
 
 
 def _tree(batch: Sequence[_Row], width: int, prefix: Prefix | None, device: torch.device) -> Tree:
@@ -474,21 +490,17 @@ def _read_batch(
     prefix: Prefix | None,
 ) -> list[tuple[int, list[float], bool]]:
     """Run one batch; for each of its requests the number, token log-probabilities, greediness."""
-    logits_NV, place_BT = _row_logits(model, batch, pad_id, prefix)
+    outputs_N, place_BT = _row_outputs(model, batch, pad_id, prefix)
     skipped = 0 if prefix is None else prefix.length
     readings = [(b, number, at) for b, row in enumerate(batch) for number, at in row.readings]
     # A position may serve several requests: M tokens asked for, at n_M among the N positions.
     rows_M = torch.tensor([b for b, _, at in readings for _ in at])
     positions_M = torch.tensor([place - skipped for _, _, at in readings for place in at])
-    n_M = place_BT[rows_M, positions_M].to(logits_NV.device)
+    n_M = place_BT[rows_M, positions_M].to(outputs_N.device)
     targets = [token for _, number, _ in readings for token in requests[number][1]]
-    targets_M = torch.tensor(targets, device=logits_NV.device)
-    largest_N, likeliest_N = logits_NV.max(-1)
-    target_M = logits_NV[n_M, targets_M]
-    # The logits are overwritten: a second array of their size would double the peak.
-    rest_N = logits_NV.sub_(largest_N[:, None]).exp_().sum(-1).log()
-    logprobs_M = (target_M - largest_N[n_M] - rest_N[n_M]).tolist()
-    is_likeliest_M = (likeliest_N[n_M] == targets_M).tolist()
+    targets_M = torch.tensor(targets, device=outputs_N.device)
+    found_M = _target_logprobs(model, outputs_N, n_M, targets_M)
+    logprobs_M, is_likeliest_M = (part.tolist() for part in found_M)
     found = []
     first = 0
     for _, number, at in readings:
@@ -496,6 +508,40 @@ def _read_batch(
         found.append((number, logprobs_M[first:last], all(is_likeliest_M[first:last])))
         first = last
     return found
+
+
+def _target_logprobs(
+    model: nn.Module, outputs_N: Tensor, n_M: Tensor, targets_M: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target at its position, and whether it is the likeliest there.
+
+    The vocabulary is gone through in blocks of w ids, C in all, so that logits stay in the
+    processor's caches: they are read four times. Of equal logits the first is the likeliest.
+    """
+    vocab_size = int(_text_config(model).vocab_size)
+    most = BLOCK_LOGITS_GPU if outputs_N.is_cuda else BLOCK_LOGITS
+    width = max(MIN_BLOCK, most // len(outputs_N))
+    order_M = targets_M.argsort()
+    starts_C = torch.arange(0, vocab_size, width, device=targets_M.device)
+    begins = [*torch.searchsorted(targets_M[order_M], starts_C).tolist(), len(targets_M)]
+    target_M = torch.empty(len(targets_M), device=outputs_N.device)
+    is_first_M = torch.zeros(len(targets_M), dtype=torch.bool, device=outputs_N.device)
+    largest, sums = [], []
+    for block, first in enumerate(range(0, vocab_size, width)):
+        logits_Nw = _logits(model, outputs_N, first, min(first + width, vocab_size))
+        largest_N = logits_Nw.amax(-1)
+        asked_m = order_M[begins[block] : begins[block + 1]]  # whose target is in this block
+        if len(asked_m):
+            logits_mw, place_m = logits_Nw[n_M[asked_m]], targets_M[asked_m] - first
+            target_M[asked_m] = logits_mw.gather(-1, place_m[:, None]).squeeze(-1)
+            is_first_M[asked_m] = logits_mw.argmax(-1) == place_m
+        sums.append(logits_Nw.sub_(largest_N[:, None]).exp_().sum(-1))
+        largest.append(largest_N)
+    largest_NC, sums_NC = torch.stack(largest, -1), torch.stack(sums, -1)
+    largest_N = largest_NC.amax(-1)
+    rest_N = sums_NC.mul_((largest_NC - largest_N[:, None]).exp_()).sum(-1).log()
+    is_in_best_M = largest_NC.argmax(-1)[n_M] == targets_M // width
+    return target_M - largest_N[n_M] - rest_N[n_M], is_first_M & is_in_best_M
 
 
 def rolling_windows(ids: Sequence[int], *, prefix_id: int, max_length: int) -> list[Request]:

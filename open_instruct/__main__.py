@@ -5,6 +5,7 @@ manifest says whether its run is finished); 2 something the user can mend; 130 s
 143 by SIGTERM where there was nothing to save. A traceback (exit code 1) is a bug of ours.
 """
 
+import gc
 import os
 import signal
 import sys
@@ -271,6 +272,9 @@ def serve(models: tuple[str, ...], votes: str, backend: str, **options: Any) -> 
     if backend == "vllm":
         _serve_by_vllm(models, **options)
         return
+    # Threads of a product that wait for each other spin, and take the cores that the server's other
+    # threads and its clients need. Read when torch is loaded, so it is said before.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     try:
         import starlette  # noqa: F401 - the extra is either there or not
         import uvicorn  # noqa: F401
@@ -279,9 +283,12 @@ def serve(models: tuple[str, ...], votes: str, backend: str, **options: Any) -> 
             f"serve needs {error.name}, which is not installed. "
             "Install the extra: pip install 'open-instruct[serve]'"
         ) from None
+    gc.disable()  # imports make no garbage: looking for it is a sixth of a start's work
     from open_instruct.chat.guard import Settings
     from open_instruct.chat.server import serve as run_server
 
+    gc.freeze()  # modules stay: they are not looked through while clients wait either
+    gc.enable()
     run_server(models, Settings(votes=Path(votes), **options))
 
 
@@ -313,6 +320,7 @@ def _serve_by_vllm(models: Sequence[str], max_waiting: int, **options: Any) -> N
 @click.option("--max-new-tokens", type=click.IntRange(min=1), help="Longest answer, in tokens.")
 @click.option("--apply-chat-template", is_flag=True, help="Put lm-eval's tasks as dialogues.")
 @click.option("--system-prompt", help="What lm-eval's dialogues begin with.")
+@click.option("--judge", metavar="URL#MODEL", help="An OpenAI-compatible API that judges answers.")
 @click.option("--seed", type=click.IntRange(min=0), default=42, show_default=True)
 @click.option(
     "--contamination",

@@ -16,7 +16,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -87,6 +87,11 @@ class Examples:
         if self._common_N is None:
             return self.lengths_NW.max(axis=1)
         return self.lengths_NW.sum(axis=1) - self._common_N
+
+    def row_lengths(self, numbers: Sequence[int]) -> np.ndarray:
+        """Positions of every row of these examples, without padding."""
+        lengths = self.positions_N if self.shares_prompts else self.lengths_NW
+        return lengths[list(numbers)].ravel()
 
     def __len__(self) -> int:
         return len(self.lengths_NW)
@@ -366,6 +371,16 @@ class Cut:
     micro_batches: list[list[list[int]]]  # rank -> micro-batch -> example numbers
 
 
+class MicroBatchSize(NamedTuple):
+    """What decides how much memory a micro-batch takes."""
+
+    step: int
+    positions: int  # that the model computes
+    seen: int  # pairs of positions of a row
+    longest: int  # row
+    labels: int
+
+
 class Steps:
     """The optimizer steps of a run over a set of examples.
 
@@ -451,17 +466,28 @@ class Steps:
         """How many epochs are done after ``step`` steps."""
         return min(step * self.per_step, self._num_examples_in_run) / len(self.examples)
 
-    def largest_micro_batch(self, num_steps: int) -> tuple[int, int]:
-        """Positions with padding, and label tokens, of the largest in the first steps of a run."""
-        positions = labels = 0
+    def micro_batch_sizes(self, num_steps: int, *, packs: bool = False) -> list[MicroBatchSize]:
+        """What a model computes in each micro-batch of the first steps.
+
+        With padding, unless the model ``packs``.
+        """
+        sizes = []
         for step in range(min(num_steps, self.total)):
             for groups in self._cut(step).micro_batches:
-                for group in filter(None, groups):
-                    rows = len(group) * self.examples.rows_per_example
-                    longest = int(self.examples.positions_N[group].max())
-                    positions = max(positions, rows * longest)
-                    labels = max(labels, int(self.examples.num_labels_NW[group].sum()))
-        return positions, labels
+                sizes += [self._size(step, group, packs) for group in groups if group]
+        return sizes
+
+    def _size(self, step: int, numbers: list[int], packs: bool) -> MicroBatchSize:
+        lengths = self.examples.row_lengths(numbers)
+        longest = int(lengths.max())
+        computed = lengths if packs else np.full_like(lengths, longest)
+        return MicroBatchSize(
+            step=step,
+            positions=int(computed.sum()),
+            seen=int((computed**2).sum()),
+            longest=longest,
+            labels=int(self.examples.num_labels_NW[numbers].sum()),
+        )
 
     def micro_batches(self, step: int, rank: int) -> list[Batch]:
         """This rank's micro-batches of a step."""

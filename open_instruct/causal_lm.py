@@ -31,7 +31,6 @@ from open_instruct.adapters import (
     is_reward_adapter,
     keep_gradients,
     merged,
-    new_adapter_like,
     open_adapter,
     quantisation,
     refuse_other_settings,
@@ -44,10 +43,7 @@ from open_instruct.encode import (
     load_chat_tokenizer,
     save_chat_files,
 )
-from open_instruct.logprobs import MAX_LOGITS
 
-FLOAT_BYTES = 4
-KERNELS_BYTES = 40 * 10**6  # what torch's kernels take when they first run
 transformers_logging.disable_progress_bar()  # ours tell what is long
 
 
@@ -59,8 +55,10 @@ class ModelConfig:
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = (
         setting("sdpa")
     )
-    gradient_checkpointing: bool = setting(
-        False, changes_result=False, help="compute activations twice instead of keeping them"
+    gradient_checkpointing: bool | Literal["auto"] = setting(
+        "auto",
+        changes_result=False,
+        help="compute activations twice instead of keeping them; auto: where they would not fit",
     )
     trust_remote_code: bool = setting(False, help="run Python code that the model folder brings")
     additional_special_tokens: tuple[str, ...] = setting(
@@ -112,8 +110,6 @@ def load_causal_lm(
         refuse_other_settings(adapter, given)
     stored_dtype = getattr(load_config(config), "dtype", None) or torch.float32
     model = _load_whole(folder, config, adapter, device, compute_dtype)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     if folder != given:
         if is_reward_adapter(given):
             raise UserError(
@@ -263,93 +259,3 @@ def merge_adapter(adapter: str, out: str) -> Path:
     with atomic_folder(target) as temporary:
         write_model_files(temporary, model, encoder, dtype)
     return target
-
-
-# ---------------------------------------------------------------- memory
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Parameters of a model, in numbers: all, those trained, and those kept in few bits."""
-
-    all: int
-    trained: int
-    quantised: int = 0
-    bits: int = 32
-
-    @property
-    def weight_bytes(self) -> int:
-        """What the weights take; quantised ones bring a float32 scale for each 64."""
-        few = self.quantised * (self.bits + 0.5) / 8
-        return FLOAT_BYTES * (self.all - self.quantised) + round(few)
-
-
-def count_parameters(
-    config: ModelConfig, adapter: AdapterConfig | None = None, architecture: Any | None = None
-) -> Sizes:
-    """Sizes of the model, from its architecture alone; None: the one in its folder."""
-    adapter = adapter or AdapterConfig()
-    folder = resolve_model(config.model_name_or_path) if architecture is None else None
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            architecture or load_config(config), trust_remote_code=config.trust_remote_code
-        )
-        if folder is None:
-            first = model.config.get_text_config().vocab_size
-            new_ids = [first + place for place in range(len(config.additional_special_tokens))]
-        else:
-            tokenizer = load_chat_tokenizer(folder)
-            new_ids = add_new_tokens(tokenizer, config.additional_special_tokens)
-        if new_ids:
-            add_token_rows(model, new_ids)
-        number = sum(weight.numel() for weight in model.parameters())
-        if not adapter.use_peft:
-            return Sizes(number, number)
-        head = model.get_output_embeddings()
-        inner = [
-            module
-            for module in model.modules()
-            if isinstance(module, torch.nn.Linear) and module is not head
-        ]
-        linear = sum(module.weight.numel() for module in inner)
-        is_usual = adapter.lora_target_modules is None and not adapter.use_dora and not new_ids
-        if folder is None and is_usual:  # peft takes seconds to say the same of a large model
-            widths = sum(module.in_features + module.out_features for module in inner)
-            trained = adapter.rank * widths
-        else:
-            if folder is not None and adapter_base(folder) is not None:
-                adapted = new_adapter_like(model, folder)
-            else:
-                name = config.model_name_or_path
-                adapted = add_adapter(model, adapter, name, seed=0, new_ids=new_ids)
-            trained = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
-    bits = 4 if adapter.load_in_4bit else 8
-    return Sizes(number + trained, trained, linear if adapter.is_quantised else 0, bits)
-
-
-def training_memory(
-    model_config: Any,
-    sizes: Sizes,
-    *,
-    num_positions: int,
-    num_labels: int,
-    gradient_checkpointing: bool,
-) -> int:
-    """Bytes at the peak of a float32 step, beside the program itself.
-
-    Weights, gradients, Adam's two moments, and activations. ``num_positions`` (padding included)
-    and ``num_labels`` are those of the largest micro-batch.
-    """
-    text_config = model_config.get_text_config()
-    width = text_config.hidden_size
-    inner = getattr(text_config, "intermediate_size", None) or 4 * width
-    layers = text_config.num_hidden_layers
-    # A gated layer keeps 15 widths (norms' inputs and outputs, queries, keys, values, the
-    # attention's output, the residuals) and 4 inner widths (gate, its activation, up, product).
-    # Peaks measured on a CPU were those of 19 and 5, to 4 %: 192-512 wide, 4-8 layers.
-    per_layer = 19 * width + 5 * inner
-    kept = per_layer + layers * width if gradient_checkpointing else layers * per_layer
-    # Logits, their log-softmax and its gradient; the head works in pieces above MAX_LOGITS.
-    logits = min(num_labels * text_config.vocab_size, MAX_LOGITS)
-    floats = 3 * sizes.trained + num_positions * kept + 3 * logits
-    return sizes.weight_bytes + FLOAT_BYTES * floats + KERNELS_BYTES

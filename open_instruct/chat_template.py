@@ -56,14 +56,15 @@ class ChatTemplate:
         add_generation_prompt: bool,
         with_marked: bool,
     ) -> tuple[str, list[Span]]:
-        turns = [
-            {key: turn[key] for key in ("role", "content", "tool_calls") if key in turn}  # type: ignore[literal-required]
+        turns: list[Any] = [
+            {key: value for key, value in turn.items() if key in ("role", "content", "tool_calls")}
             for turn in messages
         ]
+        known_tools: Any = tools
         try:
             rendered: Any = render_jinja_template(
                 [turns],
-                tools=tools,
+                tools=known_tools,
                 chat_template=self.source,
                 return_assistant_tokens_mask=with_marked,
                 add_generation_prompt=add_generation_prompt,

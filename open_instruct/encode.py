@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from olmo_base.run.artefact import atomic_write, resolve_model
 from olmo_base.run.errors import UserError
@@ -34,6 +34,8 @@ from open_instruct.chat_template import (
 from open_instruct.control_tokens import CannotEncode, ControlTokens, Encoded, Rendered, Span
 from open_instruct.turns import Message, Tools
 
+PLAIN_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")  # two names of one class
+PLAIN_MODELS = ("olmo2", "olmo3")  # for which AutoTokenizer knows no other class
 MOST_LAYOUTS = 10_000  # kept at a time; dialogues that call tools have one each
 
 
@@ -436,7 +438,7 @@ def load_chat_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
             "made of, or give the output_dir of a run, which has them."
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = _tokenizer_class(folder).from_pretrained(folder)
     except Exception as error:  # transformers lets JSON, key, value and Rust errors through
         first_line = (str(error).strip().splitlines() or [repr(error)])[0]
         raise UserError(
@@ -449,6 +451,23 @@ def load_chat_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
             f"characters a token covers. A tokenizer.json is needed."
         )
     return tokenizer
+
+
+def _tokenizer_class(folder: Path) -> Any:
+    """What reads a folder's tokenizer as transformers' AutoTokenizer would.
+
+    AutoTokenizer's import alone costs as much as that of all the rest of transformers that is used
+    here, and the tokenizers of our own runs leave it no choice.
+    """
+    files = (folder / "tokenizer_config.json", folder / "config.json")
+    if all(file.is_file() for file in files):
+        said, model = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+        is_plain = said.get("tokenizer_class") in PLAIN_TOKENIZERS and "auto_map" not in said
+        if is_plain and model.get("model_type") in PLAIN_MODELS:
+            return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def add_new_tokens(tokenizer: PreTrainedTokenizerFast, new_tokens: Sequence[str]) -> list[int]:

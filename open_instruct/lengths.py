@@ -20,6 +20,7 @@ from open_instruct.examples import DataConfig, Dialogue, Pair, Rated
 from open_instruct.turns import Message
 
 BATCH_SIZE = 512  # examples tokenised in one call
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LEAST_FOR_PROCESSES = 4 * BATCH_SIZE  # fewer are not worth starting others
 
 Example = TypeVar("Example", Dialogue, Pair, Rated)
@@ -262,7 +263,8 @@ def _encode_each(
 ) -> list[tuple[Example, Result]]:
     """Each example with its encoding, in order."""
     encoded: list[tuple[Example, Result]] = []
-    for item, result in zip(items, _encoded(items, encode_many), strict=True):
+    results: Iterator[Any] = _encoded(items, encode_many)
+    for item, result in zip(items, results, strict=True):
         if not isinstance(result, CannotEncode):
             encoded.append((item, result))
         elif config.on_bad_row == "error":
@@ -274,11 +276,11 @@ def _encode_each(
 
 def _encoded(
     items: Sequence[Example], encode_many: Callable[[Sequence[Example]], list[Result]]
-) -> Iterator[Result | CannotEncode]:
+) -> Iterator[Any]:
     """The encoding of each, or why there is none; on all cores where there are many."""
     starts = range(0, len(items), BATCH_SIZE)
 
-    def encode(start: int) -> list[Result | CannotEncode]:
+    def encode(start: int) -> list[Any]:
         return _encode_batch(items[start : start + BATCH_SIZE], encode_many)
 
     # Forked processes have the examples and the tokenizer without their being sent.
@@ -289,22 +291,33 @@ def _encoded(
         return
     global _encode_in_process
     _encode_in_process = lambda start: _packed(encode(start))  # noqa: E731 - what a fork inherits
+    # Signals wait until a new process has put the parent's handlers aside: one that came earlier
+    # would be answered by those, and the process would live on.
+    masked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
-        with multiprocessing.get_context("fork").Pool(num_processes, _start_process) as pool:
-            for packed in pool.imap(_run_in_process, starts):
-                yield from _unpacked(packed)
+        pool = multiprocessing.get_context("fork").Pool(num_processes, _start_process)
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+    try:
+        for packed in pool.imap(_run_in_process, starts):
+            yield from _unpacked(packed)
+        pool.close()
+    except BaseException:
+        pool.terminate()
+        raise
+    finally:
+        pool.join()
         _encode_in_process = None
 
 
 def _encode_batch(
     batch: Sequence[Example], encode_many: Callable[[Sequence[Example]], list[Result]]
-) -> list[Result | CannotEncode]:
+) -> list[Any]:
     try:
         return list(encode_many(batch))
     except CannotEncode:
         pass  # found and named below
-    results: list[Result | CannotEncode] = []
+    results: list[Any] = []
     for item in batch:
         try:
             results += encode_many([item])
@@ -321,6 +334,7 @@ def _start_process() -> None:
     # A signal is the parent's to answer; it ends these.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def _run_in_process(start: int) -> Any:

@@ -218,6 +218,11 @@ class LossConfig:
         return (self.loss_type,) if isinstance(self.loss_type, str) else self.loss_type
 
     @property
+    def is_weighted(self) -> bool:
+        """Whether it asks for more than the labels' log-probabilities."""
+        return "wpo" in self.names
+
+    @property
     def is_rated(self) -> bool:
         """Whether rows are rated answers, not pairs."""
         return RATED_LOSS in self.names

@@ -35,6 +35,7 @@ from open_instruct.sample_log import SampleLogConfig
 from open_instruct.tokenised import DataReport, tokenised_pairs, tokenised_rated
 from open_instruct.tuning import (
     Model,
+    expected_way,
     input_files,
     load_for_plan,
     open_run,
@@ -142,7 +143,7 @@ def pair_scores(
     model: nn.Module, batch: Batch, reference_P2: Tensor | None, loss: LossConfig
 ) -> PairScores:
     """The pairs of a micro-batch under the model as it is, in one forward pass."""
-    is_weighted = "wpo" in loss.names
+    is_weighted = loss.is_weighted
     scores_L = model(batch, "log_sum_squares") if is_weighted else model(batch)
     logprobs_L = scores_L[:, 0] if is_weighted else scores_L
     policy_B2 = batch.sums_over_sequences(logprobs_L).view(-1, 2)
@@ -290,6 +291,18 @@ def rated_loss_against(
 # ---------------------------------------------------------------- prompts read once
 
 
+def saved_by_sharing(pairs: Examples) -> float:
+    """The share of all tokens that is read once less where answers share their prompt."""
+    return 1 - int(pairs.sharing_prompts().positions_N.sum()) / pairs.num_tokens
+
+
+def worth_sharing(pairs: Examples, recipe: PreferenceRecipe) -> bool:
+    """Whether a run shares prompts if the model can."""
+    if recipe.share_prompts == "auto":
+        return saved_by_sharing(pairs) >= LEAST_SAVED
+    return recipe.share_prompts
+
+
 def with_shared_prompts(
     sets: dict[str, Examples | RatedExamples],
     recipe: PreferenceRecipe,
@@ -307,8 +320,8 @@ def with_shared_prompts(
     shared = {name: examples.sharing_prompts() for name, examples in pairs.items()}
     apart_positions = pairs["train"].num_tokens
     positions = int(shared["train"].positions_N.sum())
-    saved = 1 - positions / apart_positions
-    if recipe.share_prompts == "auto" and saved < LEAST_SAVED:
+    if not worth_sharing(pairs["train"], recipe):
+        saved = saved_by_sharing(pairs["train"])
         folder.log(f"prompts are read twice: to share them would save {saved:.0%} of the tokens")
         return sets
     farthest = max(pairs, key=lambda name: int(shared[name].positions_N.max()))
@@ -368,12 +381,20 @@ def learnt(items: Examples | RatedExamples) -> Examples:
 
 def plan(recipe: PreferenceRecipe) -> dict[str, object]:
     """What a run would do, for --dry-run; touches nothing. Errors: as in ``run``."""
-    figures = plan_from_afar(recipe, 1 if recipe.loss.is_rated else 2, recipe.adapter)
+    figures = plan_from_afar(recipe, 1 if recipe.loss.is_rated else 2)
     if figures is not None:
         return figures
     items, counts = load_for_plan(recipe, load_set)
     examples = learnt(items)
-    return plan_figures(recipe, examples, np.ones(len(examples)), counts, recipe.adapter)
+    read = {}
+    if isinstance(items, Examples) and worth_sharing(items, recipe):
+        examples = items.sharing_prompts()
+        read = {"tokens_with_shared_prompts": int(examples.positions_N.sum())}
+    terms = np.ones(len(examples))
+    is_weighted = recipe.loss.is_weighted
+    way = expected_way(recipe)
+    figures = plan_figures(recipe, examples, terms, counts, way, needs_distribution=is_weighted)
+    return figures | read
 
 
 def run(recipe: PreferenceRecipe) -> RunFolder:
@@ -429,5 +450,6 @@ def run(recipe: PreferenceRecipe) -> RunFolder:
         held_out,
         model.sample_log(recipe, folder, opened.encoder, held_out, workers),
         uses=opened.uses,
+        needs_distribution=recipe.loss.is_weighted,
     )
     return folder

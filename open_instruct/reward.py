@@ -60,6 +60,7 @@ from open_instruct.examples import DataConfig, Source
 from open_instruct.logprobs import Wrapped, padding_mask
 from open_instruct.loop import HeldOut, SummedLoss, TrainConfig
 from open_instruct.losses import bradley_terry_loss, centering_loss
+from open_instruct.memory import REWARDS
 from open_instruct.publish import HubConfig
 from open_instruct.sample_log import SampleLogConfig
 from open_instruct.tokenised import DataReport, tokenised_pairs
@@ -166,7 +167,7 @@ class RowRewards(Wrapped):
     that is no padding. Checked against transformers on rows without padding.
     """
 
-    way = "the last token"
+    way = REWARDS
 
     def __init__(
         self,
@@ -282,8 +283,6 @@ def load_reward_model(
         {} if bits is None else {"quantization_config": bits, "device_map": {"": device}},
     )
     model.config.get_text_config().pad_token_id = pad_id
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     if folder != given:
         model = merged(open_adapter(model, given, is_trainable=False))
         has_new_head = False
@@ -366,11 +365,11 @@ def merge_reward_adapter(adapter: str, out: str) -> Path:
 
 def plan(recipe: RewardRecipe) -> dict[str, object]:
     """What a run would do, for --dry-run; touches nothing. Errors: as in ``run``."""
-    figures = plan_from_afar(recipe, 2, recipe.adapter)
+    figures = plan_from_afar(recipe, 2, way=REWARDS)
     if figures is not None:
         return figures
     (examples, _), counts = load_for_plan(recipe, pair_examples)
-    return plan_figures(recipe, examples, np.ones(len(examples)), counts, recipe.adapter)
+    return plan_figures(recipe, examples, np.ones(len(examples)), counts, REWARDS)
 
 
 def run(recipe: RewardRecipe) -> RunFolder:

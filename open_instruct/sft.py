@@ -32,6 +32,7 @@ from open_instruct.sample_log import SampleLogConfig
 from open_instruct.tokenised import DataReport, tokenised_dialogues
 from open_instruct.tuning import (
     Model,
+    expected_way,
     input_files,
     load_for_plan,
     open_run,
@@ -68,6 +69,11 @@ class SftLossConfig:
                 "label_smoothing_factor",
                 f"{self.label_smoothing_factor}, but loss_type: dft does not use it. Remove it.",
             )
+
+    @property
+    def needs_distribution(self) -> bool:
+        """Whether it asks for more than the labels' log-probabilities."""
+        return self.label_smoothing_factor > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,12 +190,19 @@ def row_seed(step_seed: int, example: int) -> int:
 
 def plan(recipe: SftRecipe) -> dict[str, object]:
     """What a run would do, for --dry-run; touches nothing. Errors: as in ``run``."""
-    figures = plan_from_afar(recipe, 1, recipe.adapter)
+    figures = plan_from_afar(recipe, 1)
     if figures is not None:
         return figures
     examples, counts = load_for_plan(recipe, dialogue_examples)
     terms = terms_per_dialogue(recipe.loss, examples)
-    return plan_figures(recipe, examples, terms, counts, recipe.adapter)
+    return plan_figures(
+        recipe,
+        examples,
+        terms,
+        counts,
+        expected_way(recipe),
+        needs_distribution=recipe.loss.needs_distribution,
+    )
 
 
 def run(recipe: SftRecipe) -> RunFolder:
@@ -230,5 +243,6 @@ def run(recipe: SftRecipe) -> RunFolder:
         held_out,
         model.sample_log(recipe, folder, opened.encoder, held_out, workers),
         uses=opened.uses,
+        needs_distribution=recipe.loss.needs_distribution,
     )
     return folder

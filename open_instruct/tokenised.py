@@ -434,10 +434,10 @@ def decontaminated(
     rows = [row for file in against for row in read_rows(Path(file))]
     placed = [(row, text) for row in rows for text in _texts_in(row.value)]
     overlaps = Overlaps(text for _, text in placed)
-    clean, contaminated = [], []
-    for example, (text, prompt, rest) in zip(examples, parts, strict=True):
-        texts = [text, *(turn["content"] for turn in (*prompt, *rest))]
-        found = sorted(set().union(*(overlaps.found_in(item) for item in texts)))
+    clean: list[Example] = []
+    contaminated: list[dict[str, Any]] = []
+    for example, said in zip(examples, parts, strict=True):
+        found = sorted({number for item in _said(said) for number in overlaps.found_in(item)})
         if not found:
             clean.append(example)
             continue
@@ -452,6 +452,11 @@ def decontaminated(
             }
         )
     return clean, contaminated
+
+
+def _said(parts: Parts) -> list[str]:
+    text, prompt, rest = parts
+    return [text, *(turn["content"] for turn in [*prompt, *rest])]
 
 
 def _texts_in(value: Any) -> Iterator[str]:

@@ -8,6 +8,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
+from transformers import AutoModelForCausalLM
 
 from olmo_base.optim import OptimConfig
 from olmo_base.run.artefact import (
@@ -23,26 +24,34 @@ from olmo_base.run.metrics import LogConfig
 from olmo_base.run.resume import CheckpointConfig
 from olmo_base.run.trackers import refuse_missing_trackers
 from open_instruct.adapters import AdapterConfig, is_adapted
-from open_instruct.batches import Examples, Steps
+from open_instruct.batches import MICRO_BATCH_COST, Examples, MicroBatchSize, Steps
 from open_instruct.causal_lm import (
     ModelConfig,
     check_lengths,
-    count_parameters,
     load_causal_lm,
     load_config,
     save_causal_lm,
-    training_memory,
 )
 from open_instruct.encode import ChatEncoder, find_template, load_chat_encoder
 from open_instruct.examples import DataConfig, Source, SourceUse, source_files
 from open_instruct.known_shapes import recorded_config
-from open_instruct.logprobs import LabelLogprobs, Wrapped
-from open_instruct.loop import HeldOut, Loss, TrainConfig, Workers, steps_of, train
+from open_instruct.logprobs import (
+    AT_LABELS,
+    HEAD_AT_LABELS,
+    NATIVE,
+    PACKED,
+    LabelLogprobs,
+    Wrapped,
+    native_over,
+)
+from open_instruct.loop import NEVER, HeldOut, Loss, TrainConfig, Workers, steps_of, train
+from open_instruct.memory import Sizes, count_parameters, memory_at_hand, training_memory
 from open_instruct.publish import HubConfig, push_if_asked, write_model_card
 from open_instruct.sample_log import SampleLog, SampleLogConfig, first_prompts
 from open_instruct.tokenised import DataReport, report_for
 
 STEPS_LOOKED_AT = 200  # by a plan, for the largest micro-batch
+LARGEST_SHARE = 0.85  # of the memory here that an estimate may come to
 NOT_HERE = "not_here"  # in the figures of a plan: what is missing on this machine
 
 
@@ -177,19 +186,30 @@ def load_for_plan(recipe: Recipe, load: Load[Recipe, Loaded]) -> tuple[Loaded, E
 
 
 def plan_figures(
-    recipe: TuningRecipe,
+    recipe: "AdaptableRecipe",
     examples: Examples,
     terms_per_example: np.ndarray,
     counts: ExampleCounts,
-    adapter: AdapterConfig | None = None,
+    way: str,
+    *,
+    needs_distribution: bool = False,
 ) -> dict[str, object]:
-    """What a run over these examples would do, for --dry-run. Errors: UserError, as in the run."""
+    """What a run over these examples would do, for --dry-run. Errors: UserError, as in the run.
+
+    ``way`` and ``needs_distribution`` as in ``training_memory``.
+    """
     refuse_missing_trackers(recipe.log.report_to)
     model_config = load_config(recipe.model)
     check_lengths(int(examples.lengths_NW.max()), model_config, recipe.model.model_name_or_path)
-    steps = steps_of(examples, terms_per_example, recipe.train, seed=recipe.run.seed)
-    num_positions, num_labels = steps.largest_micro_batch(STEPS_LOOKED_AT)
-    sizes = count_parameters(recipe.model, adapter)
+    steps = steps_of(
+        examples,
+        terms_per_example,
+        recipe.train,
+        seed=recipe.run.seed,
+        cost_of_cut=NEVER if way == PACKED else MICRO_BATCH_COST["cpu"],
+    )
+    micro_batches = steps.micro_batch_sizes(STEPS_LOOKED_AT, packs=way == PACKED)
+    sizes = count_parameters(recipe.model, recipe.adapter)
     is_part = sizes.trained < sizes.all
     trained = {"trained_parameters": sizes.trained} if is_part else {}
     return {
@@ -201,18 +221,47 @@ def plan_figures(
         "examples_per_step": steps.per_step,
         "parameters": sizes.all,
         **trained,
-        "memory_bytes": training_memory(
-            model_config,
-            sizes,
-            num_positions=num_positions,
-            num_labels=num_labels,
-            gradient_checkpointing=recipe.model.gradient_checkpointing,
-        ),
+        **_planned_memory(recipe, model_config, sizes, micro_batches, way, needs_distribution),
     }
 
 
+def _planned_memory(
+    recipe: "AdaptableRecipe",
+    model_config: Any,
+    sizes: Sizes,
+    micro_batches: Sequence[MicroBatchSize],
+    way: str,
+    needs_distribution: bool,
+) -> dict[str, object]:
+    """The figures of a plan that say how much memory a step takes."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    needed = {
+        recomputes: training_memory(
+            model_config,
+            sizes,
+            micro_batches,
+            way=way,
+            gradient_checkpointing=recomputes,
+            needs_distribution=needs_distribution,
+            adapter=recipe.adapter,
+            device=device.type,
+        )
+        for recomputes in (False, True)
+    }
+    chosen = recipe.model.gradient_checkpointing
+    if chosen != "auto":
+        return {"memory_bytes": needed[chosen]}
+    recomputes = not fits(needed[False], device)
+    return {"gradient_checkpointing": recomputes, "memory_bytes": needed[recomputes]}
+
+
+def fits(needed: int, device: torch.device) -> bool:
+    """Whether a step of this estimate can be trusted to fit the device."""
+    return needed <= LARGEST_SHARE * memory_at_hand(device)
+
+
 def plan_from_afar(
-    recipe: TuningRecipe, rows_per_example: int, adapter: AdapterConfig
+    recipe: "AdaptableRecipe", rows_per_example: int, *, way: str | None = None
 ) -> dict[str, object] | None:
     """What is known of a run whose published model is not on this machine; None if it is here.
 
@@ -225,8 +274,10 @@ def plan_from_afar(
         return None
     check_held_out(recipe)
     check_lengths(recipe.data.max_length, architecture, name)
-    sizes = count_parameters(recipe.model, adapter, architecture)
-    longest = recipe.train.per_device_train_batch_size * rows_per_example * recipe.data.max_length
+    sizes = count_parameters(recipe.model, recipe.adapter, architecture)
+    rows = recipe.train.per_device_train_batch_size * rows_per_example
+    length = recipe.data.max_length
+    largest = MicroBatchSize(0, rows * length, rows * length**2, length, labels=rows * length)
     per_rank = recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps
     trained = {"trained_parameters": sizes.trained} if sizes.trained < sizes.all else {}
     return {
@@ -235,12 +286,13 @@ def plan_from_afar(
         "examples_per_step": per_rank,
         "parameters": sizes.all,
         **trained,
-        "memory_bytes": training_memory(
+        **_planned_memory(
+            recipe,
             architecture,
             sizes,
-            num_positions=longest,
-            num_labels=longest,
-            gradient_checkpointing=recipe.model.gradient_checkpointing,
+            [largest],
+            way or expected_way(recipe, architecture),
+            needs_distribution=False,
         ),
     }
 
@@ -250,6 +302,28 @@ class AdaptableRecipe(TuningRecipe, Protocol):
 
     @property
     def adapter(self) -> AdapterConfig: ...
+
+
+# Keys of configurations of models that change their logits after the head.
+CHANGED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+def expected_way(recipe: AdaptableRecipe, architecture: Any | None = None) -> str:
+    """How a run is expected to come to log-probabilities; found without loading any weight.
+
+    ``architecture`` None is the one in the model's folder.
+    """
+    architecture = architecture or load_config(recipe.model)
+    if not recipe.adapter.use_peft and recipe.model.attn_implementation == "sdpa":
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                architecture, trust_remote_code=recipe.model.trust_remote_code
+            )
+        if native_over(model) is not None:
+            return NATIVE if recipe.train.batching == "grouped" else PACKED
+    text_config = architecture.get_text_config()
+    is_changed = any(getattr(text_config, key, None) is not None for key in CHANGED_LOGITS)
+    return AT_LABELS if is_changed else HEAD_AT_LABELS
 
 
 class Model:
@@ -333,8 +407,45 @@ def steps_for(
     )
 
 
+def settle_checkpointing(
+    recipe: AdaptableRecipe,
+    workers: Workers,
+    folder: RunFolder,
+    model: Wrapped,
+    steps: Steps,
+    needs_distribution: bool,
+) -> None:
+    """Let layers be computed again in the backward pass, if the recipe says so or memory does.
+
+    ``auto`` compares the estimate with the memory of the device, not with what is free of it, so
+    that a run that goes on chooses as before. The result is the same either way.
+    """
+    recomputes = recipe.model.gradient_checkpointing
+    if recomputes == "auto":
+        way: Any = model.way
+        needed = training_memory(
+            load_config(recipe.model),
+            count_parameters(recipe.model, recipe.adapter),
+            steps.micro_batch_sizes(STEPS_LOOKED_AT, packs=way == PACKED),
+            way=way,
+            gradient_checkpointing=False,
+            needs_distribution=needs_distribution,
+            adapter=recipe.adapter,
+            device=workers.device.type,
+        )
+        recomputes = workers.any_rank(not fits(needed, workers.device))
+        folder.log(
+            f"gradient checkpointing is {'on' if recomputes else 'off'}: without it a step takes "
+            f"about {needed / 2**30:.1f} GiB, and {memory_at_hand(workers.device) / 2**30:.1f} GiB "
+            "are here"
+        )
+    if recomputes:
+        anything: Any = model.model
+        anything.gradient_checkpointing_enable({"use_reentrant": False})
+
+
 def train_and_finish(
-    recipe: TuningRecipe,
+    recipe: AdaptableRecipe,
     workers: Workers,
     folder: RunFolder,
     model: Wrapped,
@@ -345,12 +456,14 @@ def train_and_finish(
     samples: SampleLog | None = None,
     *,
     uses: Sequence[SourceUse],
+    needs_distribution: bool = False,
 ) -> None:
     """Go through all steps, ``save`` the model folder and mark the run as finished.
 
     ``uses`` is what was read of each source, for the model card. Errors: UserError if the recipe
     asks for an upload and that fails; the run is finished all the same.
     """
+    settle_checkpointing(recipe, workers, folder, model, steps, needs_distribution)
     results = train(
         folder,
         workers,

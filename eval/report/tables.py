@@ -265,6 +265,7 @@ def problems(report: Report) -> list[str]:
                 "contexts",
                 "lost their beginning, because they are too long for the model",
             ),
+            ("unclear", "questions", "have a verdict that could not be read; it counts as half"),
         ):
             found = [
                 f"{number:,} of {len(result.rows):,} {what} of {name}"

@@ -19,7 +19,14 @@ from olmo_base.run.recipe import Given, RecipeError, build_recipe, read_yaml, se
 from open_instruct.verifiers import VERIFIERS
 
 Kind = Literal[
-    "exact_match", "verified", "multiple_choice", "requests", "perplexity", "lm_eval", "best_of"
+    "exact_match",
+    "verified",
+    "judged",
+    "multiple_choice",
+    "requests",
+    "perplexity",
+    "lm_eval",
+    "best_of",
 ]
 
 # What each kind measures, the one shown in tables first; the kind "verified" measures what its
@@ -50,6 +57,15 @@ METRICS: dict[str, tuple[str, ...]] = {
     ),
     "perplexity": ("bits_per_byte", "nats_per_token", "word_perplexity"),
 }
+# What another model judges: an answer against the reference answer, or an answer by itself.
+RUBRICS: dict[str, tuple[str, ...]] = {
+    "better": ("lc_win_rate", "win_rate"),
+    "harmless": ("harmless",),
+}
+NEEDS_JUDGE = (
+    "another model judges its answers, and none is configured; give one with judge "
+    "(--judge URL#MODEL)."
+)
 MACRO = "_macro"  # acc_macro: the mean over the categories of questions, each counting the same
 PASS_AT = "pass_at_"  # pass_at_10 needs 10 samples of each question
 VERIFIED_KEYS = (
@@ -57,6 +73,8 @@ VERIFIED_KEYS = (
     "temperature"
 ).split()
 CHOICE_KEYS = "form instruction".split()
+JUDGED_KEYS = "chat_prompt stop".split()  # which judged tasks read as verified ones do
+IN_WORDS = {"exact_match", "verified", "judged"}  # kinds that a model answers in words
 SHOW_EXAMPLES = {"verified", "multiple_choice"}
 # Of text that is predicted; lm-eval measures further surprises and distances of its own.
 TEXT_METRICS = {"bits_per_byte", "nats_per_token", "word_perplexity", "byte_perplexity"}
@@ -99,6 +117,8 @@ class Task:
     stop: tuple[str, ...] = ()  # ends an answer of a model without a chat template
     num_samples: int = setting(1, low=1)  # answers to each question, to be averaged
     temperature: float = setting(0.0, low=0)
+    # judged: what the judge decides
+    rubric: str = setting("better", choices=RUBRICS)
     # lm_eval: filled in from lm-eval's own task file, which is ``file``; best_of: from its suite
     measures: tuple[str, ...] = ()
     definition: str | None = None  # digest of all its settings
@@ -131,6 +151,10 @@ class Task:
             unread |= {*CHOICE_KEYS}
         if self.kind != "requests":
             unread.add("cluster_by")
+        if self.kind == "judged":
+            unread -= {*JUDGED_KEYS}
+        else:
+            unread.add("rubric")
         if self.kind in SHOW_EXAMPLES:
             unread -= {"examples_file", "num_examples"}
             self._check_examples()
@@ -167,6 +191,8 @@ class Task:
         """What is measured, the one shown in tables first unless ``metric`` says another."""
         if self.measures:
             return self.measures
+        if self.kind == "judged":
+            return RUBRICS[self.rubric]
         if self.kind != "verified":
             return METRICS[self.kind]
         assert self.verifier is not None
@@ -309,7 +335,9 @@ class Selection:
             for group, members in self.groups.items()
         }
         kept = {group: members for group, members in groups.items() if members}
-        return dataclasses.replace(self, tasks=tasks, groups=kept, best_of=best_of, skipped=skipped)
+        return dataclasses.replace(
+            self, tasks=tasks, groups=kept, best_of=best_of, skipped=self.skipped | skipped
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """For the evaluation's folder."""

@@ -40,6 +40,7 @@ from olmo_base.run.launch import pick_device
 MAX_ROWS = 64  # prompts decoded together; more wins little on a CPU and costs cache
 MIN_PREFIX = 32  # tokens that all prompts begin with, from which on they are run once
 MIN_PREFIX_ROWS = 4
+GROUP = 128  # logits of which the largest is found at once
 
 
 # ---------------------------------------------------------------- choosing the next token
@@ -74,7 +75,7 @@ class Sampling:
 def next_ids(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor | None) -> Tensor:
     """The next id of each row; ``uniform_B`` in [0, 1) decides it where it is drawn by chance."""
     if sampling.temperature == 0.0:
-        return logits_BV.argmax(-1)
+        return likeliest(logits_BV)
     assert uniform_B is not None
     scaled_BV = logits_BV.float() / sampling.temperature
     vocab_size = scaled_BV.shape[-1]
@@ -91,6 +92,26 @@ def next_ids(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor | None) ->
         least_B1 = sampling.min_p * probabilities_Bk[:, :1]
         probabilities_Bk = probabilities_Bk.masked_fill(probabilities_Bk < least_B1, 0.0)
     return ids_Bk.gather(-1, _inverse_cdf(probabilities_Bk, uniform_B)[:, None]).squeeze(-1)
+
+
+def likeliest(logits_BV: Tensor) -> Tensor:
+    """``argmax`` of each row, the first of equals.
+
+    On a CPU argmax looks at one number after the other, a maximum at sixteen: of groups of
+    numbers first the maxima, then the place in the best group, takes a tenth of its time.
+    """
+    size = logits_BV.shape[-1]
+    whole = size - size % GROUP
+    if logits_BV.device.type != "cpu" or whole < GROUP**2:
+        return logits_BV.argmax(-1)
+    groups_BGg = logits_BV[:, :whole].unflatten(-1, (-1, GROUP))
+    best_B = groups_BGg.amax(-1).argmax(-1)
+    best_Bg = groups_BGg[torch.arange(len(best_B)), best_B]
+    found_B = best_B * GROUP + best_Bg.argmax(-1)
+    if whole == size:
+        return found_B
+    rest_B, place_B = logits_BV[:, whole:].max(-1)
+    return torch.where(rest_B > best_Bg.amax(-1), whole + place_B, found_B)
 
 
 def _inverse_cdf(weights_BV: Tensor, uniform_B: Tensor) -> Tensor:
@@ -140,10 +161,18 @@ class StopRule:
             return self._special[token] in self.strings
         tail.append(token)
         del tail[: -self._num_kept]
-        text = self.tokenizer.decode(
-            tail, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        text = self._text(tail)
         return any(string in text for string in self.strings)
+
+    def _text(self, ids: list[int]) -> str:
+        # Once a token: transformers' wrapper takes four times as long as what it wraps.
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            return str(backend.decode(ids, skip_special_tokens=True))
+        text = self.tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return str(text)
 
 
 def before_stop(text: str, stop_strings: Iterable[str]) -> str:

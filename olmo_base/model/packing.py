@@ -94,8 +94,10 @@ class _Apart(torch.autograd.Function):
         parts = []
         for group in packing.groups:
             part_ND = x_ND[group.start : group.end]
-            in_order = group.places_P is None
-            parts.append(part_ND.clone() if in_order else part_ND.index_select(0, group.places_P))
+            if group.places_P is None:
+                parts.append(part_ND.clone())
+            else:
+                parts.append(part_ND.index_select(0, group.places_P))
         return tuple(parts)
 
     @staticmethod

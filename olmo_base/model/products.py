@@ -24,8 +24,8 @@ def linear(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
     stays with MKL, which is faster there. Everything else (other dtypes and devices, autocast, no
     gradient, a compiled model, weights spread over ranks, small products) is ``F.linear``.
     """
-    if _goes_to_onednn(x_MK, weight_NK):
-        return _Linear.apply(x_MK, weight_NK)  # type: ignore[no-any-return]
+    if trains_plainly(x_MK, weight_NK) and _is_for_onednn(x_MK, weight_NK):
+        return _Linear.apply(x_MK, weight_NK)
     return F.linear(x_MK, weight_NK)
 
 
@@ -36,13 +36,21 @@ def product(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
     return x_MK @ weight_NK.T
 
 
-def _goes_to_onednn(x: Tensor, weight: Tensor) -> bool:
+def trains_plainly(x: Tensor, *weights: Tensor) -> bool:
+    """Whether a gradient of plain fp32 tensors on a CPU is to be made, by nothing that rewrites it.
+
+    Then functions that make their own gradients may stand in for torch's.
+    """
     return (
-        torch.is_grad_enabled()
-        and (x.requires_grad or weight.requires_grad)
+        x.device.type == "cpu"
+        and torch.is_grad_enabled()
+        and (x.requires_grad or any(weight.requires_grad for weight in weights))
+        and type(x) is Tensor
+        and x.dtype == torch.float32
+        and all(type(weight) in (Tensor, torch.nn.Parameter) for weight in weights)
+        and all(weight.dtype == torch.float32 for weight in weights)
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
-        and _is_for_onednn(x, weight)
     )
 
 
@@ -55,12 +63,12 @@ def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
         and type(weight) in (Tensor, torch.nn.Parameter)
         and x.numel() * weight.shape[0] >= LEAST_WORK
         and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
     )
 
 
 def _onednn(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")  # type: ignore[no-any-return]
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
 class _Linear(torch.autograd.Function):

@@ -423,7 +423,8 @@ class Transformer(nn.Module):
             for window, sight in found.items():
                 sights[window].append(sight)
         x_ND = self.embed_tokens(ids_BT).flatten(0, 1).index_select(0, packing.sources_N)
-        for window, layer in zip(self.windows, self.layers, strict=True):
+        for window, module in zip(self.windows, self.layers, strict=True):
+            layer: Any = module
             if self.recomputes and torch.is_grad_enabled():
                 x_ND = checkpoint(layer.packed, x_ND, packing, sights[window], use_reentrant=False)
             else:

@@ -50,7 +50,7 @@ def constant_model(logits_V: torch.Tensor, max_length: int = 64) -> Transformer:
         for weight in model.parameters():
             weight.zero_()
         model.embed_tokens.weight[:] = 1.0
-        model.norm.weight[:] = 1.0
+        model.norm.get_parameter("weight")[:] = 1.0
         model.output_weight[:] = logits_V[:, None] / 2  # the normed state is (1, 1)
     return model
 

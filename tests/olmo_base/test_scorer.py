@@ -24,6 +24,7 @@ from transformers import (
 from olmo_base.model.hf_weights import load_native
 from olmo_base.model.transformer import ModelConfig, Transformer
 from olmo_base.scorer import (
+    MIN_BLOCK,
     Score,
     continuation_logprobs,
     reads_trees,
@@ -169,6 +170,37 @@ def test_head_runs_on_continuation_positions_only():
     )
     continuation_logprobs(model, [(list(range(15)), [1, 2]), ([1, 2], [3])])
     assert [shape.numel() for shape in num_scored] == [3]
+
+
+def test_a_vocabulary_of_several_blocks_scores_like_one():
+    torch.manual_seed(0)
+    sizes = SIZES | {"vocab_size": 5 * MIN_BLOCK + 7}
+    model = Transformer(ModelConfig(**sizes, eos_token_id=0, pad_token_id=1)).eval()
+    twin, best = 2 * MIN_BLOCK + 1, 4 * MIN_BLOCK + 3
+    with torch.no_grad():
+        model.output_weight.mul_(40)
+        logits_TV = model.logits(model(torch.arange(20)[None]))[0]
+        # Two ids of different blocks are equally likely after the last token, and the likeliest.
+        model.output_weight[[twin, best]] = model.output_weight[logits_TV[-1].argmax()] * 1.5
+        logits_TV = model.logits(model(torch.arange(20)[None]))[0]
+    assert logits_TV[-1].argmax() in (twin, best)
+    places = [0, 1, 700, MIN_BLOCK, twin, best, 5 * MIN_BLOCK + 6]
+    requests = [(list(range(20)), [place]) for place in places]
+    # Many positions, so that blocks are as narrow as they get.
+    chance = random.Random(0)
+    texts = [[chance.randrange(sizes["vocab_size"]) for _ in range(20)] for _ in range(40)]
+    requests += [(text[:1], text[1:]) for text in texts]
+    scores = continuation_logprobs(model, requests)
+    logp_V = logits_TV[-1].double().log_softmax(-1)
+    torch.testing.assert_close(
+        logprobs(scores[:7]), logp_V[torch.tensor(places)], atol=1e-4, rtol=0
+    )
+    logp_BTV = model.logits(model(torch.tensor(texts))).double().log_softmax(-1)[:, :-1]
+    naive_BT = logp_BTV.gather(-1, torch.tensor(texts)[:, 1:, None]).squeeze(-1)
+    torch.testing.assert_close(logprobs(scores[7:]), naive_BT.sum(-1), atol=1e-3, rtol=1e-6)
+    is_greedy = [score.is_greedy for score in scores[:7]]
+    assert is_greedy[:4] == [False] * 4 and is_greedy[6] is False
+    assert is_greedy[4] != is_greedy[5]
 
 
 def test_probabilities_of_all_tokens_add_up_to_one():

@@ -18,9 +18,10 @@ from olmo_base.run.recipe import load_recipe
 from open_instruct import preference, sft
 from open_instruct.__main__ import main
 from open_instruct.adapters import AdapterConfig
-from open_instruct.causal_lm import ModelConfig, count_parameters, load_causal_lm, load_config
+from open_instruct.causal_lm import ModelConfig, load_causal_lm, load_config
 from open_instruct.encode import find_template, load_chat_encoder
 from open_instruct.loop import steps_of
+from open_instruct.memory import count_parameters
 from open_instruct.reference import REFERENCE_FILE
 from open_instruct.tokenised import DataReport
 from tests.open_instruct.tiny import (

@@ -146,8 +146,15 @@ def test_shared_rows_are_cut_by_what_the_model_reads_and_counted_by_what_is_in_t
     assert shared.num_tokens == examples.num_tokens == 28
     steps = steps_over(shared, terms_per_example=np.ones(2))
     assert steps.num_tokens(0) == 28
-    assert steps.largest_micro_batch(1)[0] == 21
+    assert max(size.positions for size in steps.micro_batch_sizes(1)) == 21
+    uncut = steps_over(shared, cost_of_cut=1e9)
+    assert [size[:4] for size in uncut.micro_batch_sizes(1)] == [(0, 42, 2 * 21**2, 21)]
+    packed = uncut.micro_batch_sizes(1, packs=True)
+    assert [size[:4] for size in packed] == [(0, 28, 21**2 + 7**2, 21)]
     assert sorted(len(batch.ids_RT) for batch in steps.micro_batches(0, 0)) == [1, 1]
+    apart = steps_over(examples, terms_per_example=np.ones(2), cost_of_cut=1e9)
+    assert [size.positions for size in apart.micro_batch_sizes(1)] == [4 * 11]
+    assert [size.positions for size in apart.micro_batch_sizes(1, packs=True)] == [28]
     empty = shared.batch([])
     assert (empty.ids_RT.shape, empty.num_sequences) == ((1, 1), 0)
 

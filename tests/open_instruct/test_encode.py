@@ -19,6 +19,7 @@ from open_instruct.encode import (
     find_template,
     learnt_turns,
     load_chat_encoder,
+    load_chat_tokenizer,
     save_chat_files,
     template_names,
 )
@@ -604,6 +605,24 @@ def test_a_broken_tokenizer_is_refused_with_its_folder(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model": 3}')
     with pytest.raises(UserError, match=f"tokenizer in {tmp_path} cannot be loaded"):
         load_chat_encoder(tmp_path, "tulu")
+
+
+@pytest.mark.parametrize("model_type", ["olmo", "olmo2", "olmo3", "llama", None])
+@pytest.mark.parametrize("kind", ["TokenizersBackend", "PreTrainedTokenizerFast", "GPT2Tokenizer"])
+def test_a_tokenizer_is_read_as_transformers_would_read_it(
+    tmp_path, chat_tokenizer, model_type, kind
+):
+    chat_tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": kind}))
+    if model_type is not None:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    ours, theirs = load_chat_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert type(ours) is type(theirs)
+    assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+    assert ours.special_tokens_map == theirs.special_tokens_map
+    for name in ("padding_side", "model_max_length", "chat_template", "added_tokens_decoder"):
+        assert getattr(ours, name) == getattr(theirs, name)
 
 
 def test_layouts_are_kept_in_bounded_number_and_may_be_forgotten(chat_tokenizer, monkeypatch):

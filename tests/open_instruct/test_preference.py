@@ -451,7 +451,8 @@ def test_shared_prompts_change_what_is_read_and_nothing_else(folder):
     }
     assert_same_weights(weights_of(runs["auto"]), weights_of(runs[True]))
     assert "both answers share their prompt" in log_of(runs["auto"])
-    assert "prompts are" not in log_of(runs[False]) and "share" not in log_of(runs[False])
+    assert "prompts are" not in log_of(runs[False])
+    assert "share their prompt" not in log_of(runs[False])
     shared, apart = (rows_of(runs[word] / "metrics.jsonl") for word in (True, False))
     assert len(shared) == len(apart) > 10
     for ours, theirs in zip(shared, apart, strict=True):
@@ -660,6 +661,11 @@ def test_a_plan_counts_both_answers_and_writes_nothing(folder):
         for side in ("chosen", "rejected")
     )
     assert figures["tokens"] == tokens
+    read = figures["tokens_with_shared_prompts"]
+    assert isinstance(read, int) and tokens / 2 < read < tokens
+    apart = preference.plan(recipe_of(folder, share_prompts=False))
+    assert "tokens_with_shared_prompts" not in apart and apart["tokens"] == tokens
+    assert int(str(figures["memory_bytes"])) < int(str(apart["memory_bytes"]))
 
 
 def test_a_model_without_template_says_what_to_do(folder):

@@ -33,6 +33,7 @@ from olmo_base.model.generate import (
     Sampling,
     StopRule,
     before_stop,
+    likeliest,
     load_generator,
     next_ids,
 )
@@ -511,3 +512,13 @@ def test_a_folder_without_tokenizer_generates_but_has_no_words(tmp_path: Path):
     assert generator.generate([[1]], max_new_tokens=2)
     with pytest.raises(UserError, match=r"has no tokenizer \(tokenizer\.json\)"):
         _ = generator.tokenizer
+
+
+@pytest.mark.parametrize("size", [100, 2**14, 2**14 + 1, 50_304])
+def test_the_likeliest_is_the_first_of_the_largest(size):
+    generator = torch.Generator().manual_seed(size)
+    many_BV = torch.randint(0, 5, (16, size), generator=generator).float()  # full of equals
+    last_BV = torch.randn(16, size, generator=generator)
+    last_BV[:8, -1] = 9.0
+    for logits_BV in (many_BV, last_BV):
+        assert likeliest(logits_BV).tolist() == logits_BV.argmax(-1).tolist()

@@ -3,10 +3,13 @@
 import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+import torch
+from transformers import Olmo2ForCausalLM
 
 from open_instruct.chat.tool_calls import CallReader, split_calls
 from open_instruct.encode import load_chat_encoder, save_chat_files
@@ -25,9 +28,44 @@ SCHEMA = {
     "additionalProperties": False,
 }
 
+WEATHER: Any = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather in a city.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+SPOKEN = (
+    'Let me see.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich"}}\n</tool_call>'
+)
+
 
 def as_schema(schema: Any) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "it", "schema": schema, "strict": True}}
+
+
+def learn_to_call(folder: Path) -> None:
+    """Train the model in a folder until it answers HELLO with SPOKEN when it is told of WEATHER."""
+    encoder = load_chat_encoder(folder)
+    prompt = encoder.encode_prompt(HELLO, tools=[WEATHER])
+    answer = [*encoder.tokenizer.encode(SPOKEN), *sorted(encoder.end_of_turn_ids)[:1]]
+    ids_1T = torch.tensor([prompt + answer])
+    model = Olmo2ForCausalLM.from_pretrained(folder)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(300):
+        logits_TV = model(ids_1T, logits_to_keep=len(answer) + 1).logits[0, :-1]
+        losses_T = torch.nn.functional.cross_entropy(
+            logits_TV, torch.tensor(answer), reduction="none"
+        )
+        if losses_T.max() < 0.1:  # each token has nine tenths of the chance
+            break
+        losses_T.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    else:
+        raise AssertionError("it has not learnt the call")
+    model.save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +74,13 @@ def running(tmp_path_factory) -> Iterator[Running]:
     plain = save_chat_model(folder / "plain")
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    caller = folder / "caller"
     shape = dict(hidden_size=32, max_position_embeddings=1500, vocab_size=len(tokenizer))
-    save_tiny_model(folder / "caller", 1, **shape)
-    tokenizer.save_pretrained(folder / "caller")
-    save_chat_files(load_chat_encoder(folder / "caller", "chatml"), folder / "caller")
-    made = Running([plain, str(folder / "caller")])
+    save_tiny_model(caller, 1, **shape)
+    tokenizer.save_pretrained(caller)
+    save_chat_files(load_chat_encoder(caller, "chatml"), caller)
+    learn_to_call(caller)
+    made = Running([plain, str(caller)])
     yield made
     made.stop()
 
@@ -112,15 +152,6 @@ def test_without_the_package_a_form_is_refused_with_what_to_install(running, mon
 
 # ---------------------------------------------------------------- tools
 
-WEATHER: Any = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "The weather in a city.",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
-    },
-}
-
 
 def rendered(running: Running, name: str, **asked: Any) -> str:
     status, answer, _ = running.post("/page/prompt", {"model": name, "messages": HELLO} | asked)
@@ -157,11 +188,6 @@ def test_calls_and_their_results_are_read_back(running):
     assert status == 400 and "no call before it has that id" in answer["error"]["message"]
 
 
-SPOKEN = (
-    'Let me see.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich"}}\n</tool_call>'
-)
-
-
 def test_a_call_in_an_answer_is_split_off_whole_and_piece_by_piece():
     for text, said, names in (
         (SPOKEN, "Let me see.", ["weather"]),
@@ -183,40 +209,22 @@ def test_a_call_in_an_answer_is_split_off_whole_and_piece_by_piece():
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_model_that_calls_a_tool_is_understood_by_the_client(running, stream):
-    """The model is a random one, held to a form of which this text is the only word."""
-    pytest.importorskip("llguidance", reason="the extra json is not installed")
-    served = running.server.models[[*running.server.models][1]]
-    from llguidance import LLMatcher, LLTokenizer
-
-    words = LLTokenizer(
-        served.engine.backend.to_str(),
-        n_vocab=served.engine.generator.vocab_size,
-        eos_token=sorted(served.engine.stop_ids),
+    caller = [*running.server.models][1]
+    made = running.client().chat.completions.create(
+        model=caller, messages=HELLO, tools=[WEATHER], temperature=0, stream=stream
     )
-    grammar = LLMatcher.grammar_from_lark(f"start: {json.dumps(SPOKEN)}")
-
-    async def speak(asked: Any) -> Any:
-        return LLMatcher(words, grammar)
-
-    before, served.matcher = served.matcher, speak
-    try:
-        made = running.client().chat.completions.create(
-            model=served.name, messages=HELLO, tools=[WEATHER], stream=stream
+    if stream:
+        choices = [piece.choices[0] for piece in made]
+        said = "".join(choice.delta.content or "" for choice in choices)
+        (calls,) = [choice.delta.tool_calls for choice in choices if choice.delta.tool_calls]
+        reason = choices[-1].finish_reason
+    else:
+        (choice,) = made.choices
+        said, calls, reason = (
+            choice.message.content,
+            choice.message.tool_calls,
+            choice.finish_reason,
         )
-        if stream:
-            choices = [piece.choices[0] for piece in made]
-            said = "".join(choice.delta.content or "" for choice in choices)
-            (calls,) = [choice.delta.tool_calls for choice in choices if choice.delta.tool_calls]
-            reason = choices[-1].finish_reason
-        else:
-            (choice,) = made.choices
-            said, calls, reason = (
-                choice.message.content,
-                choice.message.tool_calls,
-                choice.finish_reason,
-            )
-    finally:
-        served.matcher = before
     assert said.strip() == "Let me see." and reason == "tool_calls"
     assert calls[0].function.name == "weather" and calls[0].id.startswith("call_")
     assert json.loads(calls[0].function.arguments) == {"city": "Zürich"}

@@ -1,3 +1,4 @@
+import gc
 import http.client
 import inspect
 import json
@@ -7,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -616,20 +618,43 @@ def test_sigterm_lets_streams_finish_and_refuses_new_requests(tmp_path):
         client = openai.OpenAI(
             base_url=f"http://127.0.0.1:{found[1]}/v1", api_key=key, max_retries=0
         )
-        asked: dict[str, Any] = dict(model=name, messages=HELLO, seed=1, logit_bias=LONG)
-        stream = client.chat.completions.create(**asked, stream=True)
-        next(iter(stream))
-        process.send_signal(signal.SIGTERM)
-        assert "Stopping after 1 running" in process.stderr.readline()
-        with pytest.raises(openai.InternalServerError, match="takes no new requests") as caught:
-            client.chat.completions.create(**asked)
-        assert caught.value.status_code == 503
-        reasons = [chunk.choices[0].finish_reason for chunk in stream]
-        assert reasons[-1] == "length" and len(reasons) > 500
+        asked: dict[str, Any] = dict(model=name, messages=HELLO, logit_bias=LONG)
+        create = client.chat.completions.create
+        all_run, is_told = threading.Barrier(9), threading.Event()
+
+        def read_to_the_end(seed: int) -> tuple[str, str | None]:
+            stream = create(**asked, seed=seed, stream=True)
+            next(stream)
+            all_run.wait(200)
+            is_told.wait(200)  # the most of it is read after the signal
+            choices = [chunk.choices[0] for chunk in stream]
+            return "".join(c.delta.content or "" for c in choices), choices[-1].finish_reason
+
+        with ThreadPoolExecutor(8) as threads:
+            streams = [threads.submit(read_to_the_end, seed) for seed in range(8)]
+            all_run.wait(200)
+            process.send_signal(signal.SIGTERM)
+            assert "Stopping after 8 running" in process.stderr.readline()
+            for is_stream in (False, True):
+                with pytest.raises(openai.InternalServerError, match="takes no new") as caught:
+                    create(**asked, stream=is_stream)
+                assert caught.value.status_code == 503
+            is_told.set()
+            ends = [stream.result(60) for stream in streams]
+        assert [reason for _, reason in ends] == ["length"] * 8
+        assert len({text for text, _ in ends}) == 8
+        assert all(len(text) > 500 for text, _ in ends)
         assert process.wait(30) == 0
     finally:
         process.kill()
         process.communicate()
+
+
+NOT_TO_START = {  # heavy; AutoTokenizer alone imports the third
+    "torch._dynamo", "torch._inductor", "transformers.models.auto", "transformers.generation",
+    "sympy", "pandas", "sklearn", "scipy", "datasets", "accelerate", "peft", "bitsandbytes",
+    "llguidance", "matplotlib",
+}  # fmt: skip
 
 
 def test_what_serve_cannot_do_is_said_without_a_traceback(tmp_path, capsys, monkeypatch):
@@ -643,3 +668,20 @@ def test_what_serve_cannot_do_is_said_without_a_traceback(tmp_path, capsys, monk
     assert "given twice" in capsys.readouterr().err
     assert main(["serve", model, "--port", "0", "--votes", str(tmp_path / "no" / "v.jsonl")]) == 2
     assert "there is no folder" in capsys.readouterr().err
+    assert gc.isenabled()
+    gc.unfreeze()  # serve keeps what it has imported out of later collections
+
+
+def test_a_start_imports_nothing_that_the_first_request_does_not_need(tmp_path):
+    name = save_chat_model(tmp_path / "model")
+    code = (
+        "import os, sys\n"
+        "from open_instruct.chat.server import load_models\n"
+        f"(served,) = load_models([{name!r}]).values()\n"
+        "assert served.encoder is not None\n"
+        f"heavy = {NOT_TO_START!r}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        "os._exit(0)\n"  # the engine's thread would go on
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
