@@ -501,8 +501,13 @@ class Steps:
 def evaluation_batches(
     examples: Examples, *, max_examples: int, num_ranks: int, rank: int, pad_id: int = 0
 ) -> list[Batch]:
-    """This rank's share of a whole set, in batches of similar length, the same ones every time."""
+    """This rank's share of a whole set, in batches of similar length, the same ones every time.
+
+    Every rank has equally many, the last ones without examples: those of divided weights gather
+    them together.
+    """
     by_length = np.argsort(examples.positions_N, kind="stable").tolist()
     starts = range(0, len(by_length), max_examples)
     groups = [by_length[start : start + max_examples] for start in starts]
+    groups += [[] for _ in range(-len(groups) % num_ranks)]
     return [examples.batch(group, pad_id) for group in groups[rank::num_ranks]]

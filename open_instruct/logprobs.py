@@ -50,18 +50,18 @@ class _OwnIdLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits_LV: Tensor, ids_L: Tensor) -> tuple[Tensor, Tensor]:
-        logprobs_L1 = logits_LV.new_empty(len(ids_L), 1)
-        totals_L1 = torch.empty_like(logprobs_L1)
+        logprobs_L = logits_LV.new_empty(len(ids_L))
+        totals_L1 = logits_LV.new_empty(len(ids_L), 1)
         for here in _pieces_in_cache(logits_LV):
             piece_CV = logits_LV[here]
             piece_CV -= piece_CV.amax(-1, keepdim=True)
             chosen_C1 = piece_CV.gather(1, ids_L[here, None])
             totals_L1[here] = piece_CV.exp_().sum(-1, keepdim=True)
-            logprobs_L1[here] = chosen_C1 - totals_L1[here].log()
+            logprobs_L[here] = (chosen_C1 - totals_L1[here].log()).squeeze(1)
         ctx.mark_dirty(logits_LV)
         ctx.save_for_backward(logits_LV, totals_L1, ids_L)
         ctx.set_materialize_grads(False)
-        return logprobs_L1.squeeze(1), logits_LV
+        return logprobs_L, logits_LV
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, None]:
@@ -204,7 +204,7 @@ class NativeThenHead:
     """
 
     def __init__(self, native: Transformer, *, packs: bool) -> None:
-        self._native = native
+        self.native = native
         self._packs = packs
 
     def __call__(
@@ -212,17 +212,17 @@ class NativeThenHead:
     ) -> Tensor:
         """As the other ways."""
         body = model.get_decoder()  # type: ignore[operator]
-        self._native.gradient_checkpointing = model.training and body.gradient_checkpointing
+        self.native.gradient_checkpointing = model.training and body.gradient_checkpointing
         if self._packs:
             assert batch.packing is not None
-            hidden_ND = self._native.packed(batch.ids_RT, batch.packing)
+            hidden_ND = self.native.packed(batch.ids_RT, batch.packing)
             hidden_LD = hidden_ND.index_select(0, batch.packed_positions())
         else:
             positions_RT, may_attend_RTT = batch.position_ids(), batch.may_attend()
             branches = None
             if positions_RT is not None and may_attend_RTT is not None:
                 branches = Branches(positions_RT, may_attend_RTT)
-            hidden = self._native(batch.ids_RT, branches=branches)
+            hidden = self.native(batch.ids_RT, branches=branches)
             hidden_LD = hidden.flatten(0, 1).index_select(0, batch.label_positions_L)
         head = model.get_output_embeddings()  # type: ignore[operator]
         return head_logprobs(hidden_LD, batch.label_ids_L, head, MAX_LOGITS, statistic)
@@ -278,6 +278,11 @@ class Wrapped(nn.Module):
 
     model: nn.Module
 
+    @property
+    def native(self) -> Transformer | None:
+        """What computes the layers in place of ``model``, over the same weights; None: itself."""
+        return None
+
 
 class LabelLogprobs(Wrapped):
     """A causal language model whose forward pass is micro-batch -> log-probability of each label.
@@ -312,6 +317,12 @@ class LabelLogprobs(Wrapped):
                 self.ways = {PACKED: NativeThenHead(native, packs=True), **self.ways}
         self.way, self.needs_mask = find_way(model, precision, tolerance, self.ways)
         self.pair_mask: str | None = None
+
+    @property
+    def native(self) -> Transformer | None:
+        """The OLMo of ``olmo_base``, where its way was found right."""
+        way = self.ways[self.way]
+        return way.native if isinstance(way, NativeThenHead) else None
 
     @property
     def packs(self) -> bool:

@@ -16,12 +16,17 @@ from typing import Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    parse_flag_from_env,
+)
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from olmo_base.divided import copy_part
 from olmo_base.optim import (
     OptimConfig,
     build_optimizer,
@@ -44,6 +49,16 @@ from open_instruct.batches import (
 )
 from open_instruct.logprobs import LabelLogprobs, Wrapped
 from open_instruct.sample_log import SampleLog
+from open_instruct.sharding import (
+    gathered,
+    gathered_state,
+    make_whole,
+    part_held,
+    refuse_other_settings,
+    release,
+    restore_state,
+    shard,
+)
 
 # (model, micro-batch) -> sums over its terms: "loss", which is minimised, and any others to show.
 SummedLoss = Callable[[nn.Module, Batch], dict[str, Tensor]]
@@ -120,19 +135,45 @@ NEVER = 2.0**40  # a cost that no saved padding makes good
 
 # ---------------------------------------------------------------- the processes of a run
 
+TRAINED_WITH = (
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.FSDP,
+)
+
+
+def asked_sharding() -> FullyShardedDataParallelPlugin | None:
+    """How ``accelerate launch`` was told to divide weights over ranks; None for whole copies.
+
+    Errors: UserError for DeepSpeed, and for settings that would not be followed.
+    """
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise UserError(
+            "accelerate was configured for DeepSpeed, which this loop has never been run with: it "
+            "needs a GPU to be checked on. FSDP2 divides weights, gradients and moments as ZeRO-3 "
+            "does: accelerate launch --config_file recipes/accelerate/fsdp2.yaml."
+        )
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return None
+    plugin = FullyShardedDataParallelPlugin()
+    refuse_other_settings(plugin)
+    return plugin
+
 
 class Workers:
     """This process among the others of the run: one alone, or one per rank under accelerate."""
 
     def __init__(self, bf16: bool | Literal["auto"] = "auto") -> None:
         """Errors: UserError for a kind of parallelism that this loop does not train with."""
+        self._sharding = asked_sharding()
         # Precision is ours to choose (below), whatever `accelerate config` says.
-        self._accelerator = Accelerator(mixed_precision="no")
+        self._accelerator = Accelerator(mixed_precision="no", fsdp_plugin=self._sharding)
         kind = self._accelerator.distributed_type
-        if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        if kind not in TRAINED_WITH:
             raise UserError(
                 f"accelerate was configured for {kind.value}, and this loop trains with plain data "
-                "parallelism. Launch it with accelerate launch --multi_gpu, or torchrun."
+                "parallelism or FSDP2. Launch it with a file of recipes/accelerate, or torchrun."
             )
         self.device: torch.device = self._accelerator.device
         self.rank: int = self._accelerator.process_index
@@ -168,14 +209,36 @@ class Workers:
             )
         return placed
 
+    @property
+    def divides(self) -> bool:
+        """Whether weights are divided over ranks (FSDP2), and not copied to each."""
+        return self._sharding is not None and self.num_ranks > 1
+
     def share(self, model: Wrapped) -> nn.Module:
-        """The same model, its gradients averaged over the ranks."""
+        """The same model, its gradients averaged over the ranks; with FSDP2 divided in place.
+
+        accelerate's own FSDP2 runs on GPUs alone and knows no layer but transformers'.
+        """
+        if self._sharding is not None:
+            if self.divides:
+                releases = bool(self._sharding.reshard_after_forward)
+                shard(model, self.device, self.num_ranks, releases=releases)
+            return model
         prepared: nn.Module = self._accelerator.prepare_model(model)
         return prepared
 
     def meeting(self, model: nn.Module, is_last: bool) -> contextlib.AbstractContextManager[object]:
-        """Ranks exchange gradients in the last micro-batch of a step, and not before."""
-        return contextlib.nullcontext() if is_last else self._accelerator.no_sync(model)
+        """Ranks exchange gradients in the last micro-batch of a step, and not before.
+
+        With FSDP2 in each: gradients that are not exchanged yet would be kept whole.
+        """
+        if is_last or self._sharding is not None:
+            return contextlib.nullcontext()
+        return self._accelerator.no_sync(model)
+
+    def unite(self, model: Wrapped) -> None:
+        """After the last step: the model whole on the first rank, to be written. All must ask."""
+        make_whole(model, keeps=self.rank == 0)
 
     def backward(self, loss: Tensor) -> None:
         """Add to the step's gradients."""
@@ -306,9 +369,7 @@ def evaluate(
     summed_loss = settle(held_out.loss, model, batches, held_out.num_terms, workers)
     for batch in batches:
         totals.add(summed_loss(model, batch.to(workers.device)))
-    if not totals.sums:  # more ranks than batches: this one adds nothing, but must take part
-        nothing = held_out.examples.batch([]).to(workers.device)
-        totals.add(summed_loss(model, nothing))
+    release(model)
     model.train(was_training)
     sums = totals.over_ranks(workers)
     return {f"eval_{name}": value / held_out.num_terms for name, value in sums.items()}
@@ -349,26 +410,27 @@ def save(
     """Write a checkpoint on the first rank; every rank goes on when it is complete.
 
     Of the weights only those that are trained: under an adapter the others stay as they came. Tied
-    weights are one parameter and are kept once. No random generator is kept: each step seeds its
-    own.
+    weights are one parameter and are kept once. Divided ones are gathered, so that a run may go on
+    with other ranks. No random generator is kept: each step seeds its own.
     """
+    weights = whole_weights(model, workers)
+    moments = gathered_state(optimizer, keeps=workers.rank == 0)
     if workers.rank == 0:
-        save_checkpoint(
-            folder,
-            at.step,
-            weights=trained_parameters(model),
-            state={
-                "position": asdict(at),
-                "row_sums": row_sums,
-                "optimizer": optimizer.state_dict(),
-            },
-            config=config,
-        )
+        state = {"position": asdict(at), "row_sums": row_sums, "optimizer": moments}
+        save_checkpoint(folder, at.step, weights=weights, state=state, config=config)
     workers.wait()
 
 
+def whole_weights(model: Wrapped, workers: Workers) -> dict[str, Tensor]:
+    """Name -> weight, of those that the optimizer changes; on the first rank. All must ask."""
+    return {
+        name: gathered(parameter, keeps=workers.rank == 0)
+        for name, parameter in trained_parameters(model).items()
+    }
+
+
 def trained_parameters(model: Wrapped) -> dict[str, nn.Parameter]:
-    """Name -> parameter, of those that the optimizer changes."""
+    """Name -> parameter, or this rank's part of it, of those that the optimizer changes."""
     named = model.model.named_parameters()
     return {name: parameter for name, parameter in named if parameter.requires_grad}
 
@@ -384,10 +446,9 @@ def resume(
     weights, state = checkpoint.load()
     parameters = trained_parameters(model)
     assert weights.keys() == parameters.keys(), f"{checkpoint.path} is of another model"
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
-    optimizer.load_state_dict(state["optimizer"])
+    for name, parameter in parameters.items():
+        copy_part(parameter, weights[name])
+    restore_state(optimizer, state["optimizer"])
     is_keeper = workers.rank == 0  # the sums were of all ranks, so one takes them over
     row.add(
         {
@@ -419,11 +480,12 @@ def note_evaluation(
     if loss < at.best_loss - config.early_stopping_threshold:
         at.best_loss, at.best_step, at.num_not_better = loss, at.step, 0
         at.best_evaluation = dict(at.evaluation)
-        if config.load_best_model_at_end and workers.rank == 0:
-            with atomic_folder(folder.checkpoints / BEST) as temporary:
-                weights = trained_parameters(model).items()
+        if config.load_best_model_at_end:
+            weights = whole_weights(model, workers).items()
+            if workers.rank == 0:
                 separate = {name: weight.detach().clone() for name, weight in weights}
-                save_file(separate, temporary / "model.safetensors", {"step": str(at.step)})
+                with atomic_folder(folder.checkpoints / BEST) as temporary:
+                    save_file(separate, temporary / "model.safetensors", {"step": str(at.step)})
         workers.wait()
         return
     at.num_not_better += 1
@@ -441,9 +503,8 @@ def take_best(folder: RunFolder, model: Wrapped, at: Position) -> None:
     with safe_open(folder.checkpoints / BEST / "model.safetensors", framework="pt") as file:
         kept_step = int((file.metadata() or {})["step"])
         assert kept_step == at.best_step, f"weights of step {kept_step}, not {at.best_step}"
-        with torch.no_grad():
-            for name, parameter in trained_parameters(model).items():
-                parameter.copy_(file.get_tensor(name))
+        for name, parameter in trained_parameters(model).items():
+            copy_part(parameter, file.get_tensor(name))
     at.evaluation = dict(at.best_evaluation)
     folder.log(f"the weights after step {at.best_step} are kept (eval_loss {at.best_loss:.4g})")
 
@@ -493,7 +554,7 @@ def add_gradients(
     for number, batch in enumerate(batches, start=1):
         with workers.meeting(model, is_last=number == len(batches)):
             sums = summed_loss(model, batch.to(workers.device))
-            # DDP averages over ranks; the loss is a sum over them.
+            # DDP and FSDP2 average over ranks; the loss is a sum over them.
             workers.backward(sums["loss"] * (workers.num_ranks / num_terms))
         totals.add(sums)
 
@@ -519,6 +580,12 @@ def train(
     written; UserError when the loss is no longer a number.
     """
     shared = workers.share(model)
+    if workers.divides:
+        here, everywhere = part_held(model)
+        folder.log(
+            f"weights are divided over {workers.num_ranks} processes (FSDP2): {here:,} of "
+            f"{everywhere:,} parameters on the first"
+        )
     optimizer = build_optimizer(model.model, optim)
     at, row = resume(folder, workers, model, optimizer)
     if config.looks_for_best and at.step > 0 and at.eval_steps != config.eval_steps:

@@ -19,8 +19,14 @@ from open_instruct.examples import SourceUse
 
 CARD = "README.md"
 CURVE_ROWS = 12  # of the loss, spread over the run
-# What is of use to the run and not to others. Data may be private: the reference's ids are not it.
-NOT_PUBLISHED = ["checkpoints/*", "reference/*", ".lock", ".*", "*.tmp/*", "tensorboard/*"]
+# What is of use to the run and not to others. Data may be private: the reference's ids and answered
+# held-out prompts are not it. Manifest and log name files of this machine; card and recipe say what
+# was read in the words of the recipe.
+NOT_PUBLISHED = [
+    *("checkpoints/*", "reference/*", "tensorboard/*"),
+    *(".lock", ".*", "*.tmp/*"),
+    *("manifest.json", "train.log", "samples.jsonl"),
+]
 
 
 @dataclass(frozen=True)

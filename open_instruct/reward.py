@@ -197,7 +197,7 @@ class RowRewards(Wrapped):
         ).last_hidden_state
         rows_R = torch.arange(len(batch.ids_RT), device=hidden.device)
         last_RD = hidden[rows_R, batch.lengths_R - 1]
-        rewards_R: Tensor = whole.score(last_RD)[:, 0].float()
+        rewards_R: Tensor = whole.score(last_RD).float().mean(1)  # of one: FSDP2 warns of a view
         return rewards_R
 
     @torch.no_grad()

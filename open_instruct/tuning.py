@@ -353,9 +353,18 @@ class Model:
         held_out: HeldOut | None,
         workers: Workers,
     ) -> SampleLog | None:
-        """What answers held-out prompts while training goes on; None where nobody asks."""
+        """What answers held-out prompts while training goes on; None where nobody asks.
+
+        Errors: UserError where weights are divided over ranks.
+        """
         if held_out is None or recipe.shown.num_eval_samples == 0:
             return None
+        if workers.divides:
+            raise UserError(
+                f"num_eval_samples: {recipe.shown.num_eval_samples}, but the first rank answers "
+                "them, and under FSDP2 it holds a part of the weights. Set it to 0, or launch with "
+                "recipes/accelerate/ddp.yaml."
+            )
         prompts = first_prompts(held_out.examples, recipe.shown.num_eval_samples)
         return SampleLog(
             folder, self.language_model, encoder, prompts, recipe.shown, workers.precision
@@ -469,6 +478,7 @@ def train_and_finish(
         log=recipe.log,
         samples=samples,
     )
+    workers.unite(model)
     if workers.rank == 0:
         save()
         write_model_card(folder, uses, results)

@@ -8,7 +8,7 @@ from typing import Any
 from eval.report.charts import LineChart, line_chart
 from eval.report.gather import Report
 from eval.report.training import Stage
-from eval.report.words import duration_text, size_text, visible
+from eval.report.words import Clipped, clipped, duration_text, size_text, visible
 
 # Each panel: its title, and metrics.jsonl keys with the name and style of their line.
 PANELS: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (
@@ -46,6 +46,49 @@ def stage_panels(stages: Sequence[Stage]) -> list[StagePanel]:
                 chart = line_chart(title, series)
                 panels.append(StagePanel(visible(stage.name), ", ".join(facts), chart))
     return panels
+
+
+PROMPTS_SHOWN = 4  # of those that a run answers while it is trained
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a run said to one held-out prompt after its first and its last evaluation."""
+
+    prompt: Clipped
+    target: Clipped
+    answers: list[dict[str, Any]]  # step, text, is_cut
+
+
+def answers_while_trained(stages: Sequence[Stage]) -> list[dict[str, Any]]:
+    """The first prompts of every stage that answered any."""
+    shown = []
+    for stage in stages:
+        by_prompt: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for row in stage.answers:
+            key = (str(row.get("prompt", "")), str(row.get("target", "")))
+            by_prompt.setdefault(key, []).append(row)
+        cards = [
+            Answered(
+                clipped(prompt),
+                clipped(target),
+                [
+                    {
+                        "step": visible(str(row.get("step", "?"))),
+                        "text": clipped(str(row.get("answer", ""))),
+                        "is_cut": row.get("finish_reason") == "length",
+                    }
+                    for row in (rows if len(rows) == 1 else [rows[0], rows[-1]])
+                ],
+            )
+            for (prompt, target), rows in list(by_prompt.items())[:PROMPTS_SHOWN]
+        ]
+        if cards:
+            num_left_out = len(by_prompt) - len(cards)
+            shown.append(
+                {"name": visible(stage.name), "cards": cards, "num_left_out": num_left_out}
+            )
+    return shown
 
 
 def model_facts(report: Report) -> list[Sequence[str]]:

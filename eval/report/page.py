@@ -14,7 +14,15 @@ import yaml
 
 from eval.report.answers import pack_of, sample_cards
 from eval.report.gather import Report, evaluation_time
-from eval.report.origins import inputs, model_facts, settings, stage_facts, stage_panels, versions
+from eval.report.origins import (
+    answers_while_trained,
+    inputs,
+    model_facts,
+    settings,
+    stage_facts,
+    stage_panels,
+    versions,
+)
 from eval.report.tables import (
     COMPARISON_HEAD,
     COST_HEAD,
@@ -80,6 +88,7 @@ def html_page(report: Report, *, has_png: bool = False) -> str:
                 if row.is_group
             ],
             panels=stage_panels(report.stages),
+            learning=answers_while_trained(report.stages),
             tasks=[_section(report, name) for name in report.tasks],
             task_names=list(report.tasks),
             packs=[pack for name in report.tasks if (pack := pack_of(report, name)) is not None],

@@ -23,6 +23,7 @@ class Stage:
     manifest: dict[str, Any]
     recipe: dict[str, Any]
     rows: Sequence[dict[str, Any]]  # metrics.jsonl
+    answers: Sequence[dict[str, Any]] = ()  # samples.jsonl: to held-out prompts, step after step
 
     def curve(self, key: str) -> list[tuple[float, float]]:
         """(step, value) wherever a row holds a number under this key."""
@@ -64,11 +65,12 @@ def read_stage(folder: Path) -> Stage | None:
         path=folder,
         manifest=manifest,
         recipe=recipe if isinstance(recipe, dict) else {},
-        rows=_metrics(folder / "metrics.jsonl"),
+        rows=_rows(folder / "metrics.jsonl"),
+        answers=_rows(folder / "samples.jsonl"),
     )
 
 
-def _metrics(path: Path) -> list[dict[str, Any]]:
+def _rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").splitlines()

@@ -299,6 +299,27 @@ def test_hostile_answers_stay_inert_in_the_page(make_evaluation):
     assert "⟨U+0000⟩⟨U+001B⟩[31m" in page.text
 
 
+def test_what_a_run_answered_while_it_was_trained_is_shown_and_stays_inert(make_evaluation):
+    run = make_evaluation().parent / "sft"
+    rows = [
+        {"step": step, "prompt": f"ask {place}", "answer": answer, "target": "yes"}
+        | {"finish_reason": "length" if step else "stop"}
+        for step, answer in ((0, "first words"), (5, "between"), (9, HOSTILE))
+        for place in range(6)
+    ]
+    (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = write_report([run]).read_text()
+    page = Page(text)
+    assert own_script_only(page, text)
+    assert "img" not in {tag for tag, _ in page.elements}
+    assert "What sft answered while it was trained" in page.text
+    assert page.text.count("first words") == page.text.count("<script>alert(1)</script>") == 4
+    assert page.text.count("cut at the longest length") == 4
+    assert "after step 0" in page.text and "after step 9" in page.text
+    assert "between" not in page.text and "ask 4" not in page.text
+    assert "2 more prompts" in page.text
+
+
 def test_hostile_answers_stay_inside_their_block_in_markdown(make_evaluation):
     text = markdown(gather([make_evaluation(n=30, answer=HOSTILE)]))
     blocks = re.findall(r"^````text\n(.*?)\n````$", text, flags=re.S | re.M)

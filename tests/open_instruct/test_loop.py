@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,15 +11,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from olmo_base.optim import OptimConfig
 from olmo_base.run.artefact import RunConfig, RunFolder
 from olmo_base.run.errors import Stopped, UserError
 from olmo_base.run.metrics import LogConfig
-from olmo_base.run.recipe import load_recipe
 from olmo_base.run.resume import CheckpointConfig
-from open_instruct import preference, reward, sft
+from open_instruct.__main__ import main
 from open_instruct.batches import Examples
 from open_instruct.encode import Encoded
 from open_instruct.logprobs import LabelLogprobs
@@ -29,6 +29,7 @@ from open_instruct.loop import (
     TrainConfig,
     Workers,
     add_gradients,
+    asked_sharding,
     evaluate,
     settle,
     steps_of,
@@ -185,10 +186,17 @@ def train_tiny(
     """Train a tiny model on 12 random rows, 9 steps; its weights and the figures of the end."""
     examples, others = random_examples(), random_examples(5, seed=1)
     workers = Workers(False)
-    folder = RunFolder.open(LoopRecipe(RunConfig(str(path))), [])
+    with workers.main_first():
+        folder = RunFolder.open(LoopRecipe(RunConfig(str(path))), [])
     language_model = tiny_olmo2(**(model_changes or {}))
     model = workers.place(language_model)
-    steps = steps_of(examples, examples.num_labels_NW.sum(axis=1), config, seed=3)
+    steps = steps_of(
+        examples,
+        examples.num_labels_NW.sum(axis=1),
+        config,
+        seed=3,
+        num_ranks=workers.num_ranks,
+    )
     try:
         results = train(
             folder,
@@ -358,82 +366,194 @@ def test_gradient_checkpointing_changes_memory_and_not_gradients():
 
 # ---------------------------------------------------------------- two processes
 
-ALL_STAGES = """
-from olmo_base.run.recipe import load_recipe
-from open_instruct import preference, reward, sft
-sft.run(load_recipe(sft.SftRecipe, "sft.yaml"))
-preference.run(load_recipe(preference.PreferenceRecipe, "dpo.yaml"))
-preference.run(load_recipe(preference.PreferenceRecipe, "kto.yaml"))
-sft.run(load_recipe(sft.SftRecipe, "lora.yaml"))
-reward.run(load_recipe(reward.RewardRecipe, "reward.yaml"))
-"""
-
 DATA = {
     "sft": "dialogues.jsonl",
+    "tied": "dialogues.jsonl",
     "dpo": "pairs.jsonl",
     "kto": "rated.jsonl",
     "lora": "dialogues.jsonl",
     "reward": "pairs.jsonl",
 }
 OTHER_KEYS: dict[str, dict[str, Any]] = {
+    "sft": dict(stage="sft", eval_steps=2, load_best_model_at_end=True),
+    # Layers of transformers, not of ours, and one matrix at both ends.
+    "tied": dict(
+        stage="sft",
+        model_name_or_path="tied",
+        attn_implementation="eager",
+        gradient_checkpointing=True,
+    ),
     "kto": dict(stage="dpo", loss_type="kto"),
     "lora": dict(stage="sft", use_peft=True, lora_r=4, lora_dropout=0.0),
 }
+ALL_STAGES = """
+import sys
+from open_instruct.__main__ import main
+for recipe in sys.argv[1:]:
+    assert main(["run", recipe]) == 0, recipe
+"""
+DROPOUT = {"attention_dropout": 0.3}
+# Divided weights go on from a checkpoint bit for bit, on native layers and on transformers'.
+STOPPED_AND_WHOLE = """
+import shutil
+import signal
+from pathlib import Path
+import torch
+from olmo_base.run.errors import Stopped
+from tests.open_instruct.test_loop import DROPOUT, loss_that_signals, train_tiny
+
+for name, changes in {"native": {}, "dropout": DROPOUT}.items():
+    expected, figures = train_tiny(Path(f"{name}_whole"), model_changes=changes)
+    try:
+        loss = loss_that_signals(4, signal.SIGTERM)
+        train_tiny(Path(f"{name}_stopped"), loss=loss, model_changes=changes)
+        raise SystemExit("it was not stopped")
+    except Stopped:
+        pass
+    if torch.distributed.get_rank() == 0:
+        shutil.copytree(f"{name}_stopped", f"{name}_copied")
+    torch.manual_seed(99)
+    found, resumed = train_tiny(Path(f"{name}_stopped"), model_changes=changes)
+    assert resumed == figures
+    assert type(found["lm_head.weight"]).__name__ == "DTensor"
+    for key, weight in expected.items():
+        assert torch.equal(found[key].to_local(), weight.to_local()), (name, key)
+    if name == "native":
+        torch.save({key: weight.full_tensor() for key, weight in found.items()}, "found.pt")
+"""
 
 
-def test_two_processes_end_with_the_weights_of_one(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    save_tiny_model(tmp_path / "base")
-    write_dialogues(tmp_path / "dialogues.jsonl")
-    write_pairs(tmp_path / "pairs.jsonl", number=15)  # the last step is smaller
-    write_rated(tmp_path / "rated.jsonl", number=15)
-    folders = {}
-    for number, per_device in ((1, 8), (2, 4)):
-        common = dict(
+def write_recipes(folder: Path, name: str, per_device: int) -> list[str]:
+    """A recipe of every stage, whose run goes into ``STAGE_NAME``."""
+    for stage, data in DATA.items():
+        keys = dict(
+            stage=stage,
             model_name_or_path="base",
             chat_template="tulu",
             max_length=64,
             learning_rate=1e-2,
             adam_epsilon=1e-3,  # Adam makes whole steps of gradients that are only rounding
+            max_grad_norm=2.0,  # less than most steps have
             per_device_train_batch_size=per_device,
             per_device_eval_batch_size=8,
             num_train_epochs=2,
             logging_steps=1,
             save_steps=2,
+            dataset_mixer=[{"path": data}],
+            eval_dataset_mixer=[{"path": data}],
+            output_dir=f"{stage}_{name}",
         )
-        for stage, data in DATA.items():
-            folders[stage, number] = tmp_path / f"{stage}_{number}"
-            keys = OTHER_KEYS.get(stage, {"stage": stage}) | dict(
-                dataset_mixer=[{"path": data}],
-                eval_dataset_mixer=[{"path": data}],
-                output_dir=f"{stage}_{number}",
-            )
-            write_recipe(tmp_path / f"{stage}.yaml", **keys, **common)
-        if number == 1:
-            sft.run(load_recipe(sft.SftRecipe, "sft.yaml"))
-            preference.run(load_recipe(preference.PreferenceRecipe, "dpo.yaml"))
-            preference.run(load_recipe(preference.PreferenceRecipe, "kto.yaml"))
-            sft.run(load_recipe(sft.SftRecipe, "lora.yaml"))
-            reward.run(load_recipe(reward.RewardRecipe, "reward.yaml"))
-    (tmp_path / "both.py").write_text(ALL_STAGES)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+        write_recipe(folder / f"{stage}_{name}.yaml", **(keys | OTHER_KEYS.get(stage, {})))
+    return [f"{stage}_{name}.yaml" for stage in DATA]
+
+
+def launched_by_two(kind: str, folder: Path, *command: str) -> None:
+    """Run it as ``accelerate launch --config_file recipes/accelerate/KIND.yaml`` does."""
+    config = ROOT / "recipes" / "accelerate" / f"{kind}.yaml"
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(config)]
+    options = ["--num_processes", "2", "--main_process_port", "0"]
     done = subprocess.run(
-        [*launch, "both.py"], capture_output=True, text=True, env=environment, timeout=300
+        [sys.executable, *launch, *options, *command],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)},
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
 
+
+@pytest.fixture(scope="module")
+def trained_by_one(tmp_path_factory):
+    """A folder in which one process went through every stage."""
+    folder = tmp_path_factory.mktemp("two_processes")
+    save_tiny_model(folder / "base")
+    save_tiny_model(folder / "tied", tie_word_embeddings=True)
+    write_dialogues(folder / "dialogues.jsonl")
+    write_pairs(folder / "pairs.jsonl", number=15)  # the last step is smaller
+    write_rated(folder / "rated.jsonl", number=15)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for recipe in write_recipes(folder, "one", 8):
+            assert main(["run", recipe]) == 0
+    return folder
+
+
+def goes_on_in_one_process(folder: Path) -> None:
+    """From a checkpoint of divided weights, to the end that two processes came to."""
+    expected = torch.load(folder / "found.pt", weights_only=True)
+    config = replace(TRAIN, per_device_train_batch_size=8)
+    found, _ = train_tiny(folder / "native_copied", config=config)
+    for name, weight in found.items():
+        torch.testing.assert_close(weight, expected[name], atol=1e-4, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_end_with_the_weights_of_one(trained_by_one, kind):
+    folder = trained_by_one
+    recipes = write_recipes(folder, kind, 4)
+    (folder / "all.py").write_text(ALL_STAGES + (STOPPED_AND_WHOLE if kind == "fsdp2" else ""))
+    launched_by_two(kind, folder, "all.py", *recipes)
     for stage in DATA:
-        kind = "adapter_model" if stage == "lora" else "model"
-        one, two = (load_file(folders[stage, number] / f"{kind}.safetensors") for number in (1, 2))
+        file = "adapter_model" if stage == "lora" else "model"
+        runs = [folder / f"{stage}_{name}" for name in ("one", kind)]
+        one, two = (load_file(run / f"{file}.safetensors") for run in runs)
+        assert one.keys() == two.keys()
         for name in one:
             torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=0, msg=name)
-        rows = [rows_of(folders[stage, number] / "metrics.jsonl") for number in (1, 2)]
+        rows = [rows_of(run / "metrics.jsonl") for run in runs]
         assert len(rows[0]) == len(rows[1]) > 4
         for ours, theirs in zip(*rows, strict=True):
             timed = {"seconds", "tokens_per_second", "eval_accuracy"}
             for key in ours.keys() - timed:
                 assert theirs[key] == pytest.approx(ours[key], abs=1e-4), (stage, key)
+            if "loss" in ours:
+                assert theirs["loss"] == pytest.approx(ours["loss"], abs=1e-5), stage
+        found = re.search(r"FSDP2\): ([\d,]+) of ([\d,]+)", (runs[1] / "train.log").read_text())
+        assert (found is not None) == (kind == "fsdp2")
+        if found is not None:
+            here, everywhere = (int(number.replace(",", "")) for number in found.groups())
+            assert everywhere / 2 <= here < everywhere * 0.52  # uneven rows go to the first
+    for stage in ("sft", "tied", "dpo"):
+        AutoModelForCausalLM.from_pretrained(folder / f"{stage}_{kind}")
+    if kind == "fsdp2":
+        goes_on_in_one_process(folder)
+
+
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"FSDP_VERSION": "1"}, "fsdp_version: 1"),
+        ({"FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}, "fsdp_auto_wrap_policy"),
+        ({"FSDP_TRANSFORMER_CLS_TO_WRAP": "Layer"}, "fsdp_transformer_layer_cls_to_wrap"),
+        ({"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, "fsdp_state_dict_type"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params"),
+        ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "fsdp_cpu_ram_efficient_loading"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "fsdp_activation_checkpointing"),
+        ({"FSDP_IGNORED_MODULES": "lm_head"}, "fsdp_ignored_modules"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, r"DeepSpeed.*recipes/accelerate/fsdp2\.yaml"),
+    ],
+)
+def test_a_launcher_that_asks_for_something_else_is_refused_in_words(monkeypatch, changes, words):
+    for key, value in (FSDP2 | changes).items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(UserError, match=words):
+        asked_sharding()
+
+
+def test_a_launcher_that_asks_for_fsdp2_is_followed(monkeypatch):
+    assert asked_sharding() is None
+    for key, value in FSDP2.items():
+        monkeypatch.setenv(key, value)
+    assert asked_sharding() is not None
 
 
 def test_batching_packed_is_refused_in_words_where_the_model_pads():

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub.utils import filter_repo_objects
 
 from olmo_base.run.artefact import read_manifest
 from olmo_base.run.errors import UserError
 from olmo_base.run.recipe import load_recipe
 from open_instruct import reward, sft
 from open_instruct.__main__ import main
-from open_instruct.publish import curves
+from open_instruct.publish import NOT_PUBLISHED, curves
 from tests.open_instruct.tiny import (
     rows_of,
     save_tiny_model,
@@ -100,6 +101,19 @@ def test_an_upload_that_fails_leaves_a_finished_run_and_says_how_to_go_on(folder
     assert manifest is not None and manifest["status"] == "finished"
     # Asked for or not: it is the same run.
     assert sft.run(recipe_of(folder, max_steps=1)).is_finished
+
+
+def test_what_is_uploaded_names_no_place_on_this_machine(folder):
+    held_out = [{"path": "train.jsonl", "samples": 4}]
+    changes = dict(max_steps=1, num_eval_samples=2, eval_dataset_mixer=held_out)
+    run = sft.run(recipe_of(folder, **changes))
+    files = [str(file.relative_to(run.path)) for file in run.path.rglob("*") if file.is_file()]
+    uploaded = set(filter_repo_objects(files, ignore_patterns=NOT_PUBLISHED))
+    assert set(files) > {"manifest.json", "train.log", "samples.jsonl"}
+    assert not uploaded & {"manifest.json", "train.log", "samples.jsonl"}
+    assert uploaded >= {"config.json", "model.safetensors", "README.md", "recipe.yaml"}
+    here = str(folder).encode()
+    assert not [name for name in uploaded if here in (run.path / name).read_bytes()]
 
 
 def test_what_cannot_be_pushed_is_named(folder, capsys):
