@@ -103,7 +103,7 @@ def test_every_recipe_of_a_published_model_is_checked():
     found = [path for path in FILES if path.relative_to(RECIPES).parts[0].startswith("olmo")]
     known = [RECIPES / name / "pretrain.yaml" for name in PUBLISHED]
     known += [RECIPES / name / "stage2.yaml" for name in STAGE_2]
-    assert sorted(known) == found
+    assert sorted(known) == sorted(set(found) - set(TUNINGS))
 
 
 @pytest.mark.parametrize("name", STAGE_2)
