@@ -24,7 +24,7 @@ from benchmarks.peers import (
     DATA,
     MAX_LENGTH,
     SEED,
-    Case,
+    cases_of,
     chat_encoder,
     main,
     multiply_only,
@@ -46,19 +46,13 @@ from open_instruct.preference import loss_against
 from open_instruct.reference import compute_reference
 
 PROMPT_LENGTH, ANSWER_LENGTH, SIGMA = 120, 70, 0.6
-CASES = {
-    f"{name}{suffix}": Case(data, bf16, vocab_size)
-    for name, data in (
-        ("hh_harmless", str(DATA / "preferences" / "hh_harmless.jsonl.gz")),
-        ("rasbt_1100", str(DATA / "preferences" / "rasbt_1100.json")),
-        ("lognormal", None),
-    )
-    for suffix, bf16, vocab_size in (
-        ("", False, 8192),
-        ("-bf16", True, 8192),
-        ("-50k", False, 50304),
-    )
-}
+CASES = cases_of(
+    {
+        "hh_harmless": str(DATA / "preferences" / "hh_harmless.jsonl.gz"),
+        "rasbt_1100": str(DATA / "preferences" / "rasbt_1100.json"),
+        "lognormal": None,
+    }
+)
 
 
 def pairs(options: Namespace) -> list[tuple[Encoded, ...]]:

@@ -55,6 +55,19 @@ class Case(NamedTuple):
         return [*given, *(["--bf16"] if self.bf16 else []), "--vocab-size", str(self.vocab_size)]
 
 
+def cases_of(data: dict[str, str | None]) -> dict[str, Case]:
+    """Each data set in float32, in bfloat16, and with a large vocabulary."""
+    return {
+        f"{name}{suffix}": Case(file, bf16, vocab_size)
+        for name, file in data.items()
+        for suffix, bf16, vocab_size in (
+            ("", False, 8192),
+            ("-bf16", True, 8192),
+            ("-50k", False, 50304),
+        )
+    }
+
+
 # ---------------------------------------------------------------- in the candidate's process
 
 

@@ -25,7 +25,7 @@ from benchmarks.peers import (
     DATA,
     MAX_LENGTH,
     SEED,
-    Case,
+    cases_of,
     chat_encoder,
     main,
     multiply_only,
@@ -45,16 +45,7 @@ from open_instruct.loop import TrainConfig, Workers, steps_of
 from open_instruct.sft import summed_loss
 
 MEAN_LENGTH, SIGMA = 190, 0.6
-DOLLY = str(DATA / "dialogues" / "dolly.jsonl.gz")
-CASES = {
-    f"{name}{suffix}": Case(data, bf16, vocab_size)
-    for name, data in (("dolly", DOLLY), ("lognormal", None))
-    for suffix, bf16, vocab_size in (
-        ("", False, 8192),
-        ("-bf16", True, 8192),
-        ("-50k", False, 50304),
-    )
-}
+CASES = cases_of({"dolly": str(DATA / "dialogues" / "dolly.jsonl.gz"), "lognormal": None})
 
 
 def dialogues(options: Namespace) -> list[tuple[Encoded, ...]]:

@@ -269,17 +269,23 @@ def margin_of(row: dict[str, Any]) -> float:
     return float(margin)
 
 
-def check_pair(prompt: list[Message], chosen: list[Message], rejected: list[Message]) -> None:
-    if not prompt:
-        raise BadRow("no shared prompt", "chosen and rejected share no prompt.", "Remove the row.")
+def _check_prompt(prompt: list[Message], next_step: str) -> None:
     check_order(prompt, "the prompt")
     if prompt[-1]["role"] not in ASKING:
         raise BadRow(
             "prompt does not end with the user",
             f"the prompt ends with {with_article(prompt[-1]['role'])} turn; an answer follows a "
             "user turn.",
-            "Write whole dialogues in chosen and rejected, or end the prompt with a user turn.",
+            next_step,
         )
+
+
+def check_pair(prompt: list[Message], chosen: list[Message], rejected: list[Message]) -> None:
+    if not prompt:
+        raise BadRow("no shared prompt", "chosen and rejected share no prompt.", "Remove the row.")
+    _check_prompt(
+        prompt, "Write whole dialogues in chosen and rejected, or end the prompt with a user turn."
+    )
     for what, answer in (("chosen", chosen), ("rejected", rejected)):
         if not answer:
             raise BadRow("no answer", f"{what} holds no answer.", "Remove the row.")
@@ -317,14 +323,7 @@ def _from_rated_messages(row: dict[str, Any]) -> Rating:
 def check_rated(prompt: list[Message], answer: list[Message]) -> None:
     if not prompt:
         raise BadRow("no prompt", "there is no turn before the answer.", "Add the question.")
-    check_order(prompt, "the prompt")
-    if prompt[-1]["role"] not in ASKING:
-        raise BadRow(
-            "prompt does not end with the user",
-            f"the prompt ends with {with_article(prompt[-1]['role'])} turn; an answer follows a "
-            "user turn.",
-            "End the prompt with a user turn.",
-        )
+    _check_prompt(prompt, "End the prompt with a user turn.")
     check_dialogue([*prompt, *answer], "the prompt with its answer")
 
 

@@ -94,7 +94,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         for file in sorted(temporary.rglob("*")):
             if file.is_file():
                 file.chmod(0o666 & ~_umask())  # safetensors makes private files
-                _flush_to_disk(file)
+                flush_to_disk(file)
         if path.exists():
             aside = path.with_name(f".{path.name}.{os.getpid()}.old")
             os.replace(path, aside)
@@ -102,7 +102,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(aside)
         else:
             os.replace(temporary, path)
-        _flush_to_disk(path.parent)
+        flush_to_disk(path.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -114,7 +114,8 @@ def _umask() -> int:
     return current
 
 
-def _flush_to_disk(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file or a folder's list of names is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
 
-from olmo_base.run.artefact import RunFolder, sha256_file
+from olmo_base.run.artefact import RunFolder, flush_to_disk, sha256_file
 from olmo_base.run.errors import UserError
 from olmo_base.run.resume import (
     CHECKPOINT_NAME,
@@ -122,9 +122,9 @@ class ShardedCheckpoints:
             path = self._folder.checkpoints / name
             if path.exists():  # a corrupt one of the same step
                 shutil.rmtree(path)
-            _flush(unfinished / "index.json")
+            flush_to_disk(unfinished / "index.json")
             os.replace(unfinished, path)
-            _flush(path.parent)
+            flush_to_disk(path.parent)
             for old in outdated([p.name for p in path.parent.iterdir()], self._config):
                 shutil.rmtree(path.parent / old)
         self._folder.note_time()
@@ -292,11 +292,3 @@ def _cause(problem: BaseException) -> BaseException:
     if isinstance(problem, CheckpointException):
         return next(iter(problem.failures.values()))[0]
     return problem
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
