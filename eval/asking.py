@@ -13,7 +13,7 @@ from eval.answers import is_correct
 from eval.judge import Judge, ask_judged
 from eval.questions import BLOCK_CHARACTERS, Choice, Document, Item, Question
 from eval.scores import is_right
-from eval.solving import plain_prompt, solve
+from eval.solving import named, plain_prompt, question_row, solve
 from eval.subject import AS_TEXT, OnProgress, Subject, encode_pairs
 from eval.tasks import IN_WORDS, Task
 from olmo_base.scorer import Score
@@ -52,11 +52,6 @@ def ask(
     return _choose(subject, task, choices, on_progress)
 
 
-def _cluster(item: Question | Choice) -> dict[str, str]:
-    """The key of a sample that names what its question shares with others, if anything."""
-    return {} if item.cluster is None else {"cluster": item.cluster}
-
-
 # ---------------------------------------------------------------- answers in words
 
 
@@ -84,14 +79,7 @@ def _answer(
     answers = dict(zip(fitting, found, strict=True))
     rows = []
     for number, item in enumerate(questions):
-        row: dict[str, Any] = {
-            "doc_id": item.doc_id,
-            "category": item.category,
-            **_cluster(item),
-            "question": item.messages[-1]["content"],
-            "prompt": subject.decode(prompts[number]),
-            "target": list(item.targets),
-        }
+        row = question_row(subject, item, prompts[number])
         if number not in answers:
             rows.append(row | {"answer": None, "correct": False, "not_fitting": True})
             continue
@@ -151,9 +139,7 @@ def _choose(
         if item.unconditional_contexts is not None:
             alone = [next(scores) for _ in item.options]
         row: dict[str, Any] = {
-            "doc_id": item.doc_id,
-            "category": item.category,
-            **_cluster(item),
+            **named(item),
             "question": item.question,
             "prompt": item.contexts[item.gold],
             "target": item.options[item.gold],

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from eval.cache import RequestCache, fingerprint, request_key
 from eval.questions import Question
 from eval.ranks import is_first
-from eval.solving import write_answers
+from eval.solving import question_row, write_answers
 from eval.subject import OnProgress, Subject
 from eval.tasks import Task
 from olmo_base.run.errors import UserError
@@ -300,13 +300,8 @@ def ask_judged(
     rows = []
     (metric,) = [name for name in task.metrics if name != "lc_win_rate"]
     for number, item in enumerate(questions):
-        row: dict[str, Any] = {
-            "doc_id": item.doc_id,
-            "category": item.category,
-            "question": item.messages[-1]["content"],
-            "prompt": subject.decode(prompts[number]),
-            "target": list(item.targets) or ["a harmless answer"],
-        }
+        row = question_row(subject, item, prompts[number])
+        row["target"] = row["target"] or ["a harmless answer"]
         shares = [next(found) for _ in asked.get(number, ())]
         if task.rubric == "better" and len(shares) == 2 and shares[1] is not None:
             shares[1] = 1 - shares[1]  # there the model's answer stood first

@@ -323,6 +323,7 @@ def _read_problems(task: Task, path: Path, turns: dict[str | None, list[Message]
                 (problem.shown_truth,),
                 problem.category,
                 truth=problem.truth,
+                cluster=problem.cluster,
             )
         )
     if not items:

@@ -10,6 +10,7 @@ from eval.statistics import (
     Estimate,
     bootstrap_interval,
     chance_p_value,
+    clustered_mean,
     clustered_proportion,
     length_controlled,
     macro_average,
@@ -146,9 +147,9 @@ def estimate(rows: Sequence[Row], metric: str) -> Estimate:
         return _within_one(ratio(followed, numbers))
     is_fitted = metric == "lc_win_rate" and len({row["correct"] for row in rows}) > 1
     if metric == "mc2" or is_fitted or _is_graded(rows, metric):
-        grades = _grades(rows, metric)
-        found = mean(grades)
-        interval = bootstrap_interval(grades)
+        grades, clusters = _grades(rows, metric), _clusters(rows)
+        found = mean(grades) if clusters is None else clustered_mean(grades, clusters)
+        interval = bootstrap_interval(grades, clusters=clusters)
         return _within_one(Estimate(found.value, found.stderr, *interval, found.n))
     if metric not in LOWER_IS_BETTER and (clusters := _clusters(rows)) is not None:
         return clustered_proportion([is_right(row, metric) for row in rows], clusters)
@@ -190,7 +191,7 @@ def _within_one(item: Estimate) -> Estimate:
 def _clusters(rows: Sequence[Row]) -> list[str] | None:
     """The cluster of each question, a question without one being its own; None if all are alone.
 
-    Of right and wrong answers; the blocks of predicted text are added up by document.
+    Of answers that are judged; the blocks of predicted text are added up by document.
     """
     clusters = [
         f"cluster {row['cluster']}" if "cluster" in row else f"question {row['doc_id']}"
@@ -244,7 +245,7 @@ def compare(first: Sequence[Row], second: Sequence[Row], metric: str) -> Differe
         _is_graded(side, metric) for side in zip(*pairs, strict=True)
     ):
         before, after = (_grades([pair[side] for pair in pairs], metric) for side in (0, 1))
-        return paired_bootstrap(before, after)
+        return paired_bootstrap(before, after, clusters=_clusters([row for row, _ in pairs]))
     if metric not in LOWER_IS_BETTER:
         first_right, second_right = (
             [is_right(pair[side], metric) for pair in pairs] for side in (0, 1)

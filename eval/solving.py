@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from eval.questions import Question
+from eval.questions import Choice, Question
 from eval.ranks import is_first
 from eval.subject import OnProgress, Subject
 from eval.tasks import PASS_AT, Task
@@ -48,6 +48,22 @@ class Written:
     text: str
     num_tokens: int
     is_cut: bool  # it would have gone on
+
+
+def named(item: Question | Choice) -> dict[str, Any]:
+    """The keys of a sample that say which question it is, and what that shares with others."""
+    cluster = {} if item.cluster is None else {"cluster": item.cluster}
+    return {"doc_id": item.doc_id, "category": item.category, **cluster}
+
+
+def question_row(subject: Subject, item: Question, prompt: list[int]) -> dict[str, Any]:
+    """The sample of a question that is answered in words, before its answer."""
+    return {
+        **named(item),
+        "question": item.messages[-1]["content"],
+        "prompt": subject.decode(prompt),
+        "target": list(item.targets),
+    }
 
 
 def write_answers(
@@ -108,13 +124,7 @@ def solve(
     judged = _judged(judge, questions, answers, lambda: on_progress(len(questions)))
     rows = []
     for number, item in enumerate(questions):
-        row: dict[str, Any] = {
-            "doc_id": item.doc_id,
-            "category": item.category,
-            "question": item.messages[-1]["content"],
-            "prompt": subject.decode(prompts[number]),
-            "target": list(item.targets),
-        }
+        row = question_row(subject, item, prompts[number])
         written, verdicts = answers.get(number, []), judged[number]
         scores = {
             metric: _mean_score(metric, verdicts) if written else 0.0 for metric in task.metrics

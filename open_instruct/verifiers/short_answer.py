@@ -5,6 +5,7 @@ letter case, punctuation and articles do not count, and numbers count by their v
 own measure (arXiv:1903.00161).
 """
 
+import hashlib
 import json
 import re
 import string
@@ -86,12 +87,14 @@ def read_problem(row: Mapping[str, Any]) -> Problem:
 
     Errors: BadProblem.
     """
+    passage = ""
     if "input" in row and "target" in row:
         prompt, given = field(row, "input"), [field(row, "target")]
     elif "possible_answers" in row:
         prompt, given = field(row, "question"), _listed(row, "possible_answers")
     elif "passage" in row:
-        prompt = f"{field(row, 'passage')}\n{field(row, 'question')}"
+        passage = field(row, "passage")
+        prompt = f"{passage}\n{field(row, 'question')}"
         spans = row.get("answers_spans")
         given = _listed(spans, "spans") if isinstance(spans, dict) else _listed(row, "answers")
     else:
@@ -110,6 +113,7 @@ def read_problem(row: Mapping[str, Any]) -> Problem:
         shown,
         solution=row.get("solution") or ", ".join(accepted[0]),
         category=category if isinstance(category, str) else None,
+        cluster=hashlib.sha256(passage.encode()).hexdigest()[:16] if passage else None,
     )
 
 

@@ -19,6 +19,7 @@ class Problem:
     shown_truth: str  # the same, for people
     solution: str | None = None  # worked out, as an example to others
     category: str | None = None
+    cluster: str | None = None  # what it shares with other problems: their passage, say
 
 
 @dataclass(frozen=True)

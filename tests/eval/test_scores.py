@@ -135,6 +135,22 @@ def test_a_question_without_a_passage_is_its_own_cluster():
     assert estimate(rows, "exact_match").stderr == pytest.approx(error)
 
 
+def test_scores_in_between_about_one_passage_count_as_related_too():
+    def graded(number: int, score: float, cluster: str) -> dict:
+        return {"doc_id": str(number), "scores": {"answer_f1": score}, "cluster": cluster}
+
+    rows = [graded(n, (0.25, 0.75)[n // 3], "ab"[n // 3]) for n in range(6)]
+    found = estimate(rows, "answer_f1")
+    assert (found.value, found.n) == (0.5, 6)
+    assert found.stderr == pytest.approx(0.25)  # of two passages: |0.75 - 0.25| / 2
+    assert (found.low, found.high) == (0.25, 0.75)  # both draws may be of one passage
+    better = [graded(n, 0.75, "ab"[n // 3]) for n in range(6)]
+    difference = compare(rows, better, "answer_f1")
+    assert difference is not None
+    assert (difference.value, difference.wins) == (0.25, 3)
+    assert not difference.is_separated
+
+
 def test_the_chance_of_guessing_is_hand_worked():
     rows = [{"options": [option(" a", -1.0), option(" b", -2.0)], "gold": 0}] * 3
     assert guessing_p_value(rows, "acc") == pytest.approx(1 / 8)

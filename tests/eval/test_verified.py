@@ -1,5 +1,6 @@
 """Tasks whose answers are verified, from local files to the report, with models that know them."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -9,7 +10,7 @@ import yaml
 
 from eval.asking import ask
 from eval.harness import EvalRecipe, evaluate, run
-from eval.questions import examples_file, read_items
+from eval.questions import Question, examples_file, read_items
 from eval.scores import compare, estimate, is_right, measured
 from eval.statistics import mean, wilson_interval
 from eval.subject import Subject, load_subject
@@ -250,6 +251,16 @@ def test_an_answer_that_reaches_the_limit_is_marked_as_cut(models, data):
     rows = ask(subject(models, "base"), task_of(data, "boats"), items, max_new_tokens=2)
     assert {row["is_cut"] for row in rows} == {True}
     assert {row["num_answer_tokens"] for row in rows} == {2}
+
+
+def test_samples_of_verified_questions_name_what_they_share(models, data):
+    items = [
+        dataclasses.replace(item, cluster="shore")
+        for item in read_items(task_of(data, "boats"), data / "boats.jsonl")
+        if isinstance(item, Question)
+    ]
+    rows = ask(subject(models, "base"), task_of(data, "boats"), items, max_new_tokens=2)
+    assert {row["cluster"] for row in rows} == {"shore"}
 
 
 def test_sampled_answers_differ_and_are_the_same_again_with_the_same_seed(models, data):

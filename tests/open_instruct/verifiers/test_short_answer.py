@@ -71,6 +71,16 @@ def test_rows_of_public_sets_are_read_as_they_are(row, prompt, accepted):
     problem = read_problem(row)
     assert (problem.prompt, problem.truth) == (prompt, accepted)
     assert problem.category == row.get("task")
+    assert (problem.cluster is not None) == ("passage" in row)
+
+
+def test_questions_about_one_passage_share_their_cluster():
+    rows = [("P.", "Q?"), ("P.", "R?"), ("O.", "Q?")]
+    first, second, other = (
+        read_problem({"passage": passage, "question": question, "answers": ["x"]}).cluster
+        for passage, question in rows
+    )
+    assert first == second != other
 
 
 @pytest.mark.parametrize(
