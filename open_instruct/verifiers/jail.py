@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import resource
+import select
 import signal
 import struct
 import sys
@@ -184,14 +185,21 @@ def start_runner(settings):
     return 1 if code == NOT_CONFINED else code  # 125 is for this file to say
 
 
-def end_with_parent():
-    """Be killed when the parent ends, however it does."""
+def end_with_parent(has_ended):
+    """Be killed when the parent ends, however it does; ``has_ended()`` tells whether it has."""
     call("prctl", PR_SET_PDEATHSIG, *map(ctypes.c_ulong, (signal.SIGKILL, 0, 0, 0)))
+    if has_ended():  # before the kernel knew that it matters: no signal will come
+        os._exit(NOT_CONFINED)
 
 
-def guard(settings):
-    """Process 1 of the new system: starts the runner and ends with it."""
-    end_with_parent()
+def guard(settings, parent_lives):
+    """Process 1 of the new system: starts the runner and ends with it.
+
+    ``parent_lives`` is the end of a pipe that closes with the parent: to this process, its parent
+    outside has no number.
+    """
+    end_with_parent(lambda: bool(select.select([parent_lives], [], [], 0)[0]))
+    os.close(parent_lives)
     build_root(settings["root"], settings["readable"], settings["limits"]["file_bytes"])
     return start_runner(settings)
 
@@ -204,12 +212,15 @@ def main():
         if settings["root"] is None:
             return start_runner(settings)
         enter_namespaces()
-        end_with_parent()  # only now: the kernel forgets it when the user namespace changes
+        # Only now: the kernel forgets it when the user namespace changes.
+        end_with_parent(lambda: os.getppid() != settings["parent"])
+        parent_lives, this_lives = os.pipe()
         first = os.fork()
         if first == 0:
             code = NOT_CONFINED
             try:
-                code = guard(settings)
+                os.close(this_lives)
+                code = guard(settings, parent_lives)
             except (CannotConfine, OSError) as error:
                 say(error)
             finally:

@@ -162,6 +162,7 @@ def _command(way: str, root: str, limits: Limits) -> list[str]:
         "runner": (HERE / "run_tests.py").read_text(encoding="utf-8"),
         "readable": readable,
         "root": None if way == "bubblewrap" else root,
+        "parent": os.getpid(),
         "limits": {
             "memory_bytes": limits.memory_bytes,
             "file_bytes": limits.file_bytes,
