@@ -27,6 +27,7 @@ from eval.ranks import end_ranks, gathered, is_first, start_ranks, wait_for_all
 from eval.report import write_report
 from eval.report.gather import EVALUATION, SAMPLES, read_samples
 from eval.report.training import model_facts
+from eval.served import Served, is_served, refuse_unanswerable, served_arguments, served_name
 from eval.subject import OnProgress, Subject, load_encoders, load_subject
 from eval.tasks import IN_WORDS, NEEDS_JUDGE, Selection, Task, lm_engine, select
 from olmo_base.run.artefact import (
@@ -54,7 +55,9 @@ class EvalRecipe:
     """What one evaluation chooses."""
 
     stage: Literal["eval"]
-    models: tuple[str, ...]  # folders, or names on the Hugging Face hub; the first is the baseline
+    # Folders, names on the Hugging Face hub, or BACKEND:key=value,... for one that is served; the
+    # first is the baseline.
+    models: tuple[str, ...]
     run: RunConfig = field(default_factory=RunConfig)
     suite: str | None = None
     tasks: tuple[str, ...] = ()  # of the suite, or any if there is none
@@ -84,6 +87,8 @@ class EvalRecipe:
         for model in self.models:
             if self.models.count(model) > 1:
                 raise RecipeError("models", f"{model!r} is there twice.")
+            if is_served(model):
+                served_arguments(model)
         if self.suite is None and not self.tasks:
             raise RecipeError("suite", "name a suite, or tasks.")
         if self.system_prompt is not None and not self.apply_chat_template:
@@ -97,7 +102,8 @@ class EvalRecipe:
 
 def model_names(models: Sequence[str]) -> list[str]:
     """A short name for each model: the last part of its path, and more where that is not enough."""
-    parts = [[part for part in Path(model).parts if part not in ("/", "..")] for model in models]
+    paths = [Path(served_name(model) if is_served(model) else model) for model in models]
+    parts = [[part for part in path.parts if part not in ("/", "..")] for path in paths]
     names = ["model"] * len(models)
     for length in range(1, max(map(len, parts)) + 1):
         names = ["-".join(item[-length:]) or "model" for item in parts]
@@ -143,7 +149,7 @@ def input_files(recipe: EvalRecipe) -> list[Path]:
     selection = _selection(recipe)
     files = [path for task in selection.tasks for path in _data_files(recipe, selection, task)]
     for model in recipe.models:
-        files += model_files(model)
+        files += [] if is_served(model) else model_files(model)
     return list(dict.fromkeys([*files, *selection.sources]))
 
 
@@ -151,7 +157,7 @@ def plan(recipe: EvalRecipe) -> dict[str, object]:
     """How much an evaluation asks; reads the questions and the sizes of the models."""
     selection = _selection(recipe)
     questions = _read_questions(recipe, selection)
-    facts = [model_facts(resolve_model(model)) for model in recipe.models]
+    facts = [model_facts(resolve_model(m)) for m in recipe.models if not is_served(m)]
     largest = max((item.num_parameters for item in facts if item), default=0)
     return {
         "models": len(recipe.models),
@@ -225,7 +231,10 @@ def _evaluate(recipe: EvalRecipe, folder: RunFolder) -> None:
             "chat template by themselves; leave it out."
         )
     for model in recipe.models:
-        # A folder without a tokenizer or template is found before hours of work.
+        # What cannot be asked is found before hours of work, as a folder without a tokenizer is.
+        if is_served(model):
+            refuse_unanswerable(model, selection.tasks, recipe.apply_chat_template)
+            continue
         _, encoder = load_encoders(model)
         if recipe.apply_chat_template and encoder is None:
             raise UserError(
@@ -263,7 +272,7 @@ def _evaluate(recipe: EvalRecipe, folder: RunFolder) -> None:
         done = 0
         numbered = enumerate(jobs)
         for model, of_model in itertools.groupby(numbered, key=lambda item: item[1].model):
-            subject: Subject | None = None
+            subject: Subject | Served | None = None
             for number, job in of_model:
                 if not is_finished[number]:
                     subject = subject or _load(recipe, folder, model)
@@ -387,11 +396,18 @@ def _jobs(recipe: EvalRecipe, folder: RunFolder, selection: Selection) -> list[J
 
 def _weights(folder: RunFolder, model: str) -> list[tuple[str, str]]:
     """What a model is: the names and digests of its weights, tokenizer, template and settings."""
+    if is_served(model):
+        return [("served", model)]
     inputs = (read_manifest(folder.path) or {}).get("inputs", {})
     return sorted((path.name, inputs[str(path)]["sha256"]) for path in model_files(model))
 
 
-def _load(recipe: EvalRecipe, folder: RunFolder, model: str) -> Subject:
+def _load(recipe: EvalRecipe, folder: RunFolder, model: str) -> Subject | Served:
+    if is_served(model):
+        # Not where other evaluations look: another model may stand behind the same name by then.
+        return Served(
+            model, RequestCache(folder.path / CACHE / f"{fingerprint(served=model)}.cache")
+        )
     subject = load_subject(
         model,
         batch_tokens=recipe.batch_tokens,
@@ -433,7 +449,7 @@ def _ask(
     recipe: EvalRecipe,
     folder: RunFolder,
     job: Job,
-    subject: Subject,
+    subject: Subject | Served,
     judge: Judge | None,
     on_progress: OnProgress,
 ) -> None:
@@ -458,6 +474,7 @@ def _ask(
         )
         is_chat = recipe.apply_chat_template
     else:
+        assert isinstance(subject, Subject)
         rows = ask(subject, job.task, job.items, judge=judge, **settings)
         is_chat = subject.encoder is not None and job.task.kind in IN_WORDS
     if not is_first():
@@ -471,7 +488,7 @@ def _ask(
         "not_fitting": sum(bool(row.get("not_fitting")) for row in rows),
         "context_cut": sum(bool(row.get("context_cut")) for row in rows),
         # Requests computed and found in the cache; tokens of prompts and answers, cached or not.
-        **{key: subject.spent[key] for key in SPENT},
+        **{key: subject.spent[key] for key in SPENT if _is_counted(subject, key)},
     }
     if job.task.kind == "judged" and judge is not None:
         record |= {"judge": judge.name, "unclear": sum(row["unclear"] > 0 for row in rows)}
@@ -492,6 +509,10 @@ def _ask(
             f"{job.name}: {record['context_cut']:,} of {len(rows):,} contexts of {job.task.name} "
             "lost their beginning, because they are too long for the model."
         )
+
+
+def _is_counted(subject: Subject | Served, key: str) -> bool:
+    return isinstance(subject, Subject) or not key.endswith("_tokens")  # a server does not tell
 
 
 def without_texts(row: dict[str, Any]) -> dict[str, Any]:
