@@ -273,6 +273,17 @@ class Tree:
     may_attend: Tensor | None
     prefix: SharedPrefix | None = None
 
+    def sees(self, window: int | None) -> Tensor | None:
+        """``may_attend`` in layers with a window, which counts positions of a text."""
+        if self.may_attend is None or window is None or window >= self.length:
+            return self.may_attend
+        batch, num_positions = self.positions_BT.shape
+        num_before = self.may_attend.shape[-1] - num_positions
+        before_BP = torch.arange(num_before, device=self.positions_BT.device).expand(batch, -1)
+        keys_BS = torch.cat([before_BP, self.positions_BT], dim=-1)
+        is_near_BTS = self.positions_BT[:, :, None] - keys_BS[:, None] < window
+        return self.may_attend & is_near_BTS[:, None]
+
 
 class Sight(NamedTuple):
     """What layers that see equally far share: how positions turn, and who sees whom."""

@@ -8,9 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from transformers import AutoModelForCausalLM
 
 from eval.harness import EvalRecipe, evaluate, model_names
 from olmo_base.run.artefact import RunConfig
@@ -65,7 +63,14 @@ def tasks(tmp_path) -> Path:
         "doc_to_choice": "options",
         "metric_list": [{"metric": "acc"}],
     }
-    for task in (say, choose):
+    read = {
+        "task": "read",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{q}} No way, they said, and went home.",
+        "metric_list": [{"metric": "bits_per_byte"}],
+    }
+    for task in (say, choose, read):
         (folder / f"{task['task']}.yaml").write_text(yaml.safe_dump(common | task))
     return folder
 
@@ -125,41 +130,33 @@ def test_a_served_base_model_says_what_its_folder_says(model, server, tasks, tmp
 
 
 @needs_clients
-def test_an_endpoint_without_prompt_likelihoods_is_one_message(model, server, tasks, tmp_path):
+def test_options_and_texts_are_scored_by_our_server_as_by_the_folder(
+    model, server, tasks, tmp_path
+):
     there = served(server, model, "local-completions", "completions", f",tokenizer={model}")
-    with pytest.raises(UserError, match=r"local-completions failed .*echo"):
-        ask([there], tasks, tmp_path / "out", "choose")
-
-
-# ---------------------------------------------------------------- an endpoint that has them
+    folder = ask([there], tasks, tmp_path / "there", "choose", "read")
+    here = ask([model], tasks, tmp_path / "here", "choose", "read")
+    remote, local = rows_of(folder, "tiny", "choose"), rows_of(here, "tiny", "choose")
+    for row, expected in zip(remote, local, strict=True):
+        found = [option["logprob"] for option in row["options"]]
+        assert found == pytest.approx([o["logprob"] for o in expected["options"]], abs=1e-4)
+        assert row["scores"] == expected["scores"]
+    remote, local = rows_of(folder, "tiny", "read"), rows_of(here, "tiny", "read")
+    found = [row["logprob"] for row in remote]
+    assert found == pytest.approx([row["logprob"] for row in local], abs=1e-3)
 
 
 @pytest.fixture
-def scoring(model) -> Iterator[str]:
-    """/v1/completions with echo and logprobs, from transformers."""
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+def refusing() -> Iterator[str]:
+    """/v1/completions of somebody who does not score given words."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            assert body["echo"] and body["max_tokens"] == 1
-            choices = []
-            for index, ids in enumerate(body["prompt"]):
-                with torch.no_grad():
-                    logp_TV = network(torch.tensor([ids])).logits[0].log_softmax(-1)
-                given = [logp_TV[place, id_].item() for place, id_ in enumerate(ids[1:])]
-                best = [{"x": value} for value in logp_TV.max(-1).values.tolist()]
-                logprobs = {
-                    "token_logprobs": [None, *given, best[-1]["x"]],
-                    "top_logprobs": [None, *best],
-                }
-                choices.append({"index": index, "logprobs": logprobs})
-            data = json.dumps({"choices": choices}).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(data)))
-            self.send_header("Content-Type", "application/json")
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(400)
+            self.send_header("Content-Length", "11")
             self.end_headers()
-            self.wfile.write(data)
+            self.wfile.write(b"echo? Never")
 
         def log_message(self, *values) -> None:
             pass
@@ -172,18 +169,13 @@ def scoring(model) -> Iterator[str]:
 
 
 @needs_clients
-def test_options_are_scored_by_an_endpoint_as_by_its_folder(model, scoring, tasks, tmp_path):
+def test_an_endpoint_without_prompt_likelihoods_is_one_message(model, refusing, tasks, tmp_path):
     there = (
-        f"local-completions:base_url={scoring},model={model},tokenizer={model},"
+        f"local-completions:base_url={refusing},model={model},tokenizer={model},"
         "tokenizer_backend=huggingface,max_retries=1"
     )
-    folder = ask([there], tasks, tmp_path / "there", "choose")
-    here = ask([model], tasks, tmp_path / "here", "choose")
-    remote, local = rows_of(folder, "tiny", "choose"), rows_of(here, "tiny", "choose")
-    for row, expected in zip(remote, local, strict=True):
-        found = [option["logprob"] for option in row["options"]]
-        assert found == pytest.approx([o["logprob"] for o in expected["options"]], abs=1e-3)
-        assert row["scores"] == expected["scores"]
+    with pytest.raises(UserError, match=r"local-completions failed .*echo\? Never.*is kept"):
+        ask([there], tasks, tmp_path / "out", "choose")
 
 
 # ---------------------------------------------------------------- what cannot be asked
