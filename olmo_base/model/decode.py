@@ -26,6 +26,8 @@ MAX_LAID_OUT_BYTES = 2**30  # of weights; a second copy of larger ones costs mor
 class Decoder(Protocol):
     """A batch of rows on their way through a model: what all engines do."""
 
+    prompt_ids_BT: Tensor  # what is left to read of the prompts, padded on the left
+
     def prefill(self) -> Tensor:
         """Read the prompts; the logits after each, BV."""
 
@@ -111,8 +113,14 @@ class LaidOutDecoder(NativeDecoder):
         weights: "LaidOutWeights",
         prefix: NativeDecoder | None = None,
     ) -> None:
-        """``prefix`` is no LaidOutDecoder: its keys are as the model gives them."""
-        super().__init__(model, prompts, prefix)
+        """``prefix`` is no LaidOutDecoder: its keys are as the model gives them.
+
+        It is kept once for all rows, whose steps look at it in one product.
+        """
+        skipped = 0 if prefix is None else prefix.cache.length
+        super().__init__(model, [prompt[skipped:] for prompt in prompts])
+        if prefix is not None:
+            self.cache.share(prefix.cache)
         self.weights = weights
 
     def prefill(self) -> Tensor:
@@ -268,20 +276,49 @@ class LaidOutWeights:
             q_BD = _normed(q_BD, block.q_norm, self.eps)
             k_BD = _normed(k_BD, block.k_norm, self.eps)
         heads_B1Kh = (len(x_BD), 1, -1, config.head_dim)
-        k_BKSh, v_BKSh = cache.append(
+        k_BKSh, v_BKSh = cache.append_own(
             index,
             _turned(k_BD, turns, config.head_dim).view(len(x_BD), -1, 1, config.head_dim),
             v_BD.reshape(heads_B1Kh).transpose(1, 2),
         )
-        q_BHh = _turned(q_BD, turns, config.head_dim)
+        q_BHh = _turned(q_BD, turns, config.head_dim).view(len(x_BD), -1, config.head_dim)
+        if cache.beginning is not None:
+            mixed_BD = _attend_behind(cache.beginning[:, index], q_BHh, k_BKSh, v_BKSh, mask)
+            return block.attention_out(mixed_BD)
         mixed_BHTh = F.scaled_dot_product_attention(
-            q_BHh.view(len(x_BD), -1, 1, config.head_dim),
+            q_BHh[:, :, None],
             k_BKSh,
             v_BKSh,
             attn_mask=mask,
             enable_gqa=config.num_attention_heads != config.num_key_value_heads,
         )
         return block.attention_out(mixed_BHTh.reshape(len(x_BD), -1))
+
+
+def _attend_behind(
+    beginning: Tensor, q_BHh: Tensor, k_BKSh: Tensor, v_BKSh: Tensor, mask: Tensor | None
+) -> Tensor:
+    """Attention of one token of each row to a beginning that all rows share, and to its own keys.
+
+    ``beginning`` holds keys and values, 2KPh; ``mask`` is added to the scores of both. The rows'
+    queries meet the beginning in one product of a key head (G queries of a row), and it is read
+    once instead of once for each row.
+    """
+    (first_k_KPh, first_v_KPh), batch, size = beginning, len(q_BHh), q_BHh.shape[-1]
+    num_kv_heads, num_shared = first_k_KPh.shape[:2]
+    q_BKGh = q_BHh.reshape(batch, num_kv_heads, -1, size) * size**-0.5
+    q_KMh = q_BKGh.transpose(0, 1).reshape(num_kv_heads, -1, size)  # M rows and their queries
+    first_KMP = torch.bmm(q_KMh, first_k_KPh.transpose(1, 2))
+    first_BKGP = first_KMP.view(num_kv_heads, batch, -1, num_shared).transpose(0, 1)
+    own_BKGS = torch.matmul(q_BKGh, k_BKSh.transpose(-1, -2))
+    scores_BKGs = torch.cat([first_BKGP, own_BKGS], dim=-1)
+    if mask is not None:
+        scores_BKGs += mask
+    weights_BKGs = scores_BKGs.softmax(-1)
+    first_KMP = weights_BKGs[..., :num_shared].transpose(0, 1).reshape(first_KMP.shape)
+    mixed_BKGh = torch.bmm(first_KMP, first_v_KPh).view(num_kv_heads, batch, -1, size)
+    own_BKGh = torch.matmul(weights_BKGs[..., num_shared:], v_BKSh)
+    return (own_BKGh + mixed_BKGh.transpose(0, 1)).reshape(batch, -1)
 
 
 def _turns(cos: Tensor, sin: Tensor) -> Tensor:

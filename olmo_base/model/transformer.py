@@ -521,7 +521,7 @@ class Transformer(nn.Module):
         cache.reserve(num_positions)
         self._check_length(cache.longest_row + num_positions)
         positions = cache.positions(num_positions)
-        end = cache.length + num_positions
+        end = cache.num_shared + cache.length + num_positions
         return {
             window: Sight(
                 _at(positions, *table(end, self.device)), cache.may_attend(num_positions, window)
