@@ -24,8 +24,8 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from eval.asking import EXCERPT
+from eval.items import Foreign
 from eval.lm_backends import ServedModel
-from eval.questions import Foreign
 from eval.served import Served
 from eval.subject import OnProgress, Subject, encode_pairs
 from eval.tasks import LOWER_IS_BETTER, TEXT_METRICS, Task

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from eval.harness import EvalRecipe, evaluate, model_names
+from eval.harness import evaluate
+from eval.recipe import EvalRecipe, model_names
 from olmo_base.run.artefact import RunConfig
 from olmo_base.run.errors import UserError
 from tests.open_instruct.chat.running import Running, save_chat_model
