@@ -17,7 +17,7 @@ import os
 import threading
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,7 @@ from open_instruct.chat.slots import CHUNK, MAX_ROWS, Batch, Reading, new_batch
 MAX_WAITING = 256  # answers that may wait for a row
 READ_TOKENS = 4 * CHUNK  # of prompts between two steps: what the running answers wait for
 MAX_TOP_LOGPROBS = 20  # as OpenAI's API
+CHANCES_AT_ONCE = 32
 
 
 # ---------------------------------------------------------------- what a request says
@@ -125,7 +126,7 @@ class Answer:
     ticket: "Ticket"
     index: int
     row: Any
-    random: torch.Generator
+    chances: Iterator[float]
     text: "TextStream"
     num_tokens: int = 0
     counts: Counter[int] = field(default_factory=Counter)
@@ -142,25 +143,32 @@ def choose(logits_RV: Tensor, samplings: Sequence[Sampling], uniform_R: Sequence
 
     Every operation works on a row by itself, so that a row's choice depends on nothing else.
     """
-    ids_R = logits_RV.argmax(-1)
+    greedy: list[int] = []
     plain: list[int] = []
     cut: list[int] = []
     for row, sampling in enumerate(samplings):
-        if sampling.temperature > 0:
+        if sampling.temperature == 0:
+            greedy.append(row)
+        else:
             is_plain = sampling.top_p == 1 and sampling.top_k == 0 and sampling.min_p == 0
             (plain if is_plain else cut).append(row)
+    ids_R = torch.empty(len(samplings), dtype=torch.long, device=logits_RV.device)
+    uniform = torch.tensor(uniform_R, device=logits_RV.device)
 
     def of(rows: list[int], name: str) -> Tensor:
         values = [getattr(samplings[row], name) for row in rows]
         return torch.tensor(values, device=logits_RV.device)[:, None]
 
-    uniform = torch.tensor(uniform_R, device=logits_RV.device)
+    def scaled(rows: list[int]) -> Tensor:
+        chosen_RV = logits_RV if len(rows) == len(logits_RV) else logits_RV[rows]
+        return chosen_RV.float() / of(rows, "temperature")
+
+    if greedy:
+        ids_R[greedy] = logits_RV[greedy].argmax(-1)
     if plain:
-        scaled_RV = logits_RV[plain].float() / of(plain, "temperature")
-        ids_R[plain] = _inverse_cdf(scaled_RV.softmax(-1), uniform[plain])
+        ids_R[plain] = _inverse_cdf(scaled(plain).softmax(-1), uniform[plain])
     if cut:
-        scaled_RV = logits_RV[cut].float() / of(cut, "temperature")
-        values_RV, order_RV = scaled_RV.sort(dim=-1, descending=True, stable=True)
+        values_RV, order_RV = scaled(cut).sort(dim=-1, descending=True, stable=True)
         rank_V = torch.arange(values_RV.shape[1], device=values_RV.device)
         top_k_R1 = of(cut, "top_k")
         values_RV = values_RV.masked_fill((top_k_R1 > 0) & (rank_V >= top_k_R1), -torch.inf)
@@ -179,9 +187,10 @@ def choose(logits_RV: Tensor, samplings: Sequence[Sampling], uniform_R: Sequence
 def _inverse_cdf(weights_RV: Tensor, uniform_R: Tensor) -> Tensor:
     """The index whose stretch of the cumulated weights holds ``uniform_R``; never a weight of 0."""
     cumulated_RV = weights_RV.cumsum(-1)
-    target_R1 = uniform_R[:, None] * cumulated_RV[:, -1:]
-    last_R = (cumulated_RV < cumulated_RV[:, -1:]).sum(-1)  # rounding can reach the total
-    return torch.searchsorted(cumulated_RV, target_R1, right=True).squeeze(-1).minimum(last_R)
+    total_R1 = cumulated_RV[:, -1:].contiguous()
+    found_R1 = torch.searchsorted(cumulated_RV, uniform_R[:, None] * total_R1, right=True)
+    last_R1 = torch.searchsorted(cumulated_RV, total_R1)  # rounding can reach the total
+    return found_R1.minimum(last_R1).squeeze(-1)
 
 
 def _penalise(logits_V: Tensor, sampling: Sampling, counts: Counter[int]) -> None:
@@ -194,9 +203,11 @@ def _penalise(logits_V: Tensor, sampling: Sampling, counts: Counter[int]) -> Non
         logits_V[ids] -= sampling.frequency_penalty * number + sampling.presence_penalty
 
 
-def _random(seed: int, index: int) -> torch.Generator:
-    """Chances of answer ``index``, as olmo_base's Generator draws them."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
+def _chances(seed: int, index: int) -> Iterator[float]:
+    """Of answer ``index``, one for each token, as olmo_base's Generator draws them."""
+    random = torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
+    while True:
+        yield from torch.rand(CHANCES_AT_ONCE, generator=random).tolist()
 
 
 # ---------------------------------------------------------------- tokens -> text
@@ -514,7 +525,7 @@ class Engine:
                     ticket,
                     index,
                     row,
-                    _random(ticket.seed, index),
+                    _chances(ticket.seed, index),
                     TextStream(self.backend, ticket.sampling.stop),
                     matcher=ticket.matcher and ticket.matcher.deep_copy(),
                 )
@@ -528,9 +539,10 @@ class Engine:
     def _step(self) -> None:
         if not self._answers:
             return
-        logits = self.batch.step({answer.row: answer.text.ids[-1] for answer in self._answers})
+        answers = {answer.row: answer for answer in self._answers}
+        rows, logits_RV = self.batch.step({row: one.text.ids[-1] for row, one in answers.items()})
         self.figures.steps += 1
-        self._extend(self._answers, torch.stack([logits[item.row] for item in self._answers]))
+        self._extend([answers[row] for row in rows], logits_RV)
 
     def _extend(self, answers: list[Answer], logits_RV: Tensor) -> None:
         """One more token for each answer; those that end leave the batch."""
@@ -548,7 +560,7 @@ class Engine:
             ):
                 is_finite[row] = False
         uniform_R = [
-            torch.rand((), generator=answer.random).item() if sampling.temperature > 0 else 0.0
+            next(answer.chances) if sampling.temperature > 0 else 0.0
             for answer, sampling in zip(answers, samplings, strict=True)
         ]
         ids = choose(scores_RV, samplings, uniform_R).tolist()

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from olmo_base.model.attention import KeyValueCache
+from olmo_base.model.decode import LaidOutWeights, is_fast_alone
 from olmo_base.model.generate import Generator
 from olmo_base.model.transformer import Transformer
 
@@ -47,27 +48,34 @@ class Slots:
         self.span = span
         self.layers: Layers = []
 
-    def write(self, layer: int, starts: Sequence[int], k_BKTh: Tensor, v_BKTh: Tensor) -> None:
-        """Put new keys and values behind each row's ``starts``; one row, or one position."""
+    def write(self, layer: int, start: int, k_1KTh: Tensor, v_1KTh: Tensor) -> None:
+        """Put new keys and values behind the first ``start`` positions of the first row."""
+        end = start + k_1KTh.shape[2]
+        keys_BKSh, values_BKSh = self._layer(layer, k_1KTh, v_1KTh)
+        keys_BKSh[0, :, start:end] = k_1KTh[0]
+        values_BKSh[0, :, start:end] = v_1KTh[0]
+
+    def write_one_each(self, layer: int, places_N: Tensor, k_BK1h: Tensor, v_BK1h: Tensor) -> None:
+        """Put one position of each row at its place of ``places_of``."""
+        keys_BKSh, values_BKSh = self._layer(layer, k_BK1h, v_BK1h)
+        keys_BKSh.view(-1, keys_BKSh.shape[3]).index_copy_(0, places_N, k_BK1h.flatten(0, 2))
+        values_BKSh.view(-1, values_BKSh.shape[3]).index_copy_(0, places_N, v_BK1h.flatten(0, 2))
+
+    def places_of(self, positions_B: Tensor, num_heads: int) -> Tensor:
+        """Where a position of each row and head is among all slots, counted through the rows."""
+        heads_BK = torch.arange(len(positions_B) * num_heads, device=positions_B.device)
+        return heads_BK * self.span + positions_B.repeat_interleave(num_heads)
+
+    def _layer(self, layer: int, k_BKTh: Tensor, v_BKTh: Tensor) -> tuple[Tensor, Tensor]:
         if layer == len(self.layers):
-            self.layers.append(
-                tuple(
-                    new.new_zeros((self.num_rows, new.shape[1], self.span, new.shape[3]))
-                    for new in (k_BKTh, v_BKTh)
-                )  # type: ignore[arg-type]  # a tuple of two
-            )
-        for old_BKSh, new_BKTh in zip(self.layers[layer], (k_BKTh, v_BKTh), strict=True):
-            num_positions = new_BKTh.shape[2]
-            if len(starts) == 1:
-                old_BKSh[0, :, starts[0] : starts[0] + num_positions] = new_BKTh[0]
-            else:
-                assert num_positions == 1, "rows at different places take one token a step"
-                rows_B = torch.arange(len(starts), device=old_BKSh.device)
-                places_B = torch.tensor(starts, device=old_BKSh.device)
-                old_BKSh[rows_B, :, places_B] = new_BKTh[:, :, 0]
+            shapes = [(self.num_rows, x.shape[1], self.span, x.shape[3]) for x in (k_BKTh, v_BKTh)]
+            self.layers.append((k_BKTh.new_zeros(shapes[0]), v_BKTh.new_zeros(shapes[1])))
+        return self.layers[layer]
 
     def part(self, first: int, num_rows: int) -> "Slots":
         """Some of the rows, in the same memory."""
+        if num_rows == self.num_rows:
+            return self
         part = Slots(num_rows, self.span)
         rows = slice(first, first + num_rows)
         part.layers = [(keys[rows], values[rows]) for keys, values in self.layers]
@@ -100,9 +108,8 @@ class View(KeyValueCache):
         self.span = span
         starts_B1 = torch.tensor(starts, device=device)[:, None]
         self.positions_BT = starts_B1 + torch.arange(num_positions, device=device)
-        slots_S = torch.arange(span, device=device)
-        self.behind_B1TS = (self.positions_BT[..., None] - slots_S)[:, None]  # how far a key is
         self.masks: dict[int | None, Tensor] = {}
+        self.places: dict[int, Tensor] = {}  # by the number of heads, of rows with one token each
 
     @property
     def num_rows(self) -> int:
@@ -124,13 +131,23 @@ class View(KeyValueCache):
     def may_attend(self, num_positions: int, window: int | None = None) -> Tensor:
         """See KeyValueCache. Of a layer with a ``window`` too all positions are kept."""
         if window not in self.masks:
-            mask_B1TS = self.behind_B1TS >= 0
-            self.masks[window] = mask_B1TS & (self.behind_B1TS < window) if window else mask_B1TS
+            key_S = torch.arange(self.span, device=self.positions_BT.device)
+            position_B1T1 = self.positions_BT[:, None, :, None]
+            mask_B1TS = key_S <= position_B1T1
+            if window is not None:
+                mask_B1TS &= key_S > position_B1T1 - window
+            self.masks[window] = mask_B1TS
         return self.masks[window]
 
     def append(self, layer: int, k_BKTh: Tensor, v_BKTh: Tensor) -> tuple[Tensor, Tensor]:
         """See KeyValueCache."""
-        self.slots.write(layer, self.starts, k_BKTh, v_BKTh)
+        num_heads = k_BKTh.shape[1]
+        if k_BKTh.shape[2] > 1:
+            self.slots.write(layer, self.starts[0], k_BKTh, v_BKTh)
+        else:
+            if num_heads not in self.places:
+                self.places[num_heads] = self.slots.places_of(self.positions_BT[:, 0], num_heads)
+            self.slots.write_one_each(layer, self.places[num_heads], k_BKTh, v_BKTh)
         keys_BKSh, values_BKSh = self.slots.layers[layer]
         rows = len(self.starts)
         return keys_BKSh[:rows, :, : self.span], values_BKSh[:rows, :, : self.span]
@@ -155,6 +172,11 @@ def native_forward(model: Transformer) -> Forward:
         return model.logits(model(ids_BT, cache=view)[:, -1])
 
     return forward
+
+
+def laid_out_forward(model: Transformer) -> Forward:
+    """Our model on a CPU in fp32, by a copy of its weights that is laid out for few rows."""
+    return LaidOutWeights(model, MAX_ROWS).logits_after
 
 
 def transformers_forward(model: Any) -> Forward:
@@ -224,8 +246,8 @@ class Batch(Protocol):
     def join(self, reading: Any, copies: int) -> list[Any]:
         """Rows that go on from a prompt that was read to its end."""
 
-    def step(self, next_ids: dict[Any, int]) -> dict[Any, Tensor]:
-        """Read one more token of every row; the logits after it, V each."""
+    def step(self, next_ids: dict[Any, int]) -> tuple[list[Any], Tensor]:
+        """Read one more token of every row: the rows in some order, the logits after each, RV."""
 
     def leave(self, row: Any) -> None:
         """The row is finished."""
@@ -313,7 +335,7 @@ class SlotBatch:
         whole = (num_rows - 1) // largest * largest
         return whole + next(size for size in self.stable_sizes if size >= num_rows - whole)
 
-    def step(self, next_ids: dict[SlotRow, int]) -> dict[SlotRow, Tensor]:
+    def step(self, next_ids: dict[SlotRow, int]) -> tuple[list[SlotRow], Tensor]:
         """See Batch."""
         for row in next_ids:
             if row.length == row.span:  # full: its next token needs a longer span
@@ -321,7 +343,8 @@ class SlotBatch:
                 self.leave(row)
                 row.span, row.place = moved.span, moved.place
                 self.groups[row.span][1][row.place] = row
-        logits: dict[SlotRow, Tensor] = {}
+        stepped: list[SlotRow] = []
+        logits: list[Tensor] = []
         for span, (slots, rows) in self.groups.items():
             if not rows:
                 continue
@@ -333,10 +356,11 @@ class SlotBatch:
                 starts = [row.length for row in block] + padding
                 view = View(slots.part(first, size), starts, 1, span, self.device)
                 logits_BV = self.forward(ids_B[:, None].to(self.device), view)
-                for row, logits_V in zip(block, logits_BV, strict=False):
+                for row in block:
                     row.length += 1
-                    logits[row] = logits_V
-        return logits
+                stepped += block
+                logits.append(logits_BV[: len(block)])
+        return stepped, logits[0] if len(logits) == 1 else torch.cat(logits)
 
     def leave(self, row: SlotRow) -> None:
         """See Batch. The last row of the group takes the place."""
@@ -400,9 +424,10 @@ class AloneBatch:
         others = [AloneRow(copy.deepcopy(reading.cache)) for _ in range(copies - 1)]
         return [AloneRow(reading.cache), *others]
 
-    def step(self, next_ids: dict[AloneRow, int]) -> dict[AloneRow, Tensor]:
+    def step(self, next_ids: dict[AloneRow, int]) -> tuple[list[AloneRow], Tensor]:
         """See Batch."""
-        return {row: self.call([id_], row.cache) for row, id_ in next_ids.items()}
+        logits = [self.call([id_], row.cache) for row, id_ in next_ids.items()]
+        return list(next_ids), torch.stack(logits)
 
     def leave(self, row: AloneRow) -> None:
         """See Batch."""
@@ -430,7 +455,7 @@ class Prefixes:
                 break
             self._chunks.move_to_end(key)
             for layer, (k_BKTh, v_BKTh) in enumerate(self._chunks[key]):
-                slots.write(layer, [position], k_BKTh, v_BKTh)
+                slots.write(layer, position, k_BKTh, v_BKTh)
             position += CHUNK
         return position
 
@@ -466,9 +491,9 @@ def _num_bytes(layers: Layers) -> int:
 def new_batch(generator: Generator) -> Batch:
     """The batch for a model: in slots if it was seen to give the model's own logits there."""
     if isinstance(generator.model, Transformer):
-        batch = SlotBatch(
-            native_forward(generator.model), generator.max_length, generator.model.device
-        )
+        model = generator.model
+        forward = laid_out_forward(model) if is_fast_alone(model) else native_forward(model)
+        batch = SlotBatch(forward, generator.max_length, model.device)
     else:
         if not _sees_everything(generator):
             return AloneBatch(generator.model)
@@ -502,7 +527,8 @@ def _gives_own_logits(batch: SlotBatch, generator: Generator) -> bool:
         row, _ = batch.join(reading, 2)
         other = batch.groups[row.span][1][1]
         batch.step({row: prompt[-2], other: prompt[-1]})
-        found_V = batch.step({row: prompt[-1], other: prompt[-2]})[row]
+        rows, logits_RV = batch.step({row: prompt[-1], other: prompt[-2]})
+        found_V = logits_RV[rows.index(row)]
         expected_V = generator.model(torch.tensor([prompt], device=batch.device)).logits[0, -1]
         batch.leave(row)
         batch.leave(other)
