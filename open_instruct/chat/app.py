@@ -21,7 +21,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from open_instruct.chat.engine import Token, TokenNames
 from open_instruct.chat.figures import metrics_text
 from open_instruct.chat.guard import Guard, Receive, Settings, as_response
 from open_instruct.chat.protocol import (
@@ -33,6 +32,7 @@ from open_instruct.chat.protocol import (
 from open_instruct.chat.protocol import Request as Asked
 from open_instruct.chat.refusals import ApiError
 from open_instruct.chat.served import Mailbox, Run, Served
+from open_instruct.chat.token_text import Token, TokenNames
 from open_instruct.chat.votes import append_row, pair_row
 
 PAGE_FILES = {

@@ -22,19 +22,11 @@ from transformers import (
 
 from olmo_base.model.generate import load_generator
 from olmo_base.run.errors import UserError
-from open_instruct.chat.engine import (
-    Closing,
-    Delta,
-    Engine,
-    QueueFull,
-    Sampling,
-    TextStream,
-    Token,
-    TokenNames,
-    _penalise,
-    choose,
-)
-from open_instruct.chat.slots import CHUNK, SIZES, AloneBatch, SlotBatch, View, find_stable_sizes
+from open_instruct.chat.engine import Closing, Delta, Engine, QueueFull
+from open_instruct.chat.rows import SIZES, AloneBatch, SlotBatch, find_stable_sizes
+from open_instruct.chat.sampling import Sampling, choose, penalise
+from open_instruct.chat.slots import CHUNK, View
+from open_instruct.chat.token_text import TextStream, Token, TokenNames
 from tests.open_instruct.tiny import byte_tokenizer, save_tiny_model
 
 SHAPE: dict[str, Any] = dict(
@@ -322,7 +314,7 @@ def test_cuts_keep_what_transformers_keeps():
 def test_penalties_and_bias_are_subtracted_by_hand():
     logits_V = torch.zeros(4)
     sampling = Sampling(frequency_penalty=0.5, presence_penalty=0.25, logit_bias=((3, 2.0),))
-    _penalise(logits_V, sampling, Counter({0: 3, 1: 1}))
+    penalise(logits_V, sampling, Counter({0: 3, 1: 1}))
     assert logits_V.tolist() == [-1.75, -0.75, 0.0, 2.0]
 
 
