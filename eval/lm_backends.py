@@ -5,6 +5,7 @@ requests -> cache -> lm-eval's backend, in parts, each kept as soon as it is the
 
 import contextlib
 import copy
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -80,7 +81,7 @@ class ServedModel(LM):
         for start in range(0, len(missing), PART):
             part = missing[start : start + PART]
             asked = [requests[number] for number in part]
-            found = self._call(lambda asked=asked: ask(asked))
+            found = self._call(functools.partial(ask, asked))
             cache.add({keys[n]: value for n, value in zip(part, found, strict=True)})
             self.on_progress((len(first) - len(missing) + start + len(part)) / len(first))
         self.served.spent["computed"] += len(missing)

@@ -28,6 +28,9 @@ class KeyValueCache:
     taken in blocks and doubles when it is full; layers with a window keep no more than the window.
     """
 
+    # Keys and values of all layers that every row goes on from, kept once: 2, layer, K, P, h
+    beginning: Tensor | None = None
+
     def __init__(
         self,
         windows: Sequence[int | None],
@@ -65,8 +68,6 @@ class KeyValueCache:
         }
         for store in self._stores.values():
             store.reserve(capacity)
-        # Keys and values of all layers that every row goes on from, kept once: 2, layer, K, P, h
-        self.beginning: Tensor | None = None
 
     @property
     def num_shared(self) -> int:

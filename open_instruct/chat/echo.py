@@ -10,8 +10,9 @@ from torch import Tensor
 
 from olmo_base.model.generate import Generator
 from olmo_base.model.transformer import Transformer
-from open_instruct.chat.engine import NOT_FINITE, Token
+from open_instruct.chat.engine import NOT_FINITE
 from open_instruct.chat.refusals import ApiError, wrong
+from open_instruct.chat.token_text import Token
 
 BLOCK_LOGITS = 2**24  # made to log-probabilities at once: 64 MiB in fp32
 

@@ -15,9 +15,10 @@ from typing import Any
 from olmo_base.model.generate import Generator
 from olmo_base.run.errors import UserError
 from open_instruct.chat.echo import scored_tokens
-from open_instruct.chat.engine import Closing, Delta, Engine, QueueFull, Token
+from open_instruct.chat.engine import Closing, Delta, Engine, QueueFull
 from open_instruct.chat.protocol import Request as Asked
 from open_instruct.chat.refusals import ApiError
+from open_instruct.chat.token_text import Token
 from open_instruct.chat.tool_calls import BEGIN
 from open_instruct.encode import ChatEncoder, load_chat_encoder
 
