@@ -215,8 +215,7 @@ class NativeThenHead:
         self.native.gradient_checkpointing = model.training and body.gradient_checkpointing
         if self._packs:
             assert batch.packing is not None
-            hidden_ND = self.native.packed(batch.ids_RT, batch.packing)
-            hidden_LD = hidden_ND.index_select(0, batch.packed_positions())
+            hidden_LD = self.native.packed(batch.ids_RT, batch.packing, batch.packed_positions())
         else:
             positions_RT, may_attend_RTT = batch.position_ids(), batch.may_attend()
             branches = None

@@ -73,6 +73,30 @@ def test_rows_end_to_end_have_the_outputs_and_gradients_of_rows_alone(changes, c
         torch.testing.assert_close(found[name], weight.grad, atol=1e-5 * float(size), rtol=0)
 
 
+@pytest.mark.parametrize("model_type", ["olmo", "olmo2"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_wanted_positions_have_the_outputs_and_gradients_of_all(model_type, checkpointing):
+    model = tiny(model_type=model_type)
+    model.gradient_checkpointing = checkpointing
+    ids_RT, packing = padded(LENGTHS), pack(np.array(LENGTHS))
+    wanted_L = torch.tensor([3, 200, 17, 17, 0, 90])  # in any order, and one of them twice
+    weights_LD = torch.randn(6, 32, generator=torch.Generator().manual_seed(2))
+
+    def hidden_and_gradients(hidden_LD):
+        model.zero_grad()
+        (hidden_LD * weights_LD).sum().backward()
+        weights = model.named_parameters()
+        return hidden_LD, {name: one.grad for name, one in weights if one.grad is not None}
+
+    hidden_LD, found = hidden_and_gradients(model.packed(ids_RT, packing, wanted_L))
+    expected_LD, expected = hidden_and_gradients(model.packed(ids_RT, packing)[wanted_L])
+    torch.testing.assert_close(hidden_LD, expected_LD, atol=1e-6, rtol=0)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        size = float(gradient.abs().max())
+        torch.testing.assert_close(found[name], gradient, atol=1e-5 * size, rtol=0)
+
+
 def test_a_row_does_not_see_its_neighbours():
     model = tiny()
     ids_RT, packing = padded(LENGTHS), pack(np.array(LENGTHS))
