@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from olmo_base.model.products import linear, product, trains_plainly
 
 INIT_STD = 0.02  # OLMo-2 (arXiv:2501.00656, 3.2): every matrix, at every depth
-FLOATS_IN_CACHE = 2**15  # of each tensor that a thread takes rows of at once: 128 KiB
+FLOATS_IN_CACHE = 2**17  # of each tensor that a thread takes rows of at once: 512 KiB
 LAYER_NORM_EPS = 1e-5  # OLMo-1; no released model has another
 
 

@@ -433,6 +433,7 @@ class Transformer(nn.Module):
                 found = self._sights_of_rows(group.length, ids_BT.device)
             for window, sight in found.items():
                 sights[window].append(sight)
+        num_positions, packing = len(packing.sources_N), packing.filled()
         x_ND = self.embed_tokens(ids_BT).flatten(0, 1).index_select(0, packing.sources_N)
         for index, window in enumerate(self.windows):
             layer: Any = self.layers[index]
@@ -441,7 +442,7 @@ class Transformer(nn.Module):
                 x_ND = checkpoint(layer.packed, x_ND, *given, use_reentrant=False)
             else:
                 x_ND = layer.packed(x_ND, *given)
-        return self.norm(x_ND)
+        return self.norm(x_ND if wanted_L is not None else x_ND[:num_positions])
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Next-token logits, BTV, of hidden states of any leading shape."""

@@ -109,9 +109,15 @@ def test_a_row_does_not_see_its_neighbours():
     assert not torch.allclose(before[~is_row_3], after[~is_row_3], atol=1e-2)
 
 
-def test_apart_and_together_undo_each_other_and_so_do_their_gradients():
+@pytest.mark.parametrize("fills", [False, True])
+def test_apart_and_together_undo_each_other_and_so_do_their_gradients(fills):
     packing = pack(np.array([2, 5, 5, 3, 90]))
-    x_ND = torch.randn(len(packing.sources_N), 4, dtype=torch.float64, requires_grad=True)
+    x_ND = torch.randn(len(packing.sources_N), 4, dtype=torch.float64)
+    if fills:
+        packing = packing.filled()
+        assert packing.num_filling == 7  # 105 and these are 112, seven times 16
+        x_ND = torch.cat([x_ND, x_ND.new_zeros(7, 4)])
+    x_ND.requires_grad_()
     torch.testing.assert_close(packing.together(packing.apart(x_ND)), x_ND)
     parts = [part.detach().requires_grad_() for part in packing.apart(x_ND)]
     assert torch.autograd.gradcheck(lambda *given: packing.together(list(given)), parts)
