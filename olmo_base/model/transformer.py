@@ -381,8 +381,8 @@ class Transformer(nn.Module):
         ``document_ids_BT`` numbers the documents packed into a row; a position then sees only its
         own document (RoPE is relative, so positions need not start anew). ``branches`` are for rows
         in which several sequences go on from one beginning. ``cache`` continues what it holds.
-        ``tree`` says where each token stands and what it sees, in a model without windows. With
-        ``context`` the ids are this rank's part of longer rows, the documents those of whole rows.
+        ``tree`` says where each token stands and what it sees. With ``context`` the ids are this
+        rank's part of longer rows, the documents those of whole rows.
         Errors: UserError if there are more positions than the model was made for; of branches the
         caller has to know the lengths.
         """
@@ -490,10 +490,8 @@ class Transformer(nn.Module):
         """By window."""
         num_positions = ids_BT.shape[1]
         if tree is not None:
-            assert cache is None and document_ids_BT is None and set(self.windows) == {None}
-            self._check_length(tree.length)
-            turns = self.rotary_tables[None](tree.length, ids_BT.device)
-            return {None: Sight(_at(tree.positions_BT, *turns), tree.may_attend)}
+            assert cache is None and document_ids_BT is None
+            return self._sights_of_tree(tree)
         if cache is not None:
             assert document_ids_BT is None, "a cache holds one document per row"
             return self.sights_after(cache, num_positions)
@@ -502,6 +500,19 @@ class Transformer(nn.Module):
             is_same_BTT = document_ids_BT[:, :, None] == document_ids_BT[:, None, :]
             is_same_B1TT = is_same_BTT.tril()[:, None]
         return self._sights_of_rows(num_positions, ids_BT.device, is_same_B1TT)
+
+    def _sights_of_tree(self, tree: Tree) -> dict[int | None, Sight]:
+        """By window."""
+        self._check_length(tree.length)
+        device = tree.positions_BT.device
+        sights = {}
+        for window, table in self.rotary_tables.items():
+            sees = tree.sees(window)
+            if sees is None:
+                near_TT = window_mask(tree.positions_BT.shape[1], window, device)
+                sees = None if near_TT is None else near_TT[None, None]
+            sights[window] = Sight(_at(tree.positions_BT, *table(tree.length, device)), sees)
+        return sights
 
     def _sights_of_rows(
         self, num_positions: int, device: torch.device, is_same_B1TT: Tensor | None = None
@@ -523,7 +534,7 @@ class Transformer(nn.Module):
         cache.reserve(num_positions)
         self._check_length(cache.longest_row + num_positions)
         positions = cache.positions(num_positions)
-        end = cache.length + num_positions
+        end = cache.num_shared + cache.length + num_positions
         return {
             window: Sight(
                 _at(positions, *table(end, self.device)), cache.may_attend(num_positions, window)

@@ -13,9 +13,11 @@ from typing import Any
 
 from olmo_base.model.generate import Generator
 from olmo_base.run.errors import UserError
+from open_instruct.chat.echo import scored_tokens
 from open_instruct.chat.engine import Closing, Delta, Engine, QueueFull
 from open_instruct.chat.protocol import Request as Asked
 from open_instruct.chat.refusals import ApiError
+from open_instruct.chat.token_text import Token
 from open_instruct.chat.tool_calls import BEGIN
 from open_instruct.encode import ChatEncoder, load_chat_encoder
 
@@ -40,6 +42,7 @@ class Served:
         stop_ids = self.encoder.end_of_turn_ids if self.encoder else set()
         self.engine = Engine(generator, stop_ids=stop_ids, max_waiting=max_waiting)
         self.encoding = ThreadPoolExecutor(1, "encode")  # long prompts must not stop the server
+        self.scoring = ThreadPoolExecutor(1, "score")
         self.first_token_seconds = 0.0
         self.num_first_tokens = 0
 
@@ -90,6 +93,17 @@ class Served:
                 more = "" if asked.max_tokens is None else f" and asks for up to {limit} more"
                 raise _too_long(f"The prompt has {len(prompt)} tokens{more}", param, length)
         return prompts
+
+    async def scored(self, asked: Asked, prompt: list[int]) -> list[Token]:
+        """A prompt's tokens and those after it, with their log-probabilities. Errors: ApiError."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self.scoring,
+            scored_tokens,
+            self.engine.generator,
+            prompt,
+            asked.settings.get("logprobs", 0),
+            asked.max_tokens or 0,
+        )
 
     def _encode(self, asked: Asked) -> list[list[int]]:
         if asked.messages:

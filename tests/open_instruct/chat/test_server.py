@@ -233,7 +233,6 @@ REFUSED_VALUES: dict[str, Any] = {
     "metadata": {"a": "b"},
     "service_tier": "priority",
     "best_of": 3,
-    "echo": True,
 }
 
 
