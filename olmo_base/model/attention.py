@@ -377,8 +377,17 @@ class Attention(nn.Module):
             )
         )
 
-    def packed(self, x_ND: Tensor, packing: Packing, sights: Sequence[Sight]) -> Tensor:
-        """ND to ND: rows laid end to end, each group of them with its ``Sight``."""
+    def packed(
+        self,
+        x_ND: Tensor,
+        packing: Packing,
+        sights: Sequence[Sight],
+        wanted_L: Tensor | None = None,
+    ) -> Tensor:
+        """ND to ND: rows laid end to end, each group of them with its ``Sight``.
+
+        LD where only some positions' results are ``wanted``.
+        """
         x_ND = to_matmul_dtype(x_ND)
         v_ND = self._clipped(self.v_proj(x_ND))
         parts = zip(
@@ -389,7 +398,8 @@ class Attention(nn.Module):
             strict=True,
         )
         mixed = [self._mix(q_BTD, k_BTD, v_BTD, sight) for q_BTD, k_BTD, v_BTD, sight in parts]
-        return self.o_proj(packing.together(mixed))
+        mixed_ND = packing.together(mixed)
+        return self.o_proj(mixed_ND if wanted_L is None else mixed_ND.index_select(0, wanted_L))
 
     def _mix(
         self,
@@ -503,18 +513,25 @@ class _BlockedAttention(torch.autograd.Function):
         length = q_NTh.shape[1]
         grad_NTh = grads[0].reshape(q_NTh.shape)
         dq_NTh = torch.empty_like(q_NTh)
-        dk_NTh, dv_NTh = torch.zeros_like(k_NTh), torch.zeros_like(v_NTh)
         block = _block_size(q_NTh)
-        for start, probabilities_Nbs in zip(range(0, length, block), probabilities, strict=True):
+        # The last block sees all keys, so its gradients are what the others' are added to.
+        for start, probabilities_Nbs in reversed(
+            list(zip(range(0, length, block), probabilities, strict=True))
+        ):
             end = min(start + block, length)
             grad_Nbh = grad_NTh[:, start:end]
-            dv_NTh[:, :end].baddbmm_(probabilities_Nbs.transpose(1, 2), grad_Nbh)
+            dv_Nsh = torch.bmm(probabilities_Nbs.transpose(1, 2), grad_Nbh)
             dp_Nbs = torch.bmm(grad_Nbh, v_NTh[:, :end].transpose(1, 2))
             ds_Nbs = torch._softmax_backward_data(
                 dp_Nbs, probabilities_Nbs, -1, probabilities_Nbs.dtype
             )
             dq_NTh[:, start:end] = torch.bmm(ds_Nbs, k_NTh[:, :end])
-            dk_NTh[:, :end].baddbmm_(ds_Nbs.transpose(1, 2), q_NTh[:, start:end])
+            dk_Nsh = torch.bmm(ds_Nbs.transpose(1, 2), q_NTh[:, start:end])
+            if end == length:
+                dk_NTh, dv_NTh = dk_Nsh, dv_Nsh
+            else:
+                dk_NTh[:, :end] += dk_Nsh
+                dv_NTh[:, :end] += dv_Nsh
         dq_NTh.mul_(q_NTh.shape[-1] ** -0.5)
         return dq_NTh.view(ctx.shape), dk_NTh.view(ctx.shape), dv_NTh.view(ctx.shape), None
 

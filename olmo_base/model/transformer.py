@@ -300,13 +300,22 @@ class Block(nn.Module):
         x_BTD = x_BTD + self.attention_norm(mixed_BTD)
         return x_BTD + self.feed_forward_norm(self.feed_forward(x_BTD))
 
-    def packed(self, x_ND: Tensor, packing: Packing, sights: list[Sight]) -> Tensor:
-        """ND to ND: rows laid end to end."""
+    def packed(
+        self,
+        x_ND: Tensor,
+        packing: Packing,
+        sights: list[Sight],
+        wanted_L: Tensor | None = None,
+    ) -> Tensor:
+        """ND to ND: rows laid end to end. LD with the L positions that alone are ``wanted``."""
+        normed_ND = self.attention_norm(x_ND) if self.norms_inputs else x_ND
+        mixed = self.attention.packed(normed_ND, packing, sights, wanted_L)
+        x = x_ND if wanted_L is None else x_ND.index_select(0, wanted_L)
         if self.norms_inputs:
-            x_ND = x_ND + self.attention.packed(self.attention_norm(x_ND), packing, sights)
-            return x_ND + self.feed_forward(self.feed_forward_norm(x_ND))
-        x_ND = x_ND + self.attention_norm(self.attention.packed(x_ND, packing, sights))
-        return x_ND + self.feed_forward_norm(self.feed_forward(x_ND))
+            x = x + mixed
+            return x + self.feed_forward(self.feed_forward_norm(x))
+        x = x + self.attention_norm(mixed)
+        return x + self.feed_forward_norm(self.feed_forward(x))
 
 
 KEPT_PRODUCTS = {
@@ -409,9 +418,11 @@ class Transformer(nn.Module):
             cache.advance(ids_BT.shape[1])
         return self.norm(x_BTD)
 
-    def packed(self, ids_BT: Tensor, packing: Packing) -> Tensor:
+    def packed(self, ids_BT: Tensor, packing: Packing, wanted_L: Tensor | None = None) -> Tensor:
         """Hidden states after the final norm of padded rows, at their tokens only, ND.
 
+        With ``wanted``, numbers of such tokens in any order, theirs alone, LD: what the last layer
+        makes of keys and values is then computed nowhere else.
         Errors: UserError if a row is longer than the model was made for.
         """
         sights: dict[int | None, list[Sight]] = {window: [] for window in self.windows}
@@ -422,14 +433,16 @@ class Transformer(nn.Module):
                 found = self._sights_of_rows(group.length, ids_BT.device)
             for window, sight in found.items():
                 sights[window].append(sight)
+        num_positions, packing = len(packing.sources_N), packing.filled()
         x_ND = self.embed_tokens(ids_BT).flatten(0, 1).index_select(0, packing.sources_N)
-        for window, module in zip(self.windows, self.layers, strict=True):
-            layer: Any = module
+        for index, window in enumerate(self.windows):
+            layer: Any = self.layers[index]
+            given = packing, sights[window], wanted_L if index == len(self.layers) - 1 else None
             if self.recomputes and torch.is_grad_enabled():
-                x_ND = checkpoint(layer.packed, x_ND, packing, sights[window], use_reentrant=False)
+                x_ND = checkpoint(layer.packed, x_ND, *given, use_reentrant=False)
             else:
-                x_ND = layer.packed(x_ND, packing, sights[window])
-        return self.norm(x_ND)
+                x_ND = layer.packed(x_ND, *given)
+        return self.norm(x_ND if wanted_L is not None else x_ND[:num_positions])
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Next-token logits, BTV, of hidden states of any leading shape."""

@@ -127,7 +127,8 @@ class Server:
     def _mailbox(self) -> Mailbox:
         """One for all requests, made in the loop that serves them."""
         if self.mailbox is None:
-            self.mailbox = Mailbox(asyncio.get_running_loop())
+            engines = [served.engine for served in self.models.values()]
+            self.mailbox = Mailbox(asyncio.get_running_loop(), engines)
         return self.mailbox
 
     # ------------------------------------------------ answers

@@ -5,10 +5,9 @@ protocol.Request -> Served.prompts: token ids -> Run: one ticket of the engine f
 """
 
 import asyncio
-import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -130,28 +129,33 @@ def _too_long(found: str, param: str, length: int) -> ApiError:
 
 
 class Mailbox:
-    """Carries what engines deliver into the event loop, waking it once for all that came."""
+    """Carries what engines deliver into the event loop, waking it once for all of a step.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    Woken by the first letter, the loop would take the interpreter from an engine that has the
+    others still to write, and be woken again for them.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, engines: Iterable[Engine]) -> None:
         self.loop = loop
         self.letters: deque[tuple[asyncio.Queue, Any]] = deque()
-        self.lock = threading.Lock()
         self.is_woken = False
+        for engine in engines:
+            engine.on_delivered = self.wake
 
     def put(self, queue: asyncio.Queue, letter: Any) -> None:
+        """From any thread; it lies there until ``wake``."""
+        self.letters.append((queue, letter))
+
+    def wake(self) -> None:
         """From any thread."""
-        with self.lock:
-            self.letters.append((queue, letter))
-            if self.is_woken:
-                return
+        if not self.is_woken:
             self.is_woken = True
-        self.loop.call_soon_threadsafe(self._deliver)
+            self.loop.call_soon_threadsafe(self._deliver)
 
     def _deliver(self) -> None:
-        with self.lock:
-            letters, self.letters = self.letters, deque()
-            self.is_woken = False
-        for queue, letter in letters:
+        self.is_woken = False  # before looking: what comes from now on wakes again
+        while self.letters:
+            queue, letter = self.letters.popleft()
             queue.put_nowait(letter)
 
 
