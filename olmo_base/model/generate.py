@@ -38,8 +38,8 @@ from olmo_base.run.errors import UserError
 from olmo_base.run.launch import pick_device
 
 MAX_ROWS = 64  # prompts decoded together; more wins little on a CPU and costs cache
-# Numbers that a step's logits hold on a CPU: 6 MiB, 31 rows of OLMo's vocabulary.
-MAX_STEP_LOGITS = 3 * 2**19
+# Numbers that a step's logits hold on a CPU: 8 MiB, 41 rows of OLMo's vocabulary.
+MAX_STEP_LOGITS = 2**21
 PREFILL_TOKENS = 1024  # of prompts read at once on a CPU, which gains nothing from more
 MIN_PREFIX = 32  # tokens that all prompts begin with, from which on they are run once
 MIN_PREFIX_ROWS = 4
