@@ -299,17 +299,18 @@ class LabelLogprobs(Wrapped):
         tolerance: float = 1e-3,
         *,
         packs: bool = True,
+        is_native: bool = True,
     ) -> None:
         """Errors: UserError if no way reproduces the model's own logits.
 
         ``precision`` opens the context the model computes in (autocast); ``tolerance`` is what its
         rounding may change a log-probability by, in nats, where logits spread over 20. ``packs``:
-        leave padding out where the model can.
+        leave padding out where the model can; ``is_native``: compute an OLMo's layers by ours.
         """
         super().__init__()
         self.model = model
         self._precision = precision
-        native = native_over(model)
+        native = native_over(model) if is_native else None
         self.ways: dict[str, Way] = dict(WAYS)
         if native is not None:
             self.ways = {NATIVE: NativeThenHead(native, packs=False), **WAYS}

@@ -11,12 +11,13 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
+    DeepSpeedPlugin,
     DistributedType,
     FullyShardedDataParallelPlugin,
     parse_flag_from_env,
@@ -59,6 +60,7 @@ from open_instruct.sharding import (
     restore_state,
     shard,
 )
+from open_instruct.zero import ZeroEngine, refuse_other_zero
 
 # (model, micro-batch) -> sums over its terms: "loss", which is minimised, and any others to show.
 SummedLoss = Callable[[nn.Module, Batch], dict[str, Tensor]]
@@ -140,20 +142,15 @@ TRAINED_WITH = (
     DistributedType.MULTI_CPU,
     DistributedType.MULTI_GPU,
     DistributedType.FSDP,
+    DistributedType.DEEPSPEED,
 )
 
 
 def asked_sharding() -> FullyShardedDataParallelPlugin | None:
-    """How ``accelerate launch`` was told to divide weights over ranks; None for whole copies.
+    """How ``accelerate launch`` was told to divide weights by FSDP2; None if it was not.
 
-    Errors: UserError for DeepSpeed, and for settings that would not be followed.
+    Errors: UserError for settings that would not be followed.
     """
-    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        raise UserError(
-            "accelerate was configured for DeepSpeed, which this loop has never been run with: it "
-            "needs a GPU to be checked on. FSDP2 divides weights, gradients and moments as ZeRO-3 "
-            "does: accelerate launch --config_file recipes/accelerate/fsdp2.yaml."
-        )
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return None
     plugin = FullyShardedDataParallelPlugin()
@@ -161,11 +158,24 @@ def asked_sharding() -> FullyShardedDataParallelPlugin | None:
     return plugin
 
 
+def asks_for_zero() -> bool:
+    """Whether ``accelerate launch`` was told to divide weights by DeepSpeed's ZeRO-3.
+
+    Errors: UserError for settings that would not be followed, or if DeepSpeed is missing.
+    """
+    if not parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        return False
+    refuse_other_zero(DeepSpeedPlugin())
+    return True
+
+
 class Workers:
     """This process among the others of the run: one alone, or one per rank under accelerate."""
 
     def __init__(self, bf16: bool | Literal["auto"] = "auto") -> None:
         """Errors: UserError for a kind of parallelism that this loop does not train with."""
+        self._uses_zero = asks_for_zero()
+        self._zero: ZeroEngine | None = None
         self._sharding = asked_sharding()
         # Precision is ours to choose (below), whatever `accelerate config` says.
         self._accelerator = Accelerator(mixed_precision="no", fsdp_plugin=self._sharding)
@@ -173,7 +183,8 @@ class Workers:
         if kind not in TRAINED_WITH:
             raise UserError(
                 f"accelerate was configured for {kind.value}, and this loop trains with plain data "
-                "parallelism or FSDP2. Launch it with a file of recipes/accelerate, or torchrun."
+                "parallelism, FSDP2 or ZeRO-3. Launch it with a file of recipes/accelerate, or "
+                "torchrun."
             )
         self.device: torch.device = self._accelerator.device
         self.rank: int = self._accelerator.process_index
@@ -201,7 +212,14 @@ class Workers:
             model.to(self.device)  # type: ignore[arg-type]
         # nats, where logits spread over 20
         tolerance = 1.0 if self.bf16 or is_quantised else 1e-3
-        placed = LabelLogprobs(model, self.precision, tolerance, packs=batching != "grouped")
+        placed = LabelLogprobs(
+            model,
+            self.precision,
+            tolerance,
+            packs=batching != "grouped",
+            # DeepSpeed gathers the weights of modules that are called, each with its own.
+            is_native=not self._divides_by_zero,
+        )
         if batching == "packed" and not placed.packs:
             raise UserError(
                 f"batching: packed, but {type(model).__name__} is computed by {placed.way}, "
@@ -211,27 +229,43 @@ class Workers:
 
     @property
     def divides(self) -> bool:
-        """Whether weights are divided over ranks (FSDP2), and not copied to each."""
-        return self._sharding is not None and self.num_ranks > 1
+        """Whether weights are divided over ranks (FSDP2, ZeRO-3), and not copied to each."""
+        return (self._sharding is not None or self._uses_zero) and self.num_ranks > 1
 
-    def share(self, model: Wrapped) -> nn.Module:
-        """The same model, its gradients averaged over the ranks; with FSDP2 divided in place.
+    @property
+    def kind(self) -> str:
+        """How weights are divided."""
+        return "ZeRO-3" if self._uses_zero else "FSDP2"
 
-        accelerate's own FSDP2 runs on GPUs alone and knows no layer but transformers'.
+    @property
+    def _divides_by_zero(self) -> bool:
+        return self._uses_zero and self.divides
+
+    def share(self, model: Wrapped, optim: OptimConfig) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """The same model, its gradients averaged over the ranks, and what steps it.
+
+        With FSDP2 and ZeRO-3 divided in place. accelerate's own FSDP2 runs on GPUs alone and knows
+        no layer but transformers'.
         """
-        if self._sharding is not None:
-            if self.divides:
-                releases = bool(self._sharding.reshard_after_forward)
-                shard(model, self.device, self.num_ranks, releases=releases)
-            return model
-        prepared: nn.Module = self._accelerator.prepare_model(model)
-        return prepared
+        if self._divides_by_zero:
+            self._zero = ZeroEngine(model, optim, self.num_ranks)
+            return self._zero.engine, self._zero.optimizer
+        shared: nn.Module = model
+        if self._sharding is not None and self.divides:
+            releases = bool(self._sharding.reshard_after_forward)
+            shard(model, self.device, self.num_ranks, releases=releases)
+        elif not self._uses_zero and self._sharding is None:
+            shared = self._accelerator.prepare_model(model)
+        return shared, build_optimizer(model.model, optim)
 
     def meeting(self, model: nn.Module, is_last: bool) -> contextlib.AbstractContextManager[object]:
         """Ranks exchange gradients in the last micro-batch of a step, and not before.
 
-        With FSDP2 in each: gradients that are not exchanged yet would be kept whole.
+        With FSDP2 and ZeRO-3 in each: gradients that are not exchanged yet would be kept whole.
         """
+        if self._zero is not None:
+            self._zero.meet(is_last=is_last)
+            return contextlib.nullcontext()
         if is_last or self._sharding is not None:
             return contextlib.nullcontext()
         return self._accelerator.no_sync(model)
@@ -242,7 +276,41 @@ class Workers:
 
     def backward(self, loss: Tensor) -> None:
         """Add to the step's gradients."""
-        self._accelerator.backward(loss)
+        if self._zero is not None:
+            self._zero.backward(loss)
+        else:
+            loss.backward()
+
+    def step(
+        self, model: Wrapped, optimizer: torch.optim.Optimizer, max_grad_norm: float
+    ) -> Tensor:
+        """Clip the gradients, step and forget them; their norm before clipping."""
+        if self._zero is not None:
+            return self._zero.step()
+        norm = clip_gradients(model.parameters(), max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        return norm
+
+    def whole_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """``optimizer.state_dict()`` of one process, on the first rank. All must ask."""
+        if self._zero is not None:
+            return self._zero.state(keeps=self.rank == 0)
+        return gathered_state(optimizer, keeps=self.rank == 0)
+
+    def restore(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """Put the state of one process into an optimizer, each rank taking its parts."""
+        if self._zero is not None:
+            self._zero.restore(state)
+        else:
+            restore_state(optimizer, state)
+
+    def put(self, parameter: nn.Parameter, whole: Tensor) -> None:
+        """Put a whole weight into ``parameter``, or this rank's part of it."""
+        if self._zero is not None:
+            self._zero.put(parameter, whole)
+        else:
+            copy_part(parameter, whole)
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """The sum of every rank's tensor, on every rank."""
@@ -414,7 +482,7 @@ def save(
     with other ranks. No random generator is kept: each step seeds its own.
     """
     weights = whole_weights(model, workers)
-    moments = gathered_state(optimizer, keeps=workers.rank == 0)
+    moments = workers.whole_state(optimizer)
     if workers.rank == 0:
         state = {"position": asdict(at), "row_sums": row_sums, "optimizer": moments}
         save_checkpoint(folder, at.step, weights=weights, state=state, config=config)
@@ -447,8 +515,8 @@ def resume(
     parameters = trained_parameters(model)
     assert weights.keys() == parameters.keys(), f"{checkpoint.path} is of another model"
     for name, parameter in parameters.items():
-        copy_part(parameter, weights[name])
-    restore_state(optimizer, state["optimizer"])
+        workers.put(parameter, weights[name])
+    workers.restore(optimizer, state["optimizer"])
     is_keeper = workers.rank == 0  # the sums were of all ranks, so one takes them over
     row.add(
         {
@@ -498,13 +566,13 @@ def note_evaluation(
         )
 
 
-def take_best(folder: RunFolder, model: Wrapped, at: Position) -> None:
+def take_best(folder: RunFolder, workers: Workers, model: Wrapped, at: Position) -> None:
     """Put the weights of the lowest held-out loss back into the model."""
     with safe_open(folder.checkpoints / BEST / "model.safetensors", framework="pt") as file:
         kept_step = int((file.metadata() or {})["step"])
         assert kept_step == at.best_step, f"weights of step {kept_step}, not {at.best_step}"
         for name, parameter in trained_parameters(model).items():
-            copy_part(parameter, file.get_tensor(name))
+            workers.put(parameter, file.get_tensor(name))
     at.evaluation = dict(at.best_evaluation)
     folder.log(f"the weights after step {at.best_step} are kept (eval_loss {at.best_loss:.4g})")
 
@@ -554,7 +622,7 @@ def add_gradients(
     for number, batch in enumerate(batches, start=1):
         with workers.meeting(model, is_last=number == len(batches)):
             sums = summed_loss(model, batch.to(workers.device))
-            # DDP and FSDP2 average over ranks; the loss is a sum over them.
+            # DDP, FSDP2 and ZeRO-3 average over ranks; the loss is a sum over them.
             workers.backward(sums["loss"] * (workers.num_ranks / num_terms))
         totals.add(sums)
 
@@ -579,14 +647,13 @@ def train(
     Returns the figures of the end. Errors: Stopped after SIGINT or SIGTERM, with a checkpoint
     written; UserError when the loss is no longer a number.
     """
-    shared = workers.share(model)
+    shared, optimizer = workers.share(model, optim)
     if workers.divides:
         here, everywhere = part_held(model)
         folder.log(
-            f"weights are divided over {workers.num_ranks} processes (FSDP2): {here:,} of "
+            f"weights are divided over {workers.num_ranks} processes ({workers.kind}): {here:,} of "
             f"{everywhere:,} parameters on the first"
         )
-    optimizer = build_optimizer(model.model, optim)
     at, row = resume(folder, workers, model, optimizer)
     if config.looks_for_best and at.step > 0 and at.eval_steps != config.eval_steps:
         raise UserError(
@@ -626,9 +693,7 @@ def train(
             batches = steps.micro_batches(at.step, workers.rank)
             summed_loss = settle(loss, model, batches, num_terms, workers)
             add_gradients(workers, shared, batches, num_terms, summed_loss, row)
-            gradient_norm = clip_gradients(model.parameters(), optim.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
+            gradient_norm = workers.step(model, optimizer, optim.max_grad_norm)
 
             at.step += 1
             at.tokens += num_tokens
@@ -676,6 +741,6 @@ def train(
             if must_stop:
                 raise Stopped(stop.signal_number, f"after step {at.step} of {steps.total}")
     if config.load_best_model_at_end:
-        take_best(folder, model, at)
+        take_best(folder, workers, model, at)
     best = {"best_step": at.best_step} if config.looks_for_best else {}
     return {"steps": at.step, "tokens": at.tokens, "loss": at.loss, **at.evaluation, **best}

@@ -362,8 +362,8 @@ class Model:
         if workers.divides:
             raise UserError(
                 f"num_eval_samples: {recipe.shown.num_eval_samples}, but the first rank answers "
-                "them, and under FSDP2 it holds a part of the weights. Set it to 0, or launch with "
-                "recipes/accelerate/ddp.yaml."
+                f"them, and under {workers.kind} it holds a part of the weights. Set it to 0, or "
+                "launch with recipes/accelerate/ddp.yaml."
             )
         prompts = first_prompts(held_out.examples, recipe.shown.num_eval_samples)
         return SampleLog(
