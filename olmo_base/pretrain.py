@@ -34,6 +34,7 @@ from olmo_base.pretrain_loop import refuse_divided_questions, train
 from olmo_base.pretrain_recipe import (
     Corpus,
     PretrainRecipe,
+    config_from_afar,
     epoch_at,
     input_files,
     mixture_table,
@@ -101,21 +102,30 @@ def expected_memory_bytes(
 def plan(recipe: PretrainRecipe) -> dict[str, object]:
     """What a run would do and need, for --dry-run."""
     refuse_missing_trackers(recipe.log.report_to)
-    corpus = open_corpus(recipe, verify=False)
-    config = model_config(recipe, corpus)
-    steps = num_steps(recipe, len(corpus.train))
+    if (config := config_from_afar(recipe)) is not None:
+        paths = ", ".join(source.path for source in recipe.dataset_mixer)
+        words = f"{paths} is not on this machine: the vocabulary is that of {recipe.shape.model}"
+        text: dict[str, object] = {"not_here": f"{words}, and text is not counted"}
+        steps = num_steps(recipe, 0)
+    else:
+        corpus = open_corpus(recipe, verify=False)
+        config = model_config(recipe, corpus)
+        steps = num_steps(recipe, len(corpus.train))
+        text = {
+            "examples": len(corpus.train),
+            **({"mixture": "; ".join(mixture_table(corpus))} if mixture_table(corpus) else {}),
+            "epochs": epoch_at(recipe, corpus, steps),
+            "tokens_available": corpus.train.num_tokens,
+            "held_out_tokens": corpus.held_out.num_tokens if corpus.held_out else 0,
+        }
     tokens_per_step = recipe.sequences_per_step * recipe.max_length
     bf16 = computes_in_bf16(recipe.bf16, pick_device(), config.hidden_size)
     flops = flops_per_token(config, recipe.max_length)
     return {
-        "examples": len(corpus.train),
-        **({"mixture": "; ".join(mixture_table(corpus))} if mixture_table(corpus) else {}),
+        **text,
         "steps": steps,
         "tokens_per_step": tokens_per_step,
         "tokens": recipe.sizes.before(steps) * recipe.max_length,
-        "epochs": epoch_at(recipe, corpus, steps),
-        "tokens_available": corpus.train.num_tokens,
-        "held_out_tokens": corpus.held_out.num_tokens if corpus.held_out else 0,
         "vocab_size": config.vocab_size,
         "parameters": num_parameters(config),
         "flops_per_token": flops,

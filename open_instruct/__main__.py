@@ -54,7 +54,6 @@ def run(recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:
 
     An interrupted run goes on when the same command is given again.
     """
-    from olmo_base.run.artefact import read_manifest
     from olmo_base.run.recipe import read_stage
     from open_instruct import pipeline
 
@@ -62,7 +61,14 @@ def run(recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:
     path = pipeline.find_recipe(recipe)
     if read_stage(path) == "pipeline":
         _run_pipeline(path, overrides, dry_run)
-        return
+    else:
+        _run_stage(path, overrides, dry_run)
+
+
+def _run_stage(path: Path, overrides: Sequence[str], dry_run: bool) -> None:
+    from olmo_base.run.artefact import read_manifest
+    from open_instruct import pipeline
+
     stage, resolved = pipeline.load_stage_recipe(path, overrides)
     if dry_run:
         click.echo(_described(resolved, pipeline.plan_stage(stage, resolved)))
@@ -496,6 +502,29 @@ def _list_documents(recipe: str, overrides: Sequence[str], step: int) -> None:
         click.echo(f"sequence {index}")
         for place in places:
             click.echo(f"  {place}")
+
+
+@data.command()
+@click.argument("recipe")
+@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+@click.option("--dry-run", is_flag=True, help="Count documents and tokens; touch nothing.")
+def tokenize(recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:
+    """Turn the documents of a tokenize RECIPE into token shards.
+
+    The same as `open-instruct run`; num_proc=8 uses eight processes. A killed run goes on after
+    its finished shards.
+    """
+    from olmo_base.run.recipe import read_stage
+    from open_instruct import pipeline
+
+    signal.signal(signal.SIGTERM, _stop_now)
+    path = pipeline.find_recipe(recipe)
+    if (stage := read_stage(path)) != "tokenize":
+        raise UserError(
+            f"{path} says 'stage: {stage}'; data tokenize needs 'stage: tokenize'. "
+            f"For this one: open-instruct run {path}"
+        )
+    _run_stage(path, overrides, dry_run)
 
 
 @data.command()
