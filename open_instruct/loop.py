@@ -25,9 +25,11 @@ from accelerate.utils import (
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel
 
 from olmo_base.divided import copy_part
+from olmo_base.model.context import SplitContext
 from olmo_base.optim import (
     OptimConfig,
     build_optimizer,
@@ -96,6 +98,9 @@ class TrainConfig:
     per_device_eval_batch_size: int = setting(32, low=1, changes_result=False)
     eval_steps: int = setting(
         0, low=0, changes_result=False, help="0: held-out examples at the start and the end only"
+    )
+    context_parallel: int = setting(
+        1, low=1, changes_result=False, help="processes that share a dialogue, each a part of it"
     )
     bf16: bool | Literal["auto"] = setting("auto", help="auto: on GPUs that compute in it")
     batching: Batching = setting(
@@ -172,7 +177,7 @@ def asks_for_zero() -> bool:
 class Workers:
     """This process among the others of the run: one alone, or one per rank under accelerate."""
 
-    def __init__(self, bf16: bool | Literal["auto"] = "auto") -> None:
+    def __init__(self, bf16: bool | Literal["auto"] = "auto", *, context_parallel: int = 1) -> None:
         """Errors: UserError for a kind of parallelism that this loop does not train with."""
         self._uses_zero = asks_for_zero()
         self._zero: ZeroEngine | None = None
@@ -191,6 +196,20 @@ class Workers:
         self.num_ranks: int = self._accelerator.num_processes
         is_fast = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
         self.bf16: bool = is_fast if bf16 == "auto" else bf16
+        if self.num_ranks % context_parallel:
+            raise UserError(
+                f"context_parallel {context_parallel} does not divide the {self.num_ranks} "
+                f"process(es) of this run. Start a multiple of {context_parallel}, as with "
+                f"accelerate launch --num_processes {context_parallel}."
+            )
+        # Those that read different dialogues, and which of them this one is.
+        self.num_data: int = self.num_ranks // context_parallel
+        self.data_rank: int = self.rank // context_parallel
+        self.context: SplitContext | None = None
+        if context_parallel > 1:
+            shape = (self.num_data, context_parallel)
+            mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("data", "context"))
+            self.context = SplitContext(mesh.get_group("context"))
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
@@ -216,7 +235,7 @@ class Workers:
             model,
             self.precision,
             tolerance,
-            packs=batching != "grouped",
+            packs=batching != "grouped" and self.context is None,
             # DeepSpeed gathers the weights of modules that are called, each with its own.
             is_native=not self._divides_by_zero,
         )
@@ -225,6 +244,8 @@ class Workers:
                 f"batching: packed, but {type(model).__name__} is computed by {placed.way}, "
                 "which pads. Set batching: auto, which groups rows by length where it must."
             )
+        if self.context is not None:
+            placed.share_rows(self.context)
         return placed
 
     @property
@@ -431,8 +452,8 @@ def evaluate(
     batches = evaluation_batches(
         held_out.examples,
         max_examples=batch_size,
-        num_ranks=workers.num_ranks,
-        rank=workers.rank,
+        num_ranks=workers.num_data,
+        rank=workers.data_rank,
     )
     summed_loss = settle(held_out.loss, model, batches, held_out.num_terms, workers)
     for batch in batches:
@@ -690,7 +711,7 @@ def train(
             set_learning_rate(optimizer, learning_rate)
             seed_step(seed, at.step, workers.rank)
             num_terms, num_tokens = steps.num_terms(at.step), steps.num_tokens(at.step)
-            batches = steps.micro_batches(at.step, workers.rank)
+            batches = steps.micro_batches(at.step, workers.data_rank)
             summed_loss = settle(loss, model, batches, num_terms, workers)
             add_gradients(workers, shared, batches, num_terms, summed_loss, row)
             gradient_norm = workers.step(model, optimizer, optim.max_grad_norm)

@@ -1,12 +1,14 @@
+import contextlib
 import importlib.util
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from olmo_base.model.context import SplitContext
 from olmo_base.optim import OptimConfig
 from olmo_base.run.artefact import RunConfig, RunFolder
 from olmo_base.run.errors import Stopped, UserError
@@ -381,6 +384,7 @@ DATA = {
     "kto": "rated.jsonl",
     "lora": "dialogues.jsonl",
     "reward": "pairs.jsonl",
+    "context": "dialogues.jsonl",
 }
 OTHER_KEYS: dict[str, dict[str, Any]] = {
     "sft": dict(stage="sft", eval_steps=2, load_best_model_at_end=True),
@@ -391,6 +395,8 @@ OTHER_KEYS: dict[str, dict[str, Any]] = {
         attn_implementation="eager",
         gradient_checkpointing=True,
     ),
+    # Each dialogue cut over the two, where two are native OLMos.
+    "context": dict(stage="sft", gradient_checkpointing=True),
     "kto": dict(stage="dpo", loss_type="kto"),
     "lora": dict(stage="sft", use_peft=True, lora_r=4, lora_dropout=0.0),
 }
@@ -433,7 +439,8 @@ for name, changes in {"native": {}, "dropout": DROPOUT}.items():
             key: weight.full_tensor() if hasattr(weight, "full_tensor") else weight
             for key, weight in found.items()
         }
-        torch.save(whole, "KIND_found.pt")
+        if torch.distributed.get_rank() == 0:
+            torch.save(whole, "KIND_found.pt")
 """
 # Nothing is small enough to stay whole, and no kernel of DeepSpeed's is compiled.
 ZERO = """
@@ -464,15 +471,31 @@ def write_recipes(folder: Path, name: str, per_device: int) -> list[str]:
             eval_dataset_mixer=[{"path": data}],
             output_dir=f"{stage}_{name}",
         )
+        if stage == "context" and name in ("ddp", "fsdp2"):
+            keys |= dict(context_parallel=2, per_device_train_batch_size=2 * per_device)
         write_recipe(folder / f"{stage}_{name}.yaml", **(keys | OTHER_KEYS.get(stage, {})))
     return [f"{stage}_{name}.yaml" for stage in DATA]
+
+
+def quiet_port() -> int:
+    """A free port below those that the system gives to connections.
+
+    One that it gave would be free again until torch binds it, seconds later: any connection of a
+    test beside this one could have it by then.
+    """
+    first = 20_000 + os.getpid() % 10_000
+    for port in range(first, 32_000):
+        with socket.socket() as tried, contextlib.suppress(OSError):
+            tried.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 def launched_by_two(kind: str, folder: Path, *command: str) -> None:
     """Run it as ``accelerate launch --config_file recipes/accelerate/KIND.yaml`` does."""
     config = ROOT / "recipes" / "accelerate" / f"{kind}.yaml"
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(config)]
-    options = ["--num_processes", "2", "--main_process_port", "0"]
+    options = ["--num_processes", "2", "--main_process_port", str(quiet_port())]
     path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, *launch, *options, *command],
@@ -625,6 +648,41 @@ def test_a_launcher_that_asks_for_zero3_is_followed_or_told_what_is_missing(monk
     else:
         with pytest.raises(UserError, match=r"not installed.*recipes/accelerate/fsdp2\.yaml"):
             asks_for_zero()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "options"),
+    [
+        ({}, r"context_parallel 2 does not divide the 1 process", []),
+        ({"stage": "dpo"}, "stage: dpo needs all labels of an answer", []),
+        ({"batching": "packed"}, "cuts padded rows, and batching is packed", []),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha draws for whole dialogues", []),
+        ({"use_peft": True}, "Only an OLMo can be cut, trained without an adapter", ["--dry-run"]),
+    ],
+)
+def test_dialogues_that_cannot_be_cut_over_processes_are_refused(
+    tmp_path, monkeypatch, capsys, changes, words, options
+):
+    monkeypatch.chdir(tmp_path)
+    save_tiny_model(tmp_path / "base")
+    write_dialogues(tmp_path / "dialogues.jsonl")
+    keys = dict(
+        stage="sft",
+        model_name_or_path="base",
+        chat_template="tulu",
+        context_parallel=2,
+        dataset_mixer=[{"path": "dialogues.jsonl"}],
+        output_dir="run",
+    )
+    write_recipe(tmp_path / "recipe.yaml", **(keys | changes))
+    assert main(["run", "recipe.yaml", *options]) == 2
+    assert re.search(words, " ".join(capsys.readouterr().err.split()))
+
+
+def test_a_model_whose_layers_are_not_ours_is_not_cut_over_processes():
+    model = LabelLogprobs(tiny_olmo2(), is_native=False)
+    with pytest.raises(UserError, match="Olmo2ForCausalLM is computed by head at the labels"):
+        model.share_rows(cast(SplitContext, None))
 
 
 def test_batching_packed_is_refused_in_words_where_the_model_pads():
