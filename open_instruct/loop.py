@@ -39,6 +39,7 @@ from olmo_base.optim import (
 )
 from olmo_base.run.artefact import RunFolder, atomic_folder
 from olmo_base.run.errors import Stopped, UserError
+from olmo_base.run.heap import keep_freed_memory
 from olmo_base.run.launch import stop_signals
 from olmo_base.run.metrics import LogConfig, MetricsLog, Progress
 from olmo_base.run.recipe import RecipeError, setting
@@ -668,6 +669,8 @@ def train(
     Returns the figures of the end. Errors: Stopped after SIGINT or SIGTERM, with a checkpoint
     written; UserError when the loss is no longer a number.
     """
+    if workers.device.type == "cpu":
+        keep_freed_memory()
     shared, optimizer = workers.share(model, optim)
     if workers.divides:
         here, everywhere = part_held(model)
