@@ -43,6 +43,7 @@ from open_instruct.logprobs import (
     LabelLogprobs,
     Wrapped,
     native_over,
+    not_to_be_cut,
 )
 from open_instruct.loop import NEVER, HeldOut, Loss, TrainConfig, Workers, steps_of, train
 from open_instruct.memory import Sizes, count_parameters, memory_at_hand, training_memory
@@ -58,6 +59,8 @@ NOT_HERE = "not_here"  # in the figures of a plan: what is missing on this machi
 class TuningRecipe(Protocol):
     """The keys that every tuning stage has."""
 
+    @property
+    def stage(self) -> str: ...
     @property
     def model(self) -> ModelConfig: ...
     @property
@@ -128,6 +131,23 @@ def check_held_out(recipe: TuningRecipe) -> None:
             )
 
 
+def check_context_parallel(recipe: TuningRecipe) -> None:
+    """Errors: UserError for a recipe whose rows cannot be cut over processes."""
+    number = recipe.train.context_parallel
+    if number == 1:
+        return
+    if recipe.stage != "sft":
+        raise UserError(
+            f"context_parallel: {number}, but stage: {recipe.stage} needs all labels of an answer "
+            "on one process; only stage: sft adds up over them. Leave it out."
+        )
+    if recipe.train.batching == "packed":
+        raise UserError(
+            f"context_parallel: {number} cuts padded rows, and batching is packed. Set batching: "
+            "auto or grouped."
+        )
+
+
 def encoder_of(recipe: TuningRecipe) -> ChatEncoder:
     """How the recipe's model writes dialogues. Errors: UserError."""
     return load_chat_encoder(
@@ -143,8 +163,9 @@ def open_run(recipe: Recipe, load: Load[Recipe, Loaded]) -> Opened[Loaded] | Run
     Errors: UserError, DataError for what the user can mend.
     """
     check_held_out(recipe)
+    check_context_parallel(recipe)
     tokenise_before_ranks_meet(recipe, load)
-    workers = Workers(recipe.train.bf16)
+    workers = Workers(recipe.train.bf16, context_parallel=recipe.train.context_parallel)
     with workers.main_first():
         folder = RunFolder.open(recipe, input_files(recipe))
     if folder.is_finished:
@@ -180,6 +201,7 @@ def tokenise_before_ranks_meet(recipe: Recipe, load: Load[Recipe, Loaded]) -> No
 def load_for_plan(recipe: Recipe, load: Load[Recipe, Loaded]) -> tuple[Loaded, ExampleCounts]:
     """The examples that a run would learn from, for --dry-run. Errors: as in ``open_run``."""
     check_held_out(recipe)
+    check_context_parallel(recipe)
     encoder = encoder_of(recipe)
     counts = ExampleCounts()
     return load(recipe.data.dataset_mixer, encoder, recipe, counts, DataReport()), counts
@@ -199,6 +221,8 @@ def plan_figures(
     ``way`` and ``needs_distribution`` as in ``training_memory``.
     """
     refuse_missing_trackers(recipe.log.report_to)
+    if recipe.train.context_parallel > 1 and way != NATIVE:
+        raise not_to_be_cut(recipe.model.model_name_or_path, way)
     model_config = load_config(recipe.model)
     check_lengths(int(examples.lengths_NW.max()), model_config, recipe.model.model_name_or_path)
     steps = steps_of(
@@ -320,7 +344,8 @@ def expected_way(recipe: AdaptableRecipe, architecture: Any | None = None) -> st
                 architecture, trust_remote_code=recipe.model.trust_remote_code
             )
         if native_over(model) is not None:
-            return NATIVE if recipe.train.batching == "grouped" else PACKED
+            pads = recipe.train.batching == "grouped" or recipe.train.context_parallel > 1
+            return NATIVE if pads else PACKED
     text_config = architecture.get_text_config()
     is_changed = any(getattr(text_config, key, None) is not None for key in CHANGED_LOGITS)
     return AT_LABELS if is_changed else HEAD_AT_LABELS
@@ -340,6 +365,8 @@ class Model:
             seed=recipe.run.seed,
         )
         name = recipe.model.model_name_or_path
+        if workers.context is not None:
+            longest = workers.context.padded(longest)
         check_lengths(longest, self.language_model.config, name)
         if is_adapted(self.language_model):
             folder.log(about_adapter(self.language_model))
@@ -362,8 +389,8 @@ class Model:
         if workers.divides:
             raise UserError(
                 f"num_eval_samples: {recipe.shown.num_eval_samples}, but the first rank answers "
-                "them, and under FSDP2 it holds a part of the weights. Set it to 0, or launch with "
-                "recipes/accelerate/ddp.yaml."
+                f"them, and under {workers.kind} it holds a part of the weights. Set it to 0, or "
+                "launch with recipes/accelerate/ddp.yaml."
             )
         prompts = first_prompts(held_out.examples, recipe.shown.num_eval_samples)
         return SampleLog(
@@ -402,7 +429,7 @@ def steps_for(
         terms_per_example,
         recipe.train,
         seed=recipe.run.seed,
-        num_ranks=workers.num_ranks,
+        num_ranks=workers.num_data,
         cost_of_cut=workers.cost_of_cut(packs=packs),
     )
 
