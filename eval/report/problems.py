@@ -64,7 +64,7 @@ def _questions_apart(report: Report) -> list[Problem]:
             if len(each) <= NUM_LISTED:
                 found.append(Problem(f"{listed(names)}: {', '.join(each)} {reason}."))
                 continue
-            number, of = (sum(count[place] for count in counts) for place in (1, 2))
+            number, of = sum(count[1] for count in counts), sum(count[2] for count in counts)
             total = f"{number:,} of {of:,} {what} of {len(counts)} tasks"
             found.append(Problem(f"{listed(names)}: {total} {reason}.", tuple(each)))
     return found
