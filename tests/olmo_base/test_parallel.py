@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -379,8 +380,7 @@ def test_checkpoints_go_to_a_uri_and_come_back_from_it(tokens, tmp_path, two, al
     assert_same(tmp_path / "run", alone())
 
 
-@pytest.fixture
-def s3(monkeypatch):
+def s3_server(monkeypatch):
     """A server in this process that speaks S3, with one empty bucket."""
     server = pytest.importorskip("moto.server", reason="moto[server] is not installed")
     s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed")
@@ -398,10 +398,47 @@ def s3(monkeypatch):
     started.stop()
 
 
-def test_checkpoints_go_to_s3_the_last_ones_stay_and_a_run_goes_on_from_there(
-    tokens, tmp_path, s3, alone, monkeypatch
+def gs_server(monkeypatch):
+    """A server in this process that speaks as Google Cloud Storage, with one empty bucket."""
+    reason = "gcp-storage-emulator is not installed"
+    server = pytest.importorskip("gcp_storage_emulator.server", reason=reason)
+    # Asks the real service over gRPC what kind of bucket it is, a minute long.
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    gcsfs = pytest.importorskip("gcsfs", reason="gcsfs is not installed")
+    fsspec = pytest.importorskip("fsspec")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = server.create_server("127.0.0.1", port, in_memory=True, default_bucket="runs")
+    started.start()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+    monkeypatch.setitem(fsspec.config.conf, "gs", {"token": "anon"})
+    yield fsspec.filesystem("gs")
+    gcsfs.GCSFileSystem.clear_instance_cache()
+    started.wipe()
+    started.stop()
+
+
+SERVERS = {"s3": s3_server, "gs": gs_server}
+
+
+@pytest.fixture(params=list(SERVERS))
+def bucket(request, monkeypatch):
+    """How a URI there begins, and its files."""
+    for files in SERVERS[request.param](monkeypatch):
+        yield request.param, files
+
+
+def test_checkpoints_go_to_a_bucket_the_last_ones_stay_and_a_run_goes_on_from_there(
+    tokens, tmp_path, bucket, alone, monkeypatch
 ):
-    keys = {**KEYS, "save_steps": 4, "save_total_limit": 2, "checkpoint_dir": "s3://runs/a/b/"}
+    scheme, files = bucket
+    keys = {
+        **KEYS,
+        "save_steps": 4,
+        "save_total_limit": 2,
+        "checkpoint_dir": f"{scheme}://runs/a/b/",
+    }
     recipe = recipe_for(tokens, tmp_path, **keys)
     with monkeypatch.context() as patch:
         original = Ranks.at
@@ -414,20 +451,21 @@ def test_checkpoints_go_to_s3_the_last_ones_stay_and_a_run_goes_on_from_there(
         patch.setattr(Ranks, "at", at)
         with pytest.raises(Stopped):
             run(recipe)
-    kept = sorted(Path(path).name for path in s3.ls("runs/a/b", refresh=True))
+    kept = sorted(Path(path).name for path in files.ls("runs/a/b", refresh=True))
     assert kept == ["step_000012", "step_000014"]
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
-    s3.rm_file("runs/a/b/step_000014/index.json")  # as if it had been killed while writing
+    files.rm_file("runs/a/b/step_000014/index.json")  # as if it had been killed while writing
     run(recipe)
     assert "step_000012, after step 12" in (tmp_path / "run" / "train.log").read_text()
     assert_same(tmp_path / "run", alone())
 
 
-def test_a_bucket_that_is_not_there_is_one_message_and_is_not_made(tokens, tmp_path, s3):
-    recipe = recipe_for(tokens, tmp_path, **KEYS, checkpoint_dir="s3://nowhere/a")
-    with pytest.raises(UserError, match=r"s3://nowhere/a cannot be used: there is no such bucket"):
-        run(recipe)
-    assert s3.ls("", refresh=True) == ["runs"]
+def test_a_bucket_that_is_not_there_is_one_message_and_is_not_made(tokens, tmp_path, bucket):
+    scheme, files = bucket
+    uri = f"{scheme}://nowhere/a"
+    with pytest.raises(UserError, match=f"{uri} cannot be used: there is no such bucket"):
+        run(recipe_for(tokens, tmp_path, **KEYS, checkpoint_dir=uri))
+    assert [path.strip("/") for path in files.ls("", refresh=True)] == ["runs"]
 
 
 def test_a_store_in_memory_keeps_the_checkpoints_of_one_process(tokens, tmp_path):
