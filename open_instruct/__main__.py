@@ -45,7 +45,23 @@ def cli() -> None:
     is_flag=True,
     help="Print the resolved recipe, examples, tokens, steps and memory; touch nothing.",
 )
-def run(recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:
+@click.option(
+    "--num-processes",
+    type=click.IntRange(min=1),
+    help="With --dry-run: plan for so many GPUs, and say what each of them holds.",
+)
+@click.option(
+    "--accelerate-config",
+    metavar="FILE",
+    help="With --dry-run: plan for tuning that is launched with this file of accelerate.",
+)
+def run(
+    recipe: str,
+    overrides: tuple[str, ...],
+    dry_run: bool,
+    num_processes: int | None,
+    accelerate_config: str | None,
+) -> None:
     """Run one stage, or a pipeline of stages.
 
     RECIPE is a YAML file, or the name of one that comes with open-instruct, such as
@@ -55,17 +71,30 @@ def run(recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:
     An interrupted run goes on when the same command is given again.
     """
     from olmo_base.run.artefact import read_manifest
+    from olmo_base.run.launch import is_main_process
     from olmo_base.run.recipe import read_stage
     from open_instruct import pipeline
 
     signal.signal(signal.SIGTERM, _stop_now)  # training loops replace it by one that saves first
+    if not dry_run and (num_processes or accelerate_config):
+        raise UserError(
+            "--num-processes and --accelerate-config say what a plan is made for; add --dry-run. "
+            "To run in many processes: accelerate launch -m open_instruct run RECIPE."
+        )
     path = pipeline.find_recipe(recipe)
     if read_stage(path) == "pipeline":
+        if num_processes or accelerate_config:
+            raise UserError(f"{path} is a pipeline; plan one of its stages for many processes.")
         _run_pipeline(path, overrides, dry_run)
         return
     stage, resolved = pipeline.load_stage_recipe(path, overrides)
     if dry_run:
-        click.echo(_described(resolved, pipeline.plan_stage(stage, resolved)))
+        from open_instruct.planned_launch import planned_launch
+
+        launch = planned_launch(num_processes, accelerate_config)
+        figures = pipeline.plan_stage(stage, resolved, launch)
+        if is_main_process():
+            click.echo(_described(resolved, figures))
         return
     before = read_manifest(resolved.run.output_dir)
     folder = stage.run(resolved)

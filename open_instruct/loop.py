@@ -36,7 +36,7 @@ from olmo_base.optim import (
 )
 from olmo_base.run.artefact import RunFolder, atomic_folder
 from olmo_base.run.errors import Stopped, UserError
-from olmo_base.run.launch import stop_signals
+from olmo_base.run.launch import Launch, stop_signals
 from olmo_base.run.metrics import LogConfig, MetricsLog, Progress
 from olmo_base.run.recipe import RecipeError, setting
 from olmo_base.run.resume import CheckpointConfig, latest_checkpoint, save_checkpoint
@@ -191,9 +191,12 @@ class Workers:
         """The context that a forward pass computes in."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
 
-    def place(self, model: PreTrainedModel, batching: Batching = "auto") -> LabelLogprobs:
+    def place(
+        self, model: PreTrainedModel, batching: Batching = "auto", longest: int | None = None
+    ) -> LabelLogprobs:
         """The model on this rank's device, computing label log-probabilities.
 
+        ``longest`` is the longest row that it will read; a model with windows packs if it knows.
         Errors: UserError if it is no causal language model, or cannot do what ``batching`` says.
         """
         is_quantised = getattr(model, "is_quantized", False)
@@ -201,11 +204,12 @@ class Workers:
             model.to(self.device)  # type: ignore[arg-type]
         # nats, where logits spread over 20
         tolerance = 1.0 if self.bf16 or is_quantised else 1e-3
-        placed = LabelLogprobs(model, self.precision, tolerance, packs=batching != "grouped")
+        packs = batching != "grouped"
+        placed = LabelLogprobs(model, self.precision, tolerance, packs=packs, longest=longest)
         if batching == "packed" and not placed.packs:
             raise UserError(
-                f"batching: packed, but {type(model).__name__} is computed by {placed.way}, "
-                "which pads. Set batching: auto, which groups rows by length where it must."
+                f"batching: packed, but {type(model).__name__} must pad: {placed.why_padded}. "
+                "Set batching: auto, which groups rows by length where it must."
             )
         return placed
 
@@ -213,6 +217,16 @@ class Workers:
     def divides(self) -> bool:
         """Whether weights are divided over ranks (FSDP2), and not copied to each."""
         return self._sharding is not None and self.num_ranks > 1
+
+    @property
+    def launch(self) -> Launch:
+        """How many processes there are, and how they share weights."""
+        return Launch(
+            self.num_ranks,
+            device="cuda" if self.device.type == "cuda" else "cpu",
+            divides=self.divides,
+            releases=self._sharding is None or bool(self._sharding.reshard_after_forward),
+        )
 
     def share(self, model: Wrapped) -> nn.Module:
         """The same model, its gradients averaged over the ranks; with FSDP2 divided in place.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from olmo_base.optim import OptimConfig
 from olmo_base.run.artefact import ExampleCounts, RunConfig, RunFolder
 from olmo_base.run.errors import UserError
+from olmo_base.run.launch import Launch
 from olmo_base.run.metrics import LogConfig
 from olmo_base.run.recipe import RecipeError, setting
 from olmo_base.run.resume import CheckpointConfig
@@ -379,9 +380,9 @@ def learnt(items: Examples | RatedExamples) -> Examples:
     return items if isinstance(items, Examples) else items.answers
 
 
-def plan(recipe: PreferenceRecipe) -> dict[str, object]:
+def plan(recipe: PreferenceRecipe, launch: Launch | None = None) -> dict[str, object]:
     """What a run would do, for --dry-run; touches nothing. Errors: as in ``run``."""
-    figures = plan_from_afar(recipe, 1 if recipe.loss.is_rated else 2)
+    figures = plan_from_afar(recipe, 1 if recipe.loss.is_rated else 2, launch=launch)
     if figures is not None:
         return figures
     items, counts = load_for_plan(recipe, load_set)
@@ -393,7 +394,9 @@ def plan(recipe: PreferenceRecipe) -> dict[str, object]:
     terms = np.ones(len(examples))
     is_weighted = recipe.loss.is_weighted
     way = expected_way(recipe)
-    figures = plan_figures(recipe, examples, terms, counts, way, needs_distribution=is_weighted)
+    figures = plan_figures(
+        recipe, examples, terms, counts, way, needs_distribution=is_weighted, launch=launch
+    )
     return figures | read
 
 

@@ -26,6 +26,7 @@ from olmo_base.run.artefact import (
     resolve_model,
 )
 from olmo_base.run.errors import UserError
+from olmo_base.run.launch import Launch
 from olmo_base.run.metrics import LogConfig
 from olmo_base.run.recipe import RecipeError, setting
 from olmo_base.run.resume import CheckpointConfig
@@ -363,13 +364,14 @@ def merge_reward_adapter(adapter: str, out: str) -> Path:
 # ---------------------------------------------------------------- plan and run
 
 
-def plan(recipe: RewardRecipe) -> dict[str, object]:
+def plan(recipe: RewardRecipe, launch: Launch | None = None) -> dict[str, object]:
     """What a run would do, for --dry-run; touches nothing. Errors: as in ``run``."""
-    figures = plan_from_afar(recipe, 2, way=REWARDS)
+    figures = plan_from_afar(recipe, 2, way=REWARDS, launch=launch)
     if figures is not None:
         return figures
     (examples, _), counts = load_for_plan(recipe, pair_examples)
-    return plan_figures(recipe, examples, np.ones(len(examples)), counts, REWARDS)
+    terms = np.ones(len(examples))
+    return plan_figures(recipe, examples, terms, counts, REWARDS, launch=launch)
 
 
 def run(recipe: RewardRecipe) -> RunFolder:

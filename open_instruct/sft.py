@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from olmo_base.optim import OptimConfig
 from olmo_base.run.artefact import ExampleCounts, RunConfig, RunFolder
 from olmo_base.run.errors import UserError
+from olmo_base.run.launch import Launch
 from olmo_base.run.metrics import LogConfig
 from olmo_base.run.recipe import RecipeError, setting
 from olmo_base.run.resume import CheckpointConfig
@@ -188,9 +189,9 @@ def row_seed(step_seed: int, example: int) -> int:
 # ---------------------------------------------------------------- plan and run
 
 
-def plan(recipe: SftRecipe) -> dict[str, object]:
+def plan(recipe: SftRecipe, launch: Launch | None = None) -> dict[str, object]:
     """What a run would do, for --dry-run; touches nothing. Errors: as in ``run``."""
-    figures = plan_from_afar(recipe, 1)
+    figures = plan_from_afar(recipe, 1, launch=launch)
     if figures is not None:
         return figures
     examples, counts = load_for_plan(recipe, dialogue_examples)
@@ -202,6 +203,7 @@ def plan(recipe: SftRecipe) -> dict[str, object]:
         counts,
         expected_way(recipe),
         needs_distribution=recipe.loss.needs_distribution,
+        launch=launch,
     )
 
 
@@ -218,7 +220,9 @@ def run(recipe: SftRecipe) -> RunFolder:
     if opened.held_out is not None:
         held_out = HeldOut(opened.held_out, opened.held_out.num_labels, summed_loss)
 
-    model = Model(recipe, workers, folder, longest=int(examples.lengths_NW.max()))
+    sets = [examples] if opened.held_out is None else [examples, opened.held_out]
+    longest = max(int(one.lengths_NW.max()) for one in sets)
+    model = Model(recipe, workers, folder, longest)
     steps = steps_for(
         recipe,
         workers,

@@ -19,7 +19,7 @@ from olmo_base.run.artefact import (
     read_manifest,
 )
 from olmo_base.run.errors import UserError
-from olmo_base.run.launch import seed_everything
+from olmo_base.run.launch import Launch, seed_everything
 from olmo_base.run.metrics import LogConfig
 from olmo_base.run.resume import CheckpointConfig
 from olmo_base.run.trackers import refuse_missing_trackers
@@ -40,12 +40,16 @@ from open_instruct.logprobs import (
     HEAD_AT_LABELS,
     NATIVE,
     PACKED,
+    PACKED_HEAD,
+    PACKED_LABELS,
+    PACKING_WAYS,
     LabelLogprobs,
     Wrapped,
     native_over,
 )
 from open_instruct.loop import NEVER, HeldOut, Loss, TrainConfig, Workers, steps_of, train
 from open_instruct.memory import Sizes, count_parameters, memory_at_hand, training_memory
+from open_instruct.packed_attention import TAKEN_OVER, reach_of
 from open_instruct.publish import HubConfig, push_if_asked, write_model_card
 from open_instruct.sample_log import SampleLog, SampleLogConfig, first_prompts
 from open_instruct.tokenised import DataReport, report_for
@@ -193,10 +197,11 @@ def plan_figures(
     way: str,
     *,
     needs_distribution: bool = False,
+    launch: Launch | None = None,
 ) -> dict[str, object]:
     """What a run over these examples would do, for --dry-run. Errors: UserError, as in the run.
 
-    ``way`` and ``needs_distribution`` as in ``training_memory``.
+    ``way``, ``needs_distribution`` and ``launch`` as in ``training_memory``.
     """
     refuse_missing_trackers(recipe.log.report_to)
     model_config = load_config(recipe.model)
@@ -206,9 +211,10 @@ def plan_figures(
         terms_per_example,
         recipe.train,
         seed=recipe.run.seed,
-        cost_of_cut=NEVER if way == PACKED else MICRO_BATCH_COST["cpu"],
+        num_ranks=1 if launch is None else launch.num_processes,
+        cost_of_cut=NEVER if way in PACKING_WAYS else MICRO_BATCH_COST["cpu"],
     )
-    micro_batches = steps.micro_batch_sizes(STEPS_LOOKED_AT, packs=way == PACKED)
+    micro_batches = steps.micro_batch_sizes(STEPS_LOOKED_AT, packs=way in PACKING_WAYS)
     sizes = count_parameters(recipe.model, recipe.adapter)
     is_part = sizes.trained < sizes.all
     trained = {"trained_parameters": sizes.trained} if is_part else {}
@@ -221,7 +227,9 @@ def plan_figures(
         "examples_per_step": steps.per_step,
         "parameters": sizes.all,
         **trained,
-        **_planned_memory(recipe, model_config, sizes, micro_batches, way, needs_distribution),
+        **_planned_memory(
+            recipe, model_config, sizes, micro_batches, way, needs_distribution, launch
+        ),
     }
 
 
@@ -232,9 +240,13 @@ def _planned_memory(
     micro_batches: Sequence[MicroBatchSize],
     way: str,
     needs_distribution: bool,
+    launch: Launch | None,
 ) -> dict[str, object]:
-    """The figures of a plan that say how much memory a step takes."""
+    """The figures of a plan that say how much memory a step takes, in each process."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if launch is not None:
+        device = torch.device(launch.device)
+    bf16 = recipe.train.bf16
     needed = {
         recomputes: training_memory(
             model_config,
@@ -245,10 +257,19 @@ def _planned_memory(
             needs_distribution=needs_distribution,
             adapter=recipe.adapter,
             device=device.type,
+            bf16=device.type == "cuda" if bf16 == "auto" else bf16,
+            launch=launch,
         )
         for recomputes in (False, True)
     }
     chosen = recipe.model.gradient_checkpointing
+    if launch is not None:
+        spread = f"divided over {launch.shards} (FSDP2)" if launch.divides else "a copy in each"
+        asked: dict[str, object] = {"processes": launch.num_processes, "weights": spread}
+        if chosen != "auto":
+            return asked | {"memory_bytes_of_each": needed[chosen]}
+        names = {False: "memory_bytes_of_each", True: "with_gradient_checkpointing_bytes"}
+        return asked | {names[recomputes]: needed[recomputes] for recomputes in names}
     if chosen != "auto":
         return {"memory_bytes": needed[chosen]}
     recomputes = not fits(needed[False], device)
@@ -261,7 +282,11 @@ def fits(needed: int, device: torch.device) -> bool:
 
 
 def plan_from_afar(
-    recipe: "AdaptableRecipe", rows_per_example: int, *, way: str | None = None
+    recipe: "AdaptableRecipe",
+    rows_per_example: int,
+    *,
+    way: str | None = None,
+    launch: Launch | None = None,
 ) -> dict[str, object] | None:
     """What is known of a run whose published model is not on this machine; None if it is here.
 
@@ -283,7 +308,7 @@ def plan_from_afar(
     return {
         NOT_HERE: f"{name} is not on this machine: its recorded shape is used, and rows, tokens "
         "and steps are not counted",
-        "examples_per_step": per_rank,
+        "examples_per_step": per_rank * (1 if launch is None else launch.num_processes),
         "parameters": sizes.all,
         **trained,
         **_planned_memory(
@@ -293,6 +318,7 @@ def plan_from_afar(
             [largest],
             way or expected_way(recipe, architecture),
             needs_distribution=False,
+            launch=launch,
         ),
     }
 
@@ -314,15 +340,20 @@ def expected_way(recipe: AdaptableRecipe, architecture: Any | None = None) -> st
     ``architecture`` None is the one in the model's folder.
     """
     architecture = architecture or load_config(recipe.model)
+    packs = recipe.train.batching != "grouped"
     if not recipe.adapter.use_peft and recipe.model.attn_implementation == "sdpa":
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 architecture, trust_remote_code=recipe.model.trust_remote_code
             )
         if native_over(model) is not None:
-            return NATIVE if recipe.train.batching == "grouped" else PACKED
+            return PACKED if packs else NATIVE
     text_config = architecture.get_text_config()
     is_changed = any(getattr(text_config, key, None) is not None for key in CHANGED_LOGITS)
+    reach = reach_of(text_config)
+    is_seen_whole = reach is None or recipe.data.max_length <= reach
+    if packs and is_seen_whole and recipe.model.attn_implementation == TAKEN_OVER:
+        return PACKED_LABELS if is_changed else PACKED_HEAD
     return AT_LABELS if is_changed else HEAD_AT_LABELS
 
 
@@ -343,7 +374,11 @@ class Model:
         check_lengths(longest, self.language_model.config, name)
         if is_adapted(self.language_model):
             folder.log(about_adapter(self.language_model))
-        self.logprobs: LabelLogprobs = workers.place(self.language_model, recipe.train.batching)
+        self.logprobs: LabelLogprobs = workers.place(
+            self.language_model, recipe.train.batching, longest
+        )
+        if self.logprobs.why_padded is not None:
+            folder.log(f"rows are grouped by length and padded: {self.logprobs.why_padded}")
 
     def sample_log(
         self,
@@ -426,12 +461,14 @@ def settle_checkpointing(
         needed = training_memory(
             load_config(recipe.model),
             count_parameters(recipe.model, recipe.adapter),
-            steps.micro_batch_sizes(STEPS_LOOKED_AT, packs=way == PACKED),
+            steps.micro_batch_sizes(STEPS_LOOKED_AT, packs=way in PACKING_WAYS),
             way=way,
             gradient_checkpointing=False,
             needs_distribution=needs_distribution,
             adapter=recipe.adapter,
             device=workers.device.type,
+            bf16=workers.bf16,
+            launch=workers.launch,
         )
         recomputes = workers.any_rank(not fits(needed, workers.device))
         folder.log(

@@ -557,18 +557,23 @@ def test_a_launcher_that_asks_for_fsdp2_is_followed(monkeypatch):
 
 
 def test_batching_packed_is_refused_in_words_where_the_model_pads():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=61,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        pad_token_id=0,
-    )
+    def llama(attention):
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=61,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            pad_token_id=0,
+            attn_implementation=attention,
+        )
+        return LlamaForCausalLM(config)
+
     workers = Workers(False)
-    with pytest.raises(UserError, match=r"batching: packed, but LlamaForCausalLM .* pads"):
-        workers.place(LlamaForCausalLM(config), "packed")
-    assert not workers.place(LlamaForCausalLM(config), "auto").packs
+    with pytest.raises(UserError, match="batching: packed, but LlamaForCausalLM must pad: .*eager"):
+        workers.place(llama("eager"), "packed")
+    assert not workers.place(llama("eager"), "auto").packs
+    assert workers.place(llama("sdpa"), "auto").packs
     assert workers.place(tiny_olmo2(), "packed").packs
     assert not workers.place(tiny_olmo2(), "grouped").packs
