@@ -14,7 +14,7 @@ import multiprocessing
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ class Case:
     stage: str = "sft"
     batching: str = "packed"
     architecture: str = "olmo2"
-    adapter: AdapterConfig = AdapterConfig()
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     bf16: bool = False
     is_smoothed: bool = False
     gradient_checkpointing: bool = False

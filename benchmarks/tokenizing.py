@@ -54,9 +54,8 @@ if __name__ == "__main__":
     tokenize_in_parallel(
         sources=[s["folder"] + "/*.jsonl"], destination=s["output"], num_writers=1,
         tokenizer_name_or_path=s["tokenizer"], eos_token_id=s["eos_id"], pad_token_id=s["eos_id"],
-        bos_token_id=None, dtype="uint32", sample_ring_prop=False, local_shuffle=1000, seed=1,
+        bos_token_id=None, dtype=s["dtype"], sample_ring_prop=False, local_shuffle=1000, seed=1,
         debug=False, ring_size=1, max_size=2**31, metadata_dir=None, refresh_tokenizer=0,
-        fields=["text"],
     )
 """
 
@@ -137,6 +136,7 @@ def settings_for(name: str, options: argparse.Namespace, folder: Path, output: P
             "tokenizer": options.tokenizer,
             "eos": options.eos,
             "eos_id": added[options.eos],
+            "dtype": "uint16" if len(vocabulary["model"]["vocab"]) < 2**16 else "uint32",
         }
     path = output.with_suffix(".json")
     path.write_text(json.dumps(content), encoding="utf-8")

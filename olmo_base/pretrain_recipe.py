@@ -19,16 +19,19 @@ from olmo_base.corpus.foreign_shards import foreign_files, read_foreign_shards
 from olmo_base.corpus.shards import Place, Shard
 from olmo_base.corpus.warmup import StepSizes, WarmupConfig
 from olmo_base.model.hf_weights import read_model_config
-from olmo_base.model.presets import ModelShape, padded_vocab_size
-from olmo_base.model.transformer import ModelConfig, Recomputation
+from olmo_base.model.presets import PRESETS, ModelShape, padded_vocab_size
+from olmo_base.model.transformer import ModelConfig, Recomputation, num_parameters
 from olmo_base.optim import OptimConfig, Schedule
-from olmo_base.parallel import ParallelConfig, Ranks
+from olmo_base.parallel import ParallelConfig
 from olmo_base.run.artefact import RunConfig, model_files, sha256_file
 from olmo_base.run.errors import UserError
 from olmo_base.run.metrics import LogConfig
 from olmo_base.run.recipe import RecipeError, setting
 from olmo_base.run.resume import CheckpointConfig
 from olmo_base.tokenizer import load_tokenizer, tokenizer_path
+
+SMALLEST_PUBLISHED = 10**9  # parameters
+SET_BY_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,8 @@ class PretrainRecipe:
     stage: Literal["pretrain"]
     dataset_mixer: tuple[TokenSource, ...]
     run: RunConfig = field(default_factory=RunConfig)
-    init_from: str | None = None  # a model folder to go on from: annealing, or a new mix
+    # A model folder to go on from: annealing, or a new mix; ``model`` then says what it must be.
+    init_from: str | None = None
     shape: ModelShape = field(default_factory=ModelShape)
     pad_vocab_to_multiple_of: int = setting(128, low=1)
     max_length: int = setting(1024, low=1)  # tokens of a sequence
@@ -133,11 +137,11 @@ class PretrainRecipe:
                 f"{self.gradient_accumulation_steps}, but it follows from global_batch_size "
                 f"{self.global_batch_size}; keep one of them.",
             )
-        if self.init_from is not None and self.shape != ModelShape():
+        if self.init_from is not None and self.shape != ModelShape(self.shape.model):
             given = next(
                 item.name
                 for item in dataclasses.fields(ModelShape)
-                if getattr(self.shape, item.name) != getattr(ModelShape(), item.name)
+                if item.name != "model" and getattr(self.shape, item.name) is not None
             )
             raise RecipeError(given, "the shape is that of init_from; leave this key out.")
         self.warmup.refuse_misfits(self.sequences_per_step, self.max_length)
@@ -176,17 +180,17 @@ class PretrainRecipe:
         )
 
 
-def with_global_batch(recipe: PretrainRecipe, ranks: Ranks) -> PretrainRecipe:
-    """The recipe with the sequences of a step said in one number.
+def with_global_batch(recipe: PretrainRecipe, num_data: int) -> PretrainRecipe:
+    """The recipe with the sequences of a step said in one number; ``num_data`` ranks read them.
 
     So a step's sequences hang on the recipe that the run keeps, and not on how many ranks go on
     with it.
     """
-    if recipe.global_batch_size or ranks.num_data == 1:
+    if recipe.global_batch_size or num_data == 1:
         return recipe
     return dataclasses.replace(
         recipe,
-        global_batch_size=recipe.sequences_per_step * ranks.num_data,
+        global_batch_size=recipe.sequences_per_step * num_data,
         gradient_accumulation_steps=1,
     )
 
@@ -339,7 +343,44 @@ def _config_to_go_on(recipe: PretrainRecipe, folder: str, corpus: Corpus) -> Mod
             f"{folder} reads rows of up to {config.max_position_embeddings} tokens; max_length is "
             f"{recipe.max_length}. Lower it."
         )
+    if recipe.shape != ModelShape():
+        _refuse_other_shape(config, recipe.shape.model, folder)
     return config
+
+
+def _refuse_other_shape(config: ModelConfig, model: str, folder: str) -> None:
+    """Errors: UserError if a model to go on from is not of the named shape."""
+    named = PRESETS[model]
+    for item in dataclasses.fields(ModelConfig):
+        found, needed = getattr(config, item.name), getattr(named, item.name)
+        if item.name not in SET_BY_TOKENIZER and found != needed:
+            raise UserError(
+                f"{folder} is no {model}: its {item.name} is {found}, not {needed}. Name another "
+                "init_from, or leave the key 'model' out."
+            )
+
+
+def config_from_afar(recipe: PretrainRecipe) -> ModelConfig | None:
+    """The shape of a published model none of whose files are on this machine yet, for a plan.
+
+    None where some are, or the shape is a small one, which is no reason to plan without its text.
+    """
+    needed = [source.path for source in recipe.dataset_mixer]
+    if recipe.init_from is not None:
+        needed.append(recipe.init_from)
+    named = PRESETS[recipe.shape.model]
+    is_planned = recipe.max_steps > 0 or recipe.max_tokens > 0
+    if (
+        not is_planned
+        or num_parameters(named) < SMALLEST_PUBLISHED
+        or any(Path(path).exists() for path in needed)
+    ):
+        return None
+    return recipe.shape.config(
+        vocab_size=named.vocab_size,
+        eos_token_id=named.eos_token_id,
+        pad_token_id=named.pad_token_id,
+    )
 
 
 def _pad_token_id(tokenizer: Path, eos_token_id: int) -> int:

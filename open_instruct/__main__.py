@@ -70,8 +70,6 @@ def run(
 
     An interrupted run goes on when the same command is given again.
     """
-    from olmo_base.run.artefact import read_manifest
-    from olmo_base.run.launch import is_main_process
     from olmo_base.run.recipe import read_stage
     from open_instruct import pipeline
 
@@ -86,16 +84,31 @@ def run(
         if num_processes or accelerate_config:
             raise UserError(f"{path} is a pipeline; plan one of its stages for many processes.")
         _run_pipeline(path, overrides, dry_run)
-        return
-    stage, resolved = pipeline.load_stage_recipe(path, overrides)
-    if dry_run:
-        from open_instruct.planned_launch import planned_launch
+    elif dry_run:
+        _plan_stage(path, overrides, num_processes, accelerate_config)
+    else:
+        _run_stage(path, overrides)
 
-        launch = planned_launch(num_processes, accelerate_config)
-        figures = pipeline.plan_stage(stage, resolved, launch)
-        if is_main_process():
-            click.echo(_described(resolved, figures))
-        return
+
+def _plan_stage(
+    path: Path, overrides: Sequence[str], num_processes: int | None, accelerate_config: str | None
+) -> None:
+    from olmo_base.run.launch import is_main_process
+    from open_instruct import pipeline
+    from open_instruct.planned_launch import planned_launch
+
+    stage, resolved = pipeline.load_stage_recipe(path, overrides)
+    launch = planned_launch(num_processes, accelerate_config)
+    figures = pipeline.plan_stage(stage, resolved, launch)
+    if is_main_process():
+        click.echo(_described(resolved, figures))
+
+
+def _run_stage(path: Path, overrides: Sequence[str]) -> None:
+    from olmo_base.run.artefact import read_manifest
+    from open_instruct import pipeline
+
+    stage, resolved = pipeline.load_stage_recipe(path, overrides)
     before = read_manifest(resolved.run.output_dir)
     folder = stage.run(resolved)
     was_finished = before is not None and before.get("status") == "finished"
@@ -525,6 +538,29 @@ def _list_documents(recipe: str, overrides: Sequence[str], step: int) -> None:
         click.echo(f"sequence {index}")
         for place in places:
             click.echo(f"  {place}")
+
+
+@data.command()
+@click.argument("recipe")
+@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+@click.option("--dry-run", is_flag=True, help="Count documents and tokens; touch nothing.")
+def tokenize(recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:
+    """Turn the documents of a tokenize RECIPE into token shards.
+
+    The same as `open-instruct run`; num_proc=8 uses eight processes. A killed run goes on after
+    its finished shards.
+    """
+    from olmo_base.run.recipe import read_stage
+    from open_instruct import pipeline
+
+    signal.signal(signal.SIGTERM, _stop_now)
+    path = pipeline.find_recipe(recipe)
+    if (stage := read_stage(path)) != "tokenize":
+        raise UserError(
+            f"{path} says 'stage: {stage}'; data tokenize needs 'stage: tokenize'. "
+            f"For this one: open-instruct run {path}"
+        )
+    _run_stage(path, overrides, dry_run)
 
 
 @data.command()

@@ -8,7 +8,7 @@ that it is computed (``logprobs.py``); ``benchmarks/memory.py`` shows it beside 
 import contextlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,9 +41,9 @@ FLOAT_BYTES, HALF_BYTES = 4, 2
 # How much of what is freed a CPU's allocator keeps beside what is in use. Measured
 # (benchmarks/memory.py): it gives little of it to a micro-batch of another size, nor, under
 # adapters, to the many tensors of other sizes that they make.
-TIDY = 1.05
+TIDY_NATIVE, TIDY = 1.0, 1.05
 UNLIKE_SIZES_NATIVE, UNLIKE_SIZES = 1.7, 1.6
-HALVES_NATIVE, HALVES = 1.25, 1.35
+HALVES_NATIVE, HALVES, HALVES_AGAIN = 1.3, 1.25, 1.7
 ADAPTED, ADAPTED_AGAIN = 1.45, 2.5
 REWARDS = "the last token"  # beside the ways to log-probabilities: one number for a row
 CONTAINER_LIMITS = (
@@ -243,6 +243,8 @@ def training_memory(
             recomputes=gradient_checkpointing,
         )
     is_blocked = device == "cpu" and (is_native or way in PACKING_WAYS)
+    if way == REWARDS:
+        sizes = _without_head(text_config, sizes)
     held = held_by_each(text_config, sizes, launch)
     casts = 0
     if bf16:  # of the weights of linear maps, kept for the gradient of what they were multiplied by
@@ -269,6 +271,17 @@ def training_memory(
     return held.weights + held.moments + held.gathered + round(most)
 
 
+def _without_head(text_config: Any, sizes: Sizes) -> Sizes:
+    """Of a reward model, whose head is one row and not one for each token."""
+    if text_config.tie_word_embeddings:
+        return sizes
+    head = text_config.vocab_size * text_config.hidden_size
+    is_whole = sizes.trained == sizes.all
+    return replace(
+        sizes, all=sizes.all - head, trained=sizes.trained - head if is_whole else sizes.trained
+    )
+
+
 def _kept_when_freed(
     *, is_native: bool, is_adapted: bool, is_cut: bool, bf16: bool, recomputes: bool
 ) -> float:
@@ -276,9 +289,11 @@ def _kept_when_freed(
         return UNLIKE_SIZES_NATIVE if is_native else UNLIKE_SIZES
     if is_adapted:
         return ADAPTED_AGAIN if recomputes else ADAPTED
+    if bf16 and recomputes:
+        return HALVES_AGAIN
     if bf16:
         return HALVES_NATIVE if is_native else HALVES
-    return TIDY
+    return TIDY_NATIVE if is_native else TIDY
 
 
 def _logits(size: MicroBatchSize, vocab_size: int, way: str, needs_distribution: bool) -> int:

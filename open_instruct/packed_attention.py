@@ -1,4 +1,4 @@
-"""Rows laid end to end in transformers' models: attention by rows, everything else over all of them.
+"""Rows laid end to end in transformers' models: attention by rows, all else over all of them.
 
 A layer of transformers hands its queries, keys and values to a function that its configuration
 names. Ours takes rows apart for attention and lays them end to end again, as the native OLMo does
@@ -24,6 +24,7 @@ from open_instruct.batches import Batch
 
 NAME = "rows_end_to_end"  # of the function, in configurations while a model is trained
 TAKEN_OVER = "sdpa"  # the implementation that it stands in for
+CHANGING = ("softcap", "position_bias", "s_aux")  # what would be done to scores
 # Keys of configurations that say how far attention reaches back. Ours lets rows see all of
 # themselves, and a mask of ours would replace the window.
 REACHES = ("sliding_window", "attention_chunk_size", "window_size")
@@ -48,17 +49,12 @@ def attend_rows(
         return sdpa_attention_forward(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
         )
-    changed = [
-        name for name in ("softcap", "position_bias", "s_aux") if others.get(name) is not None
-    ]
+    changed = [name for name in CHANGING if others.get(name) is not None]
     if changed or others.get("is_causal") is False:
-        raise ValueError(
-            f"attention with {', '.join(changed) or 'no order'} is not computed by rows"
-        )
+        words = ", ".join(changed) or "no order"
+        raise ValueError(f"attention with {words} is not computed by rows")
     assert len(query) == 1, "rows end to end are one row"
-    heads = (
-        to_matmul_dtype(x_1HNh[0].transpose(0, 1).flatten(1)) for x_1HNh in (query, key, value)
-    )
+    heads = (to_matmul_dtype(x[0].transpose(0, 1).flatten(1)) for x in (query, key, value))
     parts = zip(
         *(rows.apart(x_ND) for x_ND in heads),
         rows.groups,

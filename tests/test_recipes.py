@@ -147,6 +147,34 @@ def test_the_recipe_of_a_published_model_is_planned_with_its_shape(name, root, c
     assert sum(weight.numel() for weight in model.parameters()) == num_parameters(config)
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        RECIPES / name / f"{stage}.yaml"
+        for stage in ("pretrain", "stage2")
+        for name in PUBLISHED
+        if stage == "pretrain" or name in STAGE_2
+    ],
+    ids=lambda path: str(path.relative_to(RECIPES)),
+)
+def test_a_published_pretraining_is_planned_without_its_text(path, tmp_path, capsys):
+    assert main(["run", str(path), f"root={tmp_path}", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    name = "/".join(path.relative_to(RECIPES).parts[:2])
+    preset = PRESETS[PUBLISHED[name][1]]
+    assert "is not on this machine: the vocabulary is that of " in out
+    assert f"{num_parameters(preset):,}" in out
+    assert "# memory_bytes" in out
+
+
+def test_a_run_without_its_text_is_refused_all_the_same(tmp_path, capsys):
+    path = RECIPES / "olmo2/1b/pretrain.yaml"
+    assert main(["run", str(path), f"root={tmp_path}"]) == 2
+    assert "holds no token shards" in capsys.readouterr().err
+    small = [f"root={tmp_path}", "model=olmo2_2m", "--dry-run"]
+    assert main(["run", str(path), *small]) == 2  # a wrong path is more likely than a plan
+
+
 def test_accelerate_reads_the_files_of_its_launcher_and_the_loop_trains_with_their_kind():
     files = sorted(LAUNCHED_BY.glob("*.yaml"))
     kinds = {"ddp": DistributedType.MULTI_GPU, "fsdp2": DistributedType.FSDP}
@@ -160,6 +188,22 @@ def test_accelerate_reads_the_files_of_its_launcher_and_the_loop_trains_with_the
         assert config.num_processes > 1 and config.mixed_precision == "no"
         known = {field.name for field in dataclasses.fields(config)}
         assert yaml.safe_load(path.read_text(encoding="utf-8")).keys() <= known
+
+
+def test_documents_are_tokenized_by_their_own_verb_too(root, tmp_path, capsys):
+    recipe = tmp_path / "tokenize.yaml"
+    keys = {"stage": "tokenize", "tokenizer_name_or_path": str(root / "tokenizer")}
+    keys |= {"output_dir": str(tmp_path / "out")}
+    recipe.write_text(yaml.safe_dump(keys | {"dataset_mixer": [{"path": f"{root}/texts.jsonl"}]}))
+    assert main(["data", "tokenize", str(recipe), "--dry-run"]) == 0
+    assert "# tokens" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    assert main(["data", "tokenize", str(recipe), "eval_fraction=0.1"]) == 0
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest is not None and manifest["status"] == "finished"
+    other = RECIPES / "olmo2/1b/pretrain.yaml"
+    assert main(["data", "tokenize", str(other)]) == 2
+    assert "says 'stage: pretrain'" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- published tunings

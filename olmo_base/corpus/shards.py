@@ -161,7 +161,7 @@ class ShardWriter:
         places: Sequence[Place],
         num_bytes: int,
     ) -> None:
-        """Append N documents that ``encode_documents`` encoded, and say where each stands.
+        """Append N documents that ``Encoder`` encoded, and say where each stands.
 
         ``num_bytes`` is that of the text.
         """

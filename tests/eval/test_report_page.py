@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -202,24 +201,11 @@ def test_without_scripts_the_chosen_answers_are_there(make_evaluation, open_repo
     expect(page.locator("#task-0 button.browse")).to_be_hidden()
 
 
-def test_ten_thousand_questions_stay_quick(make_evaluation, open_report):
+def test_ten_thousand_questions_are_shown_twenty_at_a_time(make_evaluation, open_report):
     folder = make_evaluation(n=10_000, names=("base", "sft"), tasks=("recall",))
     page = open_report(write_report([folder]))
     expect(page.locator("#count")).to_have_text("10,000 of 10,000 questions, 1–20 shown")
     assert cards(page).count() == 20  # the page holds no more than it shows
-    seconds = page.evaluate(
-        """() => {
-            const started = performance.now();
-            const show = document.getElementById("show");
-            show.value = 1;
-            show.dispatchEvent(new Event("change"));
-            document.getElementById("next").click();
-            return (performance.now() - started) / 1000;
-        }"""
-    )
-    assert seconds < 2
-    started = time.monotonic()
     page.get_by_label("Search").fill("street 9999?")
     page.get_by_label("Show").select_option("everything")
     expect(page.locator("#count")).to_have_text("1 of 10,000 questions, 1–1 shown")
-    assert time.monotonic() - started < 10

@@ -596,6 +596,15 @@ def test_a_model_of_another_tokenizer_is_refused(tokens, tmp_path):
         model_config(recipe, corpus)
 
 
+def test_a_model_to_go_on_from_must_be_of_the_shape_named_beside_it(tokens, tmp_path):
+    base = run(recipe_for(tokens, tmp_path)).path
+    recipe = dataclasses.replace(
+        recipe_for(tokens, tmp_path), init_from=str(base), shape=ModelShape("olmo2_4m")
+    )
+    with pytest.raises(UserError, match="is no olmo2_4m: its hidden_size is"):
+        model_config(recipe, open_corpus(recipe, verify=False))
+
+
 # ---------------------------------------------------------------- recipes, plans, bad input
 
 

@@ -571,7 +571,7 @@ def test_batching_packed_is_refused_in_words_where_the_model_pads():
         return LlamaForCausalLM(config)
 
     workers = Workers(False)
-    with pytest.raises(UserError, match="batching: packed, but LlamaForCausalLM must pad: .*eager"):
+    with pytest.raises(UserError, match=r"LlamaForCausalLM must pad: .*eager"):
         workers.place(llama("eager"), "packed")
     assert not workers.place(llama("eager"), "auto").packs
     assert workers.place(llama("sdpa"), "auto").packs

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from olmo_base.corpus.documents import DocumentSource
-from olmo_base.corpus.encode import encode_documents
+from olmo_base.corpus.encode import Encoder
 from olmo_base.corpus.shards import dtype_for, read_shards, vocab_size_of
 from olmo_base.corpus.tokenize import TokenizeRecipe, input_files, is_held_out, plan, run
 from olmo_base.run.artefact import RunConfig, sha256_file
@@ -297,7 +297,7 @@ def test_ids_beyond_65535_are_written_as_uint32(tmp_path):
     assert shard.info.dtype == "uint32"
     assert shard.tokens().tolist() == [3, 70_000, 70_000, 3, 70_000]
     with pytest.raises(OverflowError):
-        encode_documents(tokenizer, ["b"], eos_token_id=3, dtype="uint16")
+        Encoder(tokenizer, eos_token_id=3, dtype="uint16")(["b"])
 
 
 def test_a_tokenizer_without_the_end_token_is_refused(home, tmp_path):

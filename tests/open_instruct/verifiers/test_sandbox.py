@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
@@ -102,10 +101,8 @@ def test_half_a_surrogate_pair_is_a_wrong_answer_and_no_crash(way):
     ["while True: pass", "import time; time.sleep(100)", "sum(range(10**12))", "2 ** (10 ** 10)"],
 )
 def test_what_does_not_end_is_ended(way, attack):
-    start = time.monotonic()
     outcome = after(way, attack)
     assert not outcome.passed
-    assert time.monotonic() - start < QUICK.timeout_s + 2
     if "while" in attack or "sleep" in attack:
         assert outcome.problem == "not done after 1 s"
 
