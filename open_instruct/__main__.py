@@ -560,7 +560,10 @@ def tokenize(recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:
             f"{path} says 'stage: {stage}'; data tokenize needs 'stage: tokenize'. "
             f"For this one: open-instruct run {path}"
         )
-    _run_stage(path, overrides, dry_run)
+    if dry_run:
+        _plan_stage(path, overrides, None, None)
+    else:
+        _run_stage(path, overrides)
 
 
 @data.command()

@@ -44,7 +44,7 @@ FLOAT_BYTES, HALF_BYTES = 4, 2
 TIDY_NATIVE, TIDY = 1.0, 1.05
 UNLIKE_SIZES_NATIVE, UNLIKE_SIZES = 1.7, 1.6
 HALVES_NATIVE, HALVES, HALVES_AGAIN = 1.3, 1.25, 1.7
-ADAPTED, ADAPTED_AGAIN = 1.45, 2.5
+ADAPTED, ADAPTED_AGAIN = 1.45, 2.8
 REWARDS = "the last token"  # beside the ways to log-probabilities: one number for a row
 CONTAINER_LIMITS = (
     Path("/sys/fs/cgroup/memory.max"),
@@ -300,7 +300,7 @@ def _logits(size: MicroBatchSize, vocab_size: int, way: str, needs_distribution:
     """Floats of the size of logits that are held at once.
 
     The head at the labels holds them once, its gradient in their place, and works in pieces above
-    MAX_LOGITS. Whoever needs more of them than that holds log-softmax and gradient beside them.
+    MAX_LOGITS. Whoever needs more of them than that holds what that is made of beside them.
     """
     if way == REWARDS:
         return 0
@@ -309,4 +309,4 @@ def _logits(size: MicroBatchSize, vocab_size: int, way: str, needs_distribution:
         return 2 * size.positions * vocab_size + 2 * number
     if way in (AT_LABELS, PACKED_LABELS):
         return 3 * number
-    return min(number, MAX_LOGITS) * (4 if needs_distribution else 1)
+    return min(number, MAX_LOGITS) * (5 if needs_distribution else 1)

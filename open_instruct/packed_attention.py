@@ -46,7 +46,7 @@ def attend_rows(
     Errors: ValueError for scores that are changed before their softmax.
     """
     if rows is None:
-        return sdpa_attention_forward(  # type: ignore[no-any-return]
+        return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
         )
     changed = [name for name in CHANGING if others.get(name) is not None]

@@ -420,6 +420,9 @@ def run(recipe: PreferenceRecipe) -> RunFolder:
     )
     model = Model(recipe, workers, folder, longest)
     sets = with_shared_prompts(sets, recipe, workers, model.logprobs, folder)
+    examples = learnt(sets["train"])
+    terms = np.ones(len(examples))
+    model.settle_batching(recipe, workers, folder, examples, terms)
     parts: dict[str, Examples] = {}
     for name, items in sets.items():
         parts |= compared(name, items)
@@ -431,8 +434,7 @@ def run(recipe: PreferenceRecipe) -> RunFolder:
     if "held out" in sets:
         held_out_examples = learnt(sets["held out"])
         held_out = HeldOut(held_out_examples, len(held_out_examples), losses["held out"])
-    examples = learnt(sets["train"])
-    steps = steps_for(recipe, workers, examples, np.ones(len(examples)), packs=model.logprobs.packs)
+    steps = steps_for(recipe, workers, examples, terms, packs=model.logprobs.packs)
     kind = "rated answers" if recipe.loss.is_rated else "pairs"
     folder.log(
         f"{len(examples):,} {kind}, {examples.num_tokens:,} tokens; {steps.total:,} steps of "

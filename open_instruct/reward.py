@@ -109,6 +109,10 @@ class RewardRecipe:
     run: RunConfig
 
     def __post_init__(self) -> None:
+        if self.train.batching == "packed":
+            raise RecipeError(
+                "batching", "packed, but a reward model's rows are grouped by length. Remove it."
+            )
         if self.shown.num_eval_samples:
             raise RecipeError(
                 "num_eval_samples",

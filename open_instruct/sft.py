@@ -223,13 +223,9 @@ def run(recipe: SftRecipe) -> RunFolder:
     sets = [examples] if opened.held_out is None else [examples, opened.held_out]
     longest = max(int(one.lengths_NW.max()) for one in sets)
     model = Model(recipe, workers, folder, longest)
-    steps = steps_for(
-        recipe,
-        workers,
-        examples,
-        terms_per_dialogue(recipe.loss, examples),
-        packs=model.logprobs.packs,
-    )
+    terms = terms_per_dialogue(recipe.loss, examples)
+    model.settle_batching(recipe, workers, folder, examples, terms)
+    steps = steps_for(recipe, workers, examples, terms, packs=model.logprobs.packs)
     loss = training_loss(recipe.loss, model.language_model.get_input_embeddings())
     folder.log(
         f"{len(examples):,} dialogues, {examples.num_tokens:,} tokens, {examples.num_labels:,} of "

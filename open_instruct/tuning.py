@@ -48,6 +48,7 @@ from open_instruct.logprobs import (
     native_over,
 )
 from open_instruct.loop import NEVER, HeldOut, Loss, TrainConfig, Workers, steps_of, train
+from open_instruct.measured_batching import settle_batching
 from open_instruct.memory import Sizes, count_parameters, memory_at_hand, training_memory
 from open_instruct.packed_attention import TAKEN_OVER, reach_of
 from open_instruct.publish import HubConfig, push_if_asked, write_model_card
@@ -380,6 +381,39 @@ class Model:
         if self.logprobs.why_padded is not None:
             folder.log(f"rows are grouped by length and padded: {self.logprobs.why_padded}")
 
+    def settle_batching(
+        self,
+        recipe: "AdaptableRecipe",
+        workers: Workers,
+        folder: RunFolder,
+        examples: Examples,
+        terms_per_example: np.ndarray,
+    ) -> None:
+        """Under ``batching: auto``, choose the faster way of ``examples`` by the clock.
+
+        Where only one way is possible, or memory does not allow to keep what layers compute,
+        nothing is measured.
+        """
+        if recipe.train.batching != "auto" or not self.logprobs.packs:
+            return
+
+        def steps(packs: bool) -> Steps:
+            return steps_for(recipe, workers, examples, terms_per_example, packs=packs)
+
+        needed = memory_without_recomputing(recipe, workers, self.logprobs.way, steps(True))
+        if recipe.model.gradient_checkpointing is True or workers.any_rank(
+            not fits(needed, workers.device)
+        ):
+            return
+
+        def padded() -> LabelLogprobs | None:
+            other = workers.place(self.language_model, "grouped")
+            if examples.shares_prompts and other.share_prompts(examples) is not None:
+                return None
+            return other
+
+        self.logprobs = settle_batching(folder, workers, self.logprobs, padded, steps)
+
     def sample_log(
         self,
         recipe: TuningRecipe,
@@ -394,12 +428,7 @@ class Model:
         """
         if held_out is None or recipe.shown.num_eval_samples == 0:
             return None
-        if workers.divides:
-            raise UserError(
-                f"num_eval_samples: {recipe.shown.num_eval_samples}, but the first rank answers "
-                "them, and under FSDP2 it holds a part of the weights. Set it to 0, or launch with "
-                "recipes/accelerate/ddp.yaml."
-            )
+        refuse_divided_answers(recipe.shown.num_eval_samples, divides=workers.divides)
         prompts = first_prompts(held_out.examples, recipe.shown.num_eval_samples)
         return SampleLog(
             folder, self.language_model, encoder, prompts, recipe.shown, workers.precision
@@ -408,6 +437,16 @@ class Model:
     def save(self, folder: RunFolder, encoder: ChatEncoder) -> None:
         """Write the run's model folder. Changes the model's precision."""
         save_causal_lm(folder, self.language_model, encoder, self._stored_dtype)
+
+
+def refuse_divided_answers(num_eval_samples: int, *, divides: bool) -> None:
+    """Errors: UserError if someone is to answer who does not hold all weights."""
+    if num_eval_samples and divides:
+        raise UserError(
+            f"num_eval_samples: {num_eval_samples}, but the first rank answers them, and under "
+            "FSDP2 it holds a part of the weights. Set it to 0, or launch with "
+            "recipes/accelerate/ddp.yaml."
+        )
 
 
 def about_adapter(adapted: Any) -> str:
@@ -442,6 +481,28 @@ def steps_for(
     )
 
 
+def memory_without_recomputing(
+    recipe: AdaptableRecipe,
+    workers: Workers,
+    way: str,
+    steps: Steps,
+    needs_distribution: bool = False,
+) -> int:
+    """Bytes of a step in which layers keep what they compute, in each process."""
+    return training_memory(
+        load_config(recipe.model),
+        count_parameters(recipe.model, recipe.adapter),
+        steps.micro_batch_sizes(STEPS_LOOKED_AT, packs=way in PACKING_WAYS),
+        way=way,
+        gradient_checkpointing=False,
+        needs_distribution=needs_distribution,
+        adapter=recipe.adapter,
+        device=workers.device.type,
+        bf16=workers.bf16,
+        launch=workers.launch,
+    )
+
+
 def settle_checkpointing(
     recipe: AdaptableRecipe,
     workers: Workers,
@@ -458,18 +519,7 @@ def settle_checkpointing(
     recomputes = recipe.model.gradient_checkpointing
     if recomputes == "auto":
         way: Any = model.way
-        needed = training_memory(
-            load_config(recipe.model),
-            count_parameters(recipe.model, recipe.adapter),
-            steps.micro_batch_sizes(STEPS_LOOKED_AT, packs=way in PACKING_WAYS),
-            way=way,
-            gradient_checkpointing=False,
-            needs_distribution=needs_distribution,
-            adapter=recipe.adapter,
-            device=workers.device.type,
-            bf16=workers.bf16,
-            launch=workers.launch,
-        )
+        needed = memory_without_recomputing(recipe, workers, way, steps, needs_distribution)
         recomputes = workers.any_rank(not fits(needed, workers.device))
         folder.log(
             f"gradient checkpointing is {'on' if recomputes else 'off'}: without it a step takes "
