@@ -9,7 +9,8 @@ same order and batch size, in fp32 and this process, one after the other, for th
 Held-out text is scored at equal distances; that time does not count, nor does compiling. All
 follow their rates' schedules over the part of the time that has passed.
 
-- open-instruct: OLMo-2's shape, Muon, warmup_stable_decay
+- open-instruct: OLMo-2's shape, Muon, the embedding's rate ten times the others' (as other
+  optimizers give it a rate of its own), warmup_stable_decay
 - Trainer: the same shape, AdamW (0.9, 0.95), weight decay 0.1, cosine
 - nanochat: its model of the same width, depth and heads, its optimizer with the rates, warmup,
   warmdown and momentum of its base_train.py; no weight decay, the default of setup_optimizer
@@ -138,6 +139,7 @@ def our_curve(text: Text, options: argparse.Namespace) -> Curve:
         warmup_ratio=0.02,
         weight_decay=0.1,
         adam_beta2=0.95,
+        embedding_lr_ratio=options.embedding_ratio,
     )
     optimizer = build_optimizer(model, optim)
     clock = Clock(
@@ -348,6 +350,7 @@ def main() -> None:
     parser.add_argument("--eval-tokens", type=int, default=100_000)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--muon-rate", type=float, default=5e-3)
+    parser.add_argument("--embedding-ratio", type=float, default=10.0)
     parser.add_argument("--adamw-rate", type=float, default=2e-3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--plot", type=Path)

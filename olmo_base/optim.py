@@ -34,6 +34,7 @@ class OptimConfig:
     decay_ratio: float = setting(
         0.2, above=0, high=1
     )  # warmup_stable_decay: this part of all steps
+    embedding_lr_ratio: float = setting(1.0, above=0, help="its learning rate, by the others'")
     weight_decay: float = setting(0.0, low=0)
     decay_norms: bool = False  # norms and biases
     decay_embeddings: bool = False
@@ -107,9 +108,9 @@ def _part_of_peak(step: int, num_steps: int, num_warmup: int, config: OptimConfi
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Use this rate in the next step."""
+    """Use this rate in the next step; for embeddings, the configured multiple of it."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
 
 
 # ---------------------------------------------------------------- parameters
@@ -120,7 +121,8 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
 
     Matrices decay. Norms and biases (fewer than two dimensions) and embeddings decay only if the
     configuration says so. An embedding that is also the output head is an embedding. With Muon the
-    matrices between embedding and head are a group of their own, marked ``"muon": True``.
+    matrices between embedding and head are a group of their own, marked ``"muon": True``, and with
+    an ``embedding_lr_ratio`` so are the embeddings, with an ``"lr_ratio"``.
     Parameters that are divided over different ranks never share a group: fused kernels take one
     kind at a time.
     """
@@ -131,7 +133,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
         for parameter in module.parameters(recurse=False)
     }
     head = _output_head(model)
-    groups: dict[tuple[bool, bool, int], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, bool, int, float], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
@@ -144,15 +146,17 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
             decays = True
         is_inner = parameter.ndim == 2 and not is_embedding and parameter is not head
         ranks = parameter.device_mesh.ndim if isinstance(parameter, DTensor) else 0
-        kind = (is_inner and config.optim == "muon", decays, ranks)
+        ratio = config.embedding_lr_ratio if is_embedding else 1.0
+        kind = (is_inner and config.optim == "muon", decays, ranks, ratio)
         groups.setdefault(kind, []).append(parameter)
     return [
         {
-            "params": groups[has_muon, decays, ranks],
+            "params": groups[has_muon, decays, ranks, ratio],
             "weight_decay": config.weight_decay if decays else 0.0,
             **({"muon": has_muon} if config.optim == "muon" else {}),
+            **({"lr_ratio": ratio} if config.embedding_lr_ratio != 1.0 else {}),
         }
-        for has_muon, decays, ranks in sorted(groups, reverse=True)
+        for has_muon, decays, ranks, ratio in sorted(groups, reverse=True)
     ]
 
 

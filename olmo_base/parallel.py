@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -287,11 +287,14 @@ def shared_model(
     weights: Mapping[str, Tensor] | None,
     *,
     change: Callable[[Transformer], Transformer] | None = None,
+    bf16: bool = False,
 ) -> tuple[Transformer, nn.Module]:
     """The model over the ranks, and what computes its loss.
 
     ``weights`` are whole; without them each is drawn whole, one after the other, exactly as a
     single process would, and this rank's part is kept. ``change`` is made before it is divided.
+    ``bf16``: sharded layers are gathered in it, as their matrix products compute anyway; the parts
+    that the optimizer steps stay in fp32, and so do embedding, head and the residual stream.
     """
     parallel = ranks.config
     with torch.device("meta"):
@@ -310,8 +313,13 @@ def shared_model(
     if is_sharded:
         is_hybrid = parallel.data_parallel == "hsdp"
         mesh = ranks.weights_mesh[("copies", "shards") if is_hybrid else ("shards",)]
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if bf16 else None,
+            reduce_dtype=torch.float32 if bf16 else None,
+            cast_forward_inputs=False,
+        )
         for layer in model.layers:
-            fully_shard(layer, mesh=mesh)
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
         fully_shard(with_loss, mesh=mesh)
     model.to_empty(device=ranks.device)
     _fill(model, weights, drawn)

@@ -171,7 +171,7 @@ def _pretrain(recipe: PretrainRecipe, ranks: Ranks, folder: RunFolder) -> None:
     if recipe.float8:
         refuse_float8(ranks)
     seed_everything(recipe.run.seed)
-    model, with_loss = _model(recipe, config, ranks)
+    model, with_loss = _model(recipe, config, ranks, bf16=bf16)
     model.gradient_checkpointing = recipe.gradient_checkpointing
     if recipe.torch_compile:
         compile_layers(model)
@@ -205,7 +205,7 @@ def _pretrain(recipe: PretrainRecipe, ranks: Ranks, folder: RunFolder) -> None:
 
 
 def _model(
-    recipe: PretrainRecipe, config: ModelConfig, ranks: Ranks
+    recipe: PretrainRecipe, config: ModelConfig, ranks: Ranks, *, bf16: bool
 ) -> tuple[Transformer, nn.Module | None]:
     """The model to train, and what computes its loss if there are several ranks."""
     device = ranks.device if ranks.num_ranks == 1 else torch.device("cpu")
@@ -216,7 +216,8 @@ def _model(
         model = given or Transformer(config).to(device)
         return in_float8(model) if recipe.float8 else model, None
     weights = None if given is None else given.state_dict()
-    return shared_model(config, ranks, weights, change=in_float8 if recipe.float8 else None)
+    change = in_float8 if recipe.float8 else None
+    return shared_model(config, ranks, weights, change=change, bf16=bf16)
 
 
 def _export(folder: RunFolder, model: Transformer, corpus: Corpus) -> None:

@@ -30,8 +30,9 @@ from olmo_base.run.metrics import Progress
 from olmo_base.run.recipe import RecipeError, setting
 from open_instruct.causal_lm import ModelConfig as TunedModelConfig
 from open_instruct.causal_lm import load_config
-from open_instruct.chat.engine import Delta, Engine, Sampling
-from open_instruct.chat.slots import MAX_ROWS
+from open_instruct.chat.engine import Delta, Engine
+from open_instruct.chat.rows import MAX_ROWS
+from open_instruct.chat.sampling import Sampling
 from open_instruct.encode import ChatEncoder, find_template, load_chat_encoder
 from open_instruct.examples import (
     BadRow,

@@ -21,7 +21,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from open_instruct.chat.engine import Token, TokenNames
 from open_instruct.chat.figures import metrics_text
 from open_instruct.chat.guard import Guard, Receive, Settings, as_response
 from open_instruct.chat.protocol import (
@@ -33,6 +32,7 @@ from open_instruct.chat.protocol import (
 from open_instruct.chat.protocol import Request as Asked
 from open_instruct.chat.refusals import ApiError
 from open_instruct.chat.served import Mailbox, Run, Served
+from open_instruct.chat.token_text import Token, TokenNames
 from open_instruct.chat.votes import append_row, pair_row
 
 PAGE_FILES = {
@@ -104,8 +104,7 @@ class EventStream(Response):
             self.run.cancel()
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 # ---------------------------------------------------------------- the server
@@ -186,10 +185,11 @@ class Server:
     async def _events(
         self, run: Run, asked: Asked, shape: ChatShape | CompletionShape, head: dict[str, Any]
     ) -> AsyncIterator[Any]:
-        extra = {"usage": None} if asked.include_usage else {}
+        before = _json(head)[:-1] + ',"choices":['  # written once, not once a token
+        after = '],"usage":null}' if asked.include_usage else "]}"
         for index in range(run.num_open):
             if (choice := shape.opening(index)) is not None:
-                yield {**head, "choices": [choice], **extra}
+                yield before + _json(choice) + after
         try:
             async for index, delta in run.deltas():
                 if not (delta.text or delta.finish_reason or shape.wants_logprobs):
@@ -197,7 +197,7 @@ class Server:
                 choice = shape.chunk(index, delta)
                 if choice.get("delta") == {} and choice["finish_reason"] is None:
                     continue  # text that may become a call
-                yield {**head, "choices": [choice], **extra}
+                yield before + _json(choice) + after
         except ApiError as error:
             yield error.body
             return

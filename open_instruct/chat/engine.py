@@ -6,18 +6,17 @@
 One thread owns the model. ``submit`` and ``cancel`` may be called from any other; ``deliver`` is
 called from the model's thread and must not block.
 
-The same request with the same seed gives the same text whatever runs beside it: slots.py keeps
+The same request with the same seed gives the same text whatever runs beside it: rows.py keeps
 the logits the same to the last bit, and every request draws from a generator of its own.
 
 R rows of a step, V vocabulary.
 """
 
-import json
 import os
 import threading
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,72 +26,16 @@ from torch import Tensor
 from olmo_base.model.generate import Generator
 from olmo_base.run.errors import UserError
 from open_instruct.chat.forms import Forms, allow_only, has_ended
-from open_instruct.chat.slots import CHUNK, MAX_ROWS, Batch, Reading, new_batch
+from open_instruct.chat.rows import MAX_ROWS, Batch, Reading, new_batch
+from open_instruct.chat.sampling import Details, Sampling, chances, choose, penalise
+from open_instruct.chat.slots import CHUNK
+from open_instruct.chat.token_text import TextStream, Token, TokenNames
 
 MAX_WAITING = 256  # answers that may wait for a row
 READ_TOKENS = 4 * CHUNK  # of prompts between two steps: what the running answers wait for
-MAX_TOP_LOGPROBS = 20  # as OpenAI's API
 
 
-# ---------------------------------------------------------------- what a request says
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How one answer is drawn. Errors: UserError naming the value and what it may be.
-
-    Applied in this order: ``logit_bias`` and the two penalties (on what was generated so far),
-    temperature (0 takes the likeliest and ignores the rest), ``top_k`` (0 keeps all), ``top_p``,
-    ``min_p`` (a token stays if it has this share of the likeliest one's probability).
-    ``logprobs`` are the model's own, before all of these; None leaves them out.
-    """
-
-    max_tokens: int = 512
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    stop: tuple[str, ...] = ()
-    seed: int | None = None  # None: a new one each time
-    logprobs: int | None = None  # how many alternatives to each token
-
-    def __post_init__(self) -> None:
-        allowed = (
-            ("max_tokens", 1, None),
-            ("temperature", 0, 100),
-            ("top_k", 0, None),
-            ("min_p", 0, 1),
-            ("frequency_penalty", -2, 2),
-            ("presence_penalty", -2, 2),
-            ("logprobs", 0, MAX_TOP_LOGPROBS),
-            ("seed", -(2**63), 2**63 - 1),
-        )
-        for name, low, high in allowed:
-            value = getattr(self, name)
-            if value is not None and not (low <= value and (high is None or value <= high)):
-                wanted = f"at least {low}" if high is None else f"from {low} to {high}"
-                raise UserError(f"{name} is {value}; it must be {wanted}.")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}; it must be above 0 and at most 1.")
-        if "" in self.stop:
-            raise UserError("stop holds an empty text, which would end every answer at once.")
-
-    @property
-    def changes_logits(self) -> bool:
-        """Whether a bias or a penalty is added to the model's own."""
-        return bool(self.logit_bias or self.frequency_penalty or self.presence_penalty)
-
-
-@dataclass(frozen=True)
-class Token:
-    """A token of an answer; log-probabilities are the model's own, in nats."""
-
-    id: int
-    logprob: float | None = None
-    alternatives: tuple[tuple[int, float], ...] = ()  # the likeliest, whether taken or not
+# ---------------------------------------------------------------- what an answer says
 
 
 @dataclass(frozen=True)
@@ -115,9 +58,6 @@ class Closing(Exception):
     """The engine takes no more requests."""
 
 
-# ---------------------------------------------------------------- choosing the next tokens
-
-
 @dataclass
 class Answer:
     """One answer on its way, owned by the model's thread."""
@@ -125,7 +65,7 @@ class Answer:
     ticket: "Ticket"
     index: int
     row: Any
-    random: torch.Generator
+    chances: Iterator[float]
     text: "TextStream"
     num_tokens: int = 0
     counts: Counter[int] = field(default_factory=Counter)
@@ -135,176 +75,6 @@ class Answer:
     def changes_logits(self) -> bool:
         """Whether it is drawn by other numbers than the model's own."""
         return self.matcher is not None or self.ticket.sampling.changes_logits
-
-
-def choose(logits_RV: Tensor, samplings: Sequence[Sampling], uniform_R: Sequence[float]) -> Tensor:
-    """The next id of each row, R. ``uniform_R`` in [0, 1) decides where it is drawn by chance.
-
-    Every operation works on a row by itself, so that a row's choice depends on nothing else.
-    """
-    ids_R = logits_RV.argmax(-1)
-    plain: list[int] = []
-    cut: list[int] = []
-    for row, sampling in enumerate(samplings):
-        if sampling.temperature > 0:
-            is_plain = sampling.top_p == 1 and sampling.top_k == 0 and sampling.min_p == 0
-            (plain if is_plain else cut).append(row)
-
-    def of(rows: list[int], name: str) -> Tensor:
-        values = [getattr(samplings[row], name) for row in rows]
-        return torch.tensor(values, device=logits_RV.device)[:, None]
-
-    uniform = torch.tensor(uniform_R, device=logits_RV.device)
-    if plain:
-        scaled_RV = logits_RV[plain].float() / of(plain, "temperature")
-        ids_R[plain] = _inverse_cdf(scaled_RV.softmax(-1), uniform[plain])
-    if cut:
-        scaled_RV = logits_RV[cut].float() / of(cut, "temperature")
-        values_RV, order_RV = scaled_RV.sort(dim=-1, descending=True, stable=True)
-        rank_V = torch.arange(values_RV.shape[1], device=values_RV.device)
-        top_k_R1 = of(cut, "top_k")
-        values_RV = values_RV.masked_fill((top_k_R1 > 0) & (rank_V >= top_k_R1), -torch.inf)
-        p_RV = values_RV.softmax(-1)
-        top_p_R1 = of(cut, "top_p")
-        p_RV = p_RV.masked_fill(
-            (top_p_R1 < 1) & (p_RV.cumsum(-1) - p_RV >= top_p_R1)
-            | (p_RV < of(cut, "min_p") * p_RV[:, :1]),
-            0.0,
-        )
-        places_R = _inverse_cdf(p_RV, uniform[cut])
-        ids_R[cut] = order_RV.gather(-1, places_R[:, None]).squeeze(-1)
-    return ids_R
-
-
-def _inverse_cdf(weights_RV: Tensor, uniform_R: Tensor) -> Tensor:
-    """The index whose stretch of the cumulated weights holds ``uniform_R``; never a weight of 0."""
-    cumulated_RV = weights_RV.cumsum(-1)
-    target_R1 = uniform_R[:, None] * cumulated_RV[:, -1:]
-    last_R = (cumulated_RV < cumulated_RV[:, -1:]).sum(-1)  # rounding can reach the total
-    return torch.searchsorted(cumulated_RV, target_R1, right=True).squeeze(-1).minimum(last_R)
-
-
-def _penalise(logits_V: Tensor, sampling: Sampling, counts: Counter[int]) -> None:
-    """Bias and penalties, in place: logit - frequency_penalty * count - presence_penalty."""
-    for id_, bias in sampling.logit_bias:
-        logits_V[id_] += bias
-    if counts and (sampling.frequency_penalty or sampling.presence_penalty):
-        ids = torch.tensor(list(counts), device=logits_V.device)
-        number = torch.tensor(list(counts.values()), device=logits_V.device, dtype=logits_V.dtype)
-        logits_V[ids] -= sampling.frequency_penalty * number + sampling.presence_penalty
-
-
-def _random(seed: int, index: int) -> torch.Generator:
-    """Chances of answer ``index``, as olmo_base's Generator draws them."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
-
-
-# ---------------------------------------------------------------- tokens -> text
-
-
-class TextStream:
-    """Text as soon as it is whole and cannot be the beginning of a stop string."""
-
-    def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
-        self.tokenizer = tokenizer  # the backend of a fast tokenizer
-        self.stop = stop
-        self.ids: list[int] = []
-        self.read = 0  # ids before this one are text already
-        self.context = 0  # where decoding starts: a token's text may depend on the one before it
-        self.before = ""  # the text of the ids from there to ``read``
-        self.held = ""
-        self.held_tokens: list[tuple[int, Token]] = []  # with where each begins in ``held``
-
-    def push(self, token: Token) -> tuple[str, tuple[Token, ...], bool]:
-        """One more token: text and tokens that are now certain, and whether a stop string came."""
-        self.ids.append(token.id)
-        self.held_tokens.append((len(self.held), token))
-        after = self._decode(self.ids[self.context :])
-        if len(after) > len(self.before) and not after.endswith("�"):
-            self.held += after[len(self.before) :]
-            self._is_read()
-        return self._release()
-
-    def _is_read(self) -> None:
-        self.context, self.read = self.read, len(self.ids)
-        self.before = self._decode(self.ids[self.context :])
-
-    def finish(self) -> tuple[str, tuple[Token, ...]]:
-        """What was held back, and bytes that never became a whole character."""
-        self.held += self._decode(self.ids[self.context :])[len(self.before) :]
-        self._is_read()
-        text, tokens, is_stopped = self._release()
-        if is_stopped:
-            return text, tokens
-        return text + self.held, (*tokens, *(token for _, token in self.held_tokens))
-
-    def _release(self) -> tuple[str, tuple[Token, ...], bool]:
-        if not self.stop:
-            tokens = tuple(token for _, token in self.held_tokens)
-            self.held_tokens = []
-            return self._cut(len(self.held)), tokens, False
-        found = [place for place in (self.held.find(stop) for stop in self.stop) if place >= 0]
-        if found:
-            return self._cut(min(found)), self._tokens_before(min(found), strictly=True), True
-        kept = max(
-            (
-                length
-                for stop in self.stop
-                for length in range(1, min(len(stop), len(self.held) + 1))
-                if self.held.endswith(stop[:length])
-            ),
-            default=0,
-        )
-        end = len(self.held) - kept
-        tokens = self._tokens_before(end, strictly=kept > 0)
-        text = self._cut(end)
-        self.held_tokens = [(max(0, start - end), token) for start, token in self.held_tokens]
-        return text, tokens, False
-
-    def _cut(self, end: int) -> str:
-        text, self.held = self.held[:end], self.held[end:]
-        return text
-
-    def _tokens_before(self, end: int, strictly: bool) -> tuple[Token, ...]:
-        """Tokens that begin before a place; at it too, unless what stands there is held back."""
-        is_out = [start < end or (start == end and not strictly) for start, _ in self.held_tokens]
-        out = [token for (_, token), is_ in zip(self.held_tokens, is_out, strict=True) if is_]
-        self.held_tokens = [
-            item for item, is_ in zip(self.held_tokens, is_out, strict=True) if not is_
-        ]
-        return tuple(out)
-
-    def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
-
-
-_BYTES = {  # the characters by which byte-level tokenizers write bytes that are no plain text
-    chr(code): byte
-    for byte, code in [
-        *((byte, byte) for byte in (*range(33, 127), *range(161, 173), *range(174, 256))),
-        *((byte, 256 + number) for number, byte in enumerate((*range(33), *range(127, 161), 173))),
-    ]
-}
-
-
-class TokenNames:
-    """What a token stands for by itself."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        decoder = json.loads(tokenizer.to_str())["decoder"] or {}
-        kinds = [decoder, *decoder.get("decoders", ())]
-        self.is_byte_level = any(kind.get("type") == "ByteLevel" for kind in kinds)
-        added = tokenizer.get_added_tokens_decoder().items()
-        self.special = {id_: token.content for id_, token in added if token.special}
-
-    def bytes_of(self, id_: int) -> bytes:
-        """Its bytes; they may be a part of a character."""
-        name = self.tokenizer.id_to_token(id_) or ""
-        if self.is_byte_level and id_ not in self.special and all(c in _BYTES for c in name):
-            return bytes(_BYTES[character] for character in name)
-        text = name if id_ in self.special else self.tokenizer.decode([id_])
-        return text.encode()
 
 
 # ---------------------------------------------------------------- requests
@@ -514,7 +284,7 @@ class Engine:
                     ticket,
                     index,
                     row,
-                    _random(ticket.seed, index),
+                    chances(ticket.seed, index),
                     TextStream(self.backend, ticket.sampling.stop),
                     matcher=ticket.matcher and ticket.matcher.deep_copy(),
                 )
@@ -528,27 +298,28 @@ class Engine:
     def _step(self) -> None:
         if not self._answers:
             return
-        logits = self.batch.step({answer.row: answer.text.ids[-1] for answer in self._answers})
+        answers = {answer.row: answer for answer in self._answers}
+        rows, logits_RV = self.batch.step({row: one.text.ids[-1] for row, one in answers.items()})
         self.figures.steps += 1
-        self._extend(self._answers, torch.stack([logits[item.row] for item in self._answers]))
+        self._extend([answers[row] for row in rows], logits_RV)
 
     def _extend(self, answers: list[Answer], logits_RV: Tensor) -> None:
         """One more token for each answer; those that end leave the batch."""
         samplings = [answer.ticket.sampling for answer in answers]
         is_finite = logits_RV.float().sum(-1).isfinite().tolist()
-        details = _Details(logits_RV, samplings)
+        details = Details(logits_RV, samplings)
         scores_RV = logits_RV.float()
         changed = [row for row, answer in enumerate(answers) if answer.changes_logits]
         if changed:
             scores_RV = scores_RV.clone()
         for row in changed:
-            _penalise(scores_RV[row], samplings[row], answers[row].counts)
+            penalise(scores_RV[row], samplings[row], answers[row].counts)
             if answers[row].matcher is not None and not allow_only(
                 scores_RV[row], answers[row].matcher
             ):
                 is_finite[row] = False
         uniform_R = [
-            torch.rand((), generator=answer.random).item() if sampling.temperature > 0 else 0.0
+            next(answer.chances) if sampling.temperature > 0 else 0.0
             for answer, sampling in zip(answers, samplings, strict=True)
         ]
         ids = choose(scores_RV, samplings, uniform_R).tolist()
@@ -610,29 +381,3 @@ NOT_FINITE = (
     "diverged. Use an earlier checkpoint."
 )
 NO_FORM = "Or the form asked for by response_format is too complex."
-
-
-# ---------------------------------------------------------------- log-probabilities
-
-
-class _Details:
-    """Log-probabilities of those rows of a step that asked for them."""
-
-    def __init__(self, logits_RV: Tensor, samplings: Sequence[Sampling]) -> None:
-        rows = [row for row, sampling in enumerate(samplings) if sampling.logprobs is not None]
-        self.places = {row: place for place, row in enumerate(rows)}
-        self.numbers = {row: samplings[row].logprobs or 0 for row in rows}
-        if rows:
-            self.logprobs_RV = logits_RV[rows].float().log_softmax(-1)
-            most = max(self.numbers.values())
-            self.top_Rk, self.ids_Rk = self.logprobs_RV.topk(max(most, 1), -1)
-
-    def token(self, row: int, id_: int) -> Token:
-        """The chosen token of a row."""
-        if row not in self.places:
-            return Token(id_)
-        place, number = self.places[row], self.numbers[row]
-        ids = self.ids_Rk[place, :number].tolist()
-        logprobs = self.top_Rk[place, :number].tolist()
-        logprob = self.logprobs_RV[place, id_].item()
-        return Token(id_, logprob, tuple(zip(ids, logprobs, strict=True)))

@@ -13,10 +13,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from olmo_base.run.errors import UserError
-from open_instruct.chat.engine import MAX_TOP_LOGPROBS, Delta, Sampling, Token, TokenNames
+from open_instruct.chat.engine import Delta
 from open_instruct.chat.forms import ANY_OBJECT
 from open_instruct.chat.messages import read_messages, read_prompts, read_tool_list
 from open_instruct.chat.refusals import ApiError, shown, wrong
+from open_instruct.chat.sampling import MAX_TOP_LOGPROBS, Sampling
+from open_instruct.chat.token_text import Token, TokenNames
 from open_instruct.chat.tool_calls import CallReader, split_calls
 from open_instruct.turns import Message, Tools
 

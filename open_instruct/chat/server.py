@@ -125,7 +125,7 @@ def _is_small(model: torch.nn.Module) -> bool:
 def serve(names: Sequence[str], settings: Settings) -> None:
     """Serve models until SIGTERM or Ctrl-C. Errors: UserError."""
     # MKL's products of a row otherwise change with the rows beside it as soon as there are two
-    # threads. It reads this at its first product; slots.py would go back to one row at a time.
+    # threads. It reads this at its first product; rows.py would go back to one row at a time.
     os.environ.setdefault("MKL_CBWR", "AUTO")
     key = settings.api_key or os.environ.get(API_KEY_VARIABLE)
     if not settings.votes.parent.is_dir():

@@ -1,37 +1,21 @@
-"""Rows that are decoded together, joining and leaving at any step, each as if it were alone.
+"""Where the keys and values of rows are, and what is kept of prompts for those that begin alike.
 
-A prompt -> chunks of a fixed grid, read one after the other -> a row of keys and values -> a slot
-in a batch -> one token a step.
-
-The logits of a row are the same to the last bit whatever runs beside it. Matrix products give a
-row other last digits when their shape changes, so every shape here follows from the row alone:
-prompts are read by themselves on a grid of CHUNK tokens, the keys of a step are padded to a span
-that follows from the row's length, and steps are padded to a number of rows at which this machine
-was seen to give the same result as at any other number in use (``stable_sizes``).
-
-B rows of a call, T positions, S slots of a row, K key/value heads, h channels, V vocabulary.
+B rows of a call, T positions, N = B times K, S slots of a row, K key/value heads, h channels.
 """
 
-import copy
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from olmo_base.model.attention import KeyValueCache
-from olmo_base.model.generate import Generator
-from olmo_base.model.transformer import Transformer
 
 CHUNK = 64  # tokens of a prompt read in one call; a shared prefix is kept in such pieces
-FIRST_SPAN = 64  # slots of a short row; a longer row moves to twice as many, and so on
-SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # rows that a step may be padded to
-MAX_ROWS = SIZES[-1]
 PREFIX_BYTES = 256 * 2**20  # keys and values of prompts kept for those that begin alike
-TOLERANCE = 1e-3  # logits of two ways through one model, relative to the largest: fp32 gives 1e-6
 
 Layers = list[tuple[Tensor, Tensor]]  # keys and values of each layer, BKSh
 
@@ -47,27 +31,34 @@ class Slots:
         self.span = span
         self.layers: Layers = []
 
-    def write(self, layer: int, starts: Sequence[int], k_BKTh: Tensor, v_BKTh: Tensor) -> None:
-        """Put new keys and values behind each row's ``starts``; one row, or one position."""
+    def write(self, layer: int, start: int, k_1KTh: Tensor, v_1KTh: Tensor) -> None:
+        """Put new keys and values behind the first ``start`` positions of the first row."""
+        end = start + k_1KTh.shape[2]
+        keys_BKSh, values_BKSh = self._layer(layer, k_1KTh, v_1KTh)
+        keys_BKSh[0, :, start:end] = k_1KTh[0]
+        values_BKSh[0, :, start:end] = v_1KTh[0]
+
+    def write_one_each(self, layer: int, places_N: Tensor, k_BK1h: Tensor, v_BK1h: Tensor) -> None:
+        """Put one position of each row at its place of ``places_of``."""
+        keys_BKSh, values_BKSh = self._layer(layer, k_BK1h, v_BK1h)
+        keys_BKSh.view(-1, keys_BKSh.shape[3]).index_copy_(0, places_N, k_BK1h.flatten(0, 2))
+        values_BKSh.view(-1, values_BKSh.shape[3]).index_copy_(0, places_N, v_BK1h.flatten(0, 2))
+
+    def places_of(self, positions_B: Tensor, num_heads: int) -> Tensor:
+        """Where a position of each row and head is among all slots, counted through the rows."""
+        heads_BK = torch.arange(len(positions_B) * num_heads, device=positions_B.device)
+        return heads_BK * self.span + positions_B.repeat_interleave(num_heads)
+
+    def _layer(self, layer: int, k_BKTh: Tensor, v_BKTh: Tensor) -> tuple[Tensor, Tensor]:
         if layer == len(self.layers):
-            self.layers.append(
-                tuple(
-                    new.new_zeros((self.num_rows, new.shape[1], self.span, new.shape[3]))
-                    for new in (k_BKTh, v_BKTh)
-                )  # type: ignore[arg-type]  # a tuple of two
-            )
-        for old_BKSh, new_BKTh in zip(self.layers[layer], (k_BKTh, v_BKTh), strict=True):
-            num_positions = new_BKTh.shape[2]
-            if len(starts) == 1:
-                old_BKSh[0, :, starts[0] : starts[0] + num_positions] = new_BKTh[0]
-            else:
-                assert num_positions == 1, "rows at different places take one token a step"
-                rows_B = torch.arange(len(starts), device=old_BKSh.device)
-                places_B = torch.tensor(starts, device=old_BKSh.device)
-                old_BKSh[rows_B, :, places_B] = new_BKTh[:, :, 0]
+            shapes = [(self.num_rows, x.shape[1], self.span, x.shape[3]) for x in (k_BKTh, v_BKTh)]
+            self.layers.append((k_BKTh.new_zeros(shapes[0]), v_BKTh.new_zeros(shapes[1])))
+        return self.layers[layer]
 
     def part(self, first: int, num_rows: int) -> "Slots":
         """Some of the rows, in the same memory."""
+        if num_rows == self.num_rows:
+            return self
         part = Slots(num_rows, self.span)
         rows = slice(first, first + num_rows)
         part.layers = [(keys[rows], values[rows]) for keys, values in self.layers]
@@ -100,9 +91,8 @@ class View(KeyValueCache):
         self.span = span
         starts_B1 = torch.tensor(starts, device=device)[:, None]
         self.positions_BT = starts_B1 + torch.arange(num_positions, device=device)
-        slots_S = torch.arange(span, device=device)
-        self.behind_B1TS = (self.positions_BT[..., None] - slots_S)[:, None]  # how far a key is
         self.masks: dict[int | None, Tensor] = {}
+        self.places: dict[int, Tensor] = {}  # by the number of heads, of rows with one token each
 
     @property
     def num_rows(self) -> int:
@@ -124,13 +114,23 @@ class View(KeyValueCache):
     def may_attend(self, num_positions: int, window: int | None = None) -> Tensor:
         """See KeyValueCache. Of a layer with a ``window`` too all positions are kept."""
         if window not in self.masks:
-            mask_B1TS = self.behind_B1TS >= 0
-            self.masks[window] = mask_B1TS & (self.behind_B1TS < window) if window else mask_B1TS
+            key_S = torch.arange(self.span, device=self.positions_BT.device)
+            position_B1T1 = self.positions_BT[:, None, :, None]
+            mask_B1TS = key_S <= position_B1T1
+            if window is not None:
+                mask_B1TS &= key_S > position_B1T1 - window
+            self.masks[window] = mask_B1TS
         return self.masks[window]
 
     def append(self, layer: int, k_BKTh: Tensor, v_BKTh: Tensor) -> tuple[Tensor, Tensor]:
         """See KeyValueCache."""
-        self.slots.write(layer, self.starts, k_BKTh, v_BKTh)
+        num_heads = k_BKTh.shape[1]
+        if k_BKTh.shape[2] > 1:
+            self.slots.write(layer, self.starts[0], k_BKTh, v_BKTh)
+        else:
+            if num_heads not in self.places:
+                self.places[num_heads] = self.slots.places_of(self.positions_BT[:, 0], num_heads)
+            self.slots.write_one_each(layer, self.places[num_heads], k_BKTh, v_BKTh)
         keys_BKSh, values_BKSh = self.slots.layers[layer]
         rows = len(self.starts)
         return keys_BKSh[:rows, :, : self.span], values_BKSh[:rows, :, : self.span]
@@ -141,274 +141,6 @@ class View(KeyValueCache):
     def keep_rows(self, rows: list[int]) -> None:
         """Rows leave through SlotBatch."""
         raise AssertionError("a view lives for one call")
-
-
-# ---------------------------------------------------------------- the two kinds of model
-
-Forward = Callable[[Tensor, View], Tensor]  # ids_BT -> logits after the last position, BV
-
-
-def native_forward(model: Transformer) -> Forward:
-    """Our model, on slots."""
-
-    def forward(ids_BT: Tensor, view: View) -> Tensor:
-        return model.logits(model(ids_BT, cache=view)[:, -1])
-
-    return forward
-
-
-def transformers_forward(model: Any) -> Forward:
-    """A transformers model whose layers all look at the whole past, on slots."""
-    from transformers import Cache  # heavy; our own model needs none of it
-    from transformers.cache_utils import CacheLayerMixin
-
-    class SlotLayer(CacheLayerMixin):
-        is_sliding = False
-
-        def __init__(self, view: View, layer: int) -> None:
-            super().__init__()
-            self.view, self.layer = view, layer
-
-        def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-            self.is_initialized = True
-
-        def update(
-            self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-        ) -> tuple[Tensor, Tensor]:
-            return self.view.append(self.layer, key_states, value_states)
-
-        def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-            return self.view.span, 0
-
-        def get_seq_length(self) -> int:
-            return self.view.length
-
-        def get_max_length(self) -> int:
-            return self.view.span
-
-    num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
-
-    def forward(ids_BT: Tensor, view: View) -> Tensor:
-        outputs = model(
-            input_ids=ids_BT,
-            attention_mask=view.may_attend(ids_BT.shape[1]),
-            position_ids=view.positions_BT,
-            past_key_values=Cache(layers=[SlotLayer(view, layer) for layer in range(num_layers)]),
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return outputs.logits[:, -1]
-
-    return forward
-
-
-# ---------------------------------------------------------------- batches
-
-
-class Reading(Protocol):
-    """A prompt that is being read."""
-
-    def advance(self) -> Tensor | None:
-        """Read one chunk; the logits after the whole prompt, V, once it is read."""
-
-
-class Batch(Protocol):
-    """Rows on their way through a model. A row is whatever ``join`` returned for it."""
-
-    stable_sizes: tuple[int, ...]
-    num_reused: int  # prompt tokens whose keys and values were kept from an earlier prompt
-
-    def read(self, prompt: Sequence[int]) -> Reading:
-        """Begin to read a prompt."""
-
-    def join(self, reading: Any, copies: int) -> list[Any]:
-        """Rows that go on from a prompt that was read to its end."""
-
-    def step(self, next_ids: dict[Any, int]) -> dict[Any, Tensor]:
-        """Read one more token of every row; the logits after it, V each."""
-
-    def leave(self, row: Any) -> None:
-        """The row is finished."""
-
-    def clear(self) -> None:
-        """Forget all rows and kept prompts: after an error none of them can be trusted."""
-
-
-class SlotRow:
-    """A row of a SlotBatch: where it is, and how many tokens it holds."""
-
-    def __init__(self, span: int, place: int, length: int) -> None:
-        self.span, self.place, self.length = span, place, length
-
-
-class SlotReading:
-    """A prompt on its way into slots of its own."""
-
-    def __init__(self, batch: "SlotBatch", prompt: Sequence[int]) -> None:
-        self.batch = batch
-        self.prompt = list(prompt)
-        self.slots = Slots(1, batch.span_of(len(prompt)))
-        self.keys = _chain(self.prompt)  # names of its chunks
-        self.position = batch.prefixes.fill(self.slots, self.keys, len(self.prompt))
-        batch.num_reused += self.position
-
-    def advance(self) -> Tensor | None:
-        """See Reading."""
-        start, end = self.position, min(self.position + CHUNK, len(self.prompt))
-        device = self.batch.device
-        ids_1T = torch.tensor([self.prompt[start:end]], device=device)
-        logits_1V = self.batch.forward(ids_1T, View(self.slots, [start], end - start, end, device))
-        if end - start == CHUNK:
-            self.batch.prefixes.keep(self.keys[start // CHUNK], self.slots, start)
-        self.position = end
-        return logits_1V[0] if end == len(self.prompt) else None
-
-
-class SlotBatch:
-    """Rows in slots: those of one span are one call of the model."""
-
-    def __init__(self, forward: Forward, max_length: int, device: torch.device) -> None:
-        self.forward = forward
-        self.max_length = max_length
-        self.device = device
-        self.prefixes = Prefixes()
-        self.num_reused = 0
-        self.groups: dict[int, tuple[Slots, list[SlotRow]]] = {}
-        self.stable_sizes: tuple[int, ...] = SIZES
-
-    def span_of(self, length: int) -> int:
-        """Slots for a row of this length."""
-        span = FIRST_SPAN
-        while span < length:
-            span *= 2
-        return min(span, max(self.max_length, length))
-
-    def read(self, prompt: Sequence[int]) -> SlotReading:
-        """See Batch."""
-        return SlotReading(self, prompt)
-
-    def join(self, reading: SlotReading, copies: int = 1) -> list[SlotRow]:
-        """See Batch."""
-        length = len(reading.prompt)
-        return [self._place(reading.slots, 0, length) for _ in range(copies)]
-
-    def _place(self, source: Slots, source_row: int, length: int) -> SlotRow:
-        """A row of its own for ``length`` positions of another, with room for one more."""
-        span = self.span_of(length + 1)
-        slots, rows = self.groups.get(span) or (Slots(0, span), [])
-        needed = self._padded(len(rows) + 1)
-        if slots.num_rows < needed:
-            grown = Slots(needed, span)
-            for old in rows:
-                grown.copy_row(old.place, slots, old.place, old.length)
-            slots = grown
-        row = SlotRow(span, len(rows), length)
-        slots.copy_row(row.place, source, source_row, length)
-        self.groups[span] = (slots, [*rows, row])
-        return row
-
-    def _padded(self, num_rows: int) -> int:
-        """Rows to compute, or to have memory for: whole blocks, the last one of any stable size."""
-        largest = self.stable_sizes[-1]
-        whole = (num_rows - 1) // largest * largest
-        return whole + next(size for size in self.stable_sizes if size >= num_rows - whole)
-
-    def step(self, next_ids: dict[SlotRow, int]) -> dict[SlotRow, Tensor]:
-        """See Batch."""
-        for row in next_ids:
-            if row.length == row.span:  # full: its next token needs a longer span
-                moved = self._place(self.groups[row.span][0], row.place, row.length)
-                self.leave(row)
-                row.span, row.place = moved.span, moved.place
-                self.groups[row.span][1][row.place] = row
-        logits: dict[SlotRow, Tensor] = {}
-        for span, (slots, rows) in self.groups.items():
-            if not rows:
-                continue
-            for first in range(0, len(rows), self.stable_sizes[-1]):
-                block = rows[first : first + self.stable_sizes[-1]]
-                size = self._padded(len(block))
-                padding = [0] * (size - len(block))
-                ids_B = torch.tensor([next_ids[row] for row in block] + padding)
-                starts = [row.length for row in block] + padding
-                view = View(slots.part(first, size), starts, 1, span, self.device)
-                logits_BV = self.forward(ids_B[:, None].to(self.device), view)
-                for row, logits_V in zip(block, logits_BV, strict=False):
-                    row.length += 1
-                    logits[row] = logits_V
-        return logits
-
-    def leave(self, row: SlotRow) -> None:
-        """See Batch. The last row of the group takes the place."""
-        slots, rows = self.groups[row.span]
-        last = rows.pop()
-        if last is not row:
-            slots.copy_row(row.place, slots, last.place, last.length)
-            last.place = row.place
-            rows[last.place] = last
-        if not rows and row.span > FIRST_SPAN:
-            del self.groups[row.span]  # long rows are rare and large
-
-    def clear(self) -> None:
-        """See Batch."""
-        self.groups.clear()
-        self.prefixes = Prefixes()
-
-
-class AloneReading:
-    """A prompt on its way into a cache of the model's own kind."""
-
-    def __init__(self, batch: "AloneBatch", prompt: Sequence[int]) -> None:
-        from transformers import DynamicCache  # heavy; our own model needs none of it
-
-        self.batch = batch
-        self.prompt = prompt
-        self.cache: Any = DynamicCache(config=batch.model.config.get_text_config(decoder=True))
-
-    def advance(self) -> Tensor | None:
-        """See Reading. The whole prompt at once: not every cache can go on in the middle."""
-        return self.batch.call(self.prompt, self.cache)
-
-
-class AloneRow:
-    """A row of an AloneBatch."""
-
-    def __init__(self, cache: Any) -> None:
-        self.cache = cache
-
-
-class AloneBatch:
-    """Each row by itself: for models that keep more than the keys and values of all positions."""
-
-    stable_sizes: tuple[int, ...] = (1,)
-    num_reused = 0
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    def call(self, ids: Sequence[int], cache: Any) -> Tensor:
-        """Logits after the ids, V."""
-        ids_1T = torch.tensor([list(ids)], device=self.model.device)
-        return self.model(input_ids=ids_1T, past_key_values=cache, use_cache=True).logits[0, -1]
-
-    def read(self, prompt: Sequence[int]) -> AloneReading:
-        """See Batch."""
-        return AloneReading(self, prompt)
-
-    def join(self, reading: AloneReading, copies: int = 1) -> list[AloneRow]:
-        """See Batch."""
-        others = [AloneRow(copy.deepcopy(reading.cache)) for _ in range(copies - 1)]
-        return [AloneRow(reading.cache), *others]
-
-    def step(self, next_ids: dict[AloneRow, int]) -> dict[AloneRow, Tensor]:
-        """See Batch."""
-        return {row: self.call([id_], row.cache) for row, id_ in next_ids.items()}
-
-    def leave(self, row: AloneRow) -> None:
-        """See Batch."""
-
-    def clear(self) -> None:
-        """See Batch."""
 
 
 # ---------------------------------------------------------------- prompts that begin alike
@@ -430,7 +162,7 @@ class Prefixes:
                 break
             self._chunks.move_to_end(key)
             for layer, (k_BKTh, v_BKTh) in enumerate(self._chunks[key]):
-                slots.write(layer, [position], k_BKTh, v_BKTh)
+                slots.write(layer, position, k_BKTh, v_BKTh)
             position += CHUNK
         return position
 
@@ -447,7 +179,7 @@ class Prefixes:
             self.num_bytes -= _num_bytes(self._chunks.popitem(last=False)[1])
 
 
-def _chain(prompt: Sequence[int]) -> list[bytes]:
+def chunk_names(prompt: Sequence[int]) -> list[bytes]:
     """A name for each whole chunk that stands for all ids up to its end."""
     names, name = [], b""
     for end in range(CHUNK, len(prompt) + 1, CHUNK):
@@ -458,104 +190,3 @@ def _chain(prompt: Sequence[int]) -> list[bytes]:
 
 def _num_bytes(layers: Layers) -> int:
     return sum(part.numel() * part.element_size() for layer in layers for part in layer)
-
-
-# ---------------------------------------------------------------- which batch fits a model
-
-
-def new_batch(generator: Generator) -> Batch:
-    """The batch for a model: in slots if it was seen to give the model's own logits there."""
-    if isinstance(generator.model, Transformer):
-        batch = SlotBatch(
-            native_forward(generator.model), generator.max_length, generator.model.device
-        )
-    else:
-        if not _sees_everything(generator):
-            return AloneBatch(generator.model)
-        forward = transformers_forward(generator.model)
-        batch = SlotBatch(forward, generator.max_length, generator.model.device)
-        if not _gives_own_logits(batch, generator):
-            return AloneBatch(generator.model)
-    batch.stable_sizes = find_stable_sizes(batch, generator.vocab_size)
-    return batch
-
-
-def _sees_everything(generator: Generator) -> bool:
-    """Whether every layer is attention to all of the past, by what the configuration says."""
-    config = generator.model.config.get_text_config(decoder=True)
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    window = getattr(config, "sliding_window", None)
-    is_narrow = isinstance(window, int) and window < generator.max_length
-    if getattr(config, "layer_types", None) is not None:
-        return kinds == {"full_attention"} or (
-            kinds <= {"full_attention", "sliding_attention"} and not is_narrow
-        )
-    return not is_narrow
-
-
-def _gives_own_logits(batch: SlotBatch, generator: Generator) -> bool:
-    """Whether slots give the logits of a plain call. Other kinds of cache fail in many ways."""
-    prompt = _some_ids(generator.vocab_size, 12, seed=0)
-    try:
-        reading = batch.read(prompt[:-2])
-        reading.advance()
-        row, _ = batch.join(reading, 2)
-        other = batch.groups[row.span][1][1]
-        batch.step({row: prompt[-2], other: prompt[-1]})
-        found_V = batch.step({row: prompt[-1], other: prompt[-2]})[row]
-        expected_V = generator.model(torch.tensor([prompt], device=batch.device)).logits[0, -1]
-        batch.leave(row)
-        batch.leave(other)
-    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, NotImplementedError):
-        return False
-    largest = expected_V.float().abs().max().clamp(min=1e-3)
-    tolerance = TOLERANCE if expected_V.dtype == torch.float32 else 0.1
-    return bool((found_V - expected_V).float().abs().max() <= tolerance * largest)
-
-
-def find_stable_sizes(batch: SlotBatch, vocab_size: int) -> tuple[int, ...]:
-    """The sizes of a step at which a row's logits are the same to the last bit.
-
-    At each size the same few rows are stepped in different places beside each other. Sizes that
-    disagree with themselves are left out; of the rest the largest set that agrees is taken.
-    """
-    num_kinds = 3
-    readings = []
-    for kind in range(num_kinds):
-        reading = batch.read(_some_ids(vocab_size, 5 + 3 * kind, seed=1 + kind))
-        reading.advance()
-        readings.append(reading)
-    agreeing: list[tuple[Tensor, list[int]]] = []
-    span = batch.span_of(1)
-    slots = Slots(MAX_ROWS, span)
-    for place in range(MAX_ROWS):
-        kind = place % num_kinds
-        slots.copy_row(place, readings[kind].slots, 0, len(readings[kind].prompt))
-    lengths = [len(readings[place % num_kinds].prompt) for place in range(MAX_ROWS)]
-    for size in SIZES:
-        seen: list[list[Tensor]] = [[] for _ in range(num_kinds)]
-        for first in range(num_kinds if size < num_kinds else 1):
-            starts = lengths[first : first + size]
-            ids_B1 = torch.tensor(
-                [[1 + (first + place) % num_kinds] for place in range(size)], device=batch.device
-            )
-            view = View(slots.part(first, size), starts, 1, span, batch.device)
-            logits_BV = batch.forward(ids_B1, view)
-            for place in range(size):
-                seen[(first + place) % num_kinds].append(logits_BV[place])
-        if not all(torch.equal(one, same[0]) for same in seen for one in same):
-            continue
-        result = torch.stack([same[0] for same in seen])
-        for known, sizes in agreeing:
-            if torch.equal(known, result):
-                sizes.append(size)
-                break
-        else:
-            agreeing.append((result, [size]))
-    best = max((sizes for _, sizes in agreeing), key=lambda sizes: (len(sizes), sizes[-1]))
-    return tuple(best)
-
-
-def _some_ids(vocab_size: int, number: int, seed: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(vocab_size, (number,), generator=generator).tolist()

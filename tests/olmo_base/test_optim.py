@@ -155,6 +155,27 @@ def test_a_tied_head_is_an_embedding_and_frozen_parameters_are_left_out():
     assert "head.weight" not in found
 
 
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_embeddings_move_by_a_rate_of_their_own(optim):
+    moved = {}
+    for ratio in (1.0, 4.0):
+        torch.manual_seed(0)
+        model = Small()
+        before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        optimizer = build_optimizer(model, OptimConfig(optim=optim, embedding_lr_ratio=ratio))
+        set_learning_rate(optimizer, 1e-3)
+        for weight in model.parameters():
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        moved[ratio] = {
+            name: (weight - before[name]).abs().max().item()
+            for name, weight in model.named_parameters()
+        }
+    for name in moved[1.0]:
+        times = 4.0 if name == "embed.weight" else 1.0
+        assert moved[4.0][name] == pytest.approx(times * moved[1.0][name], rel=1e-3), name
+
+
 def test_a_step_is_adamw_as_published():
     torch.manual_seed(0)
     model = nn.Linear(2, 2, bias=False).double()

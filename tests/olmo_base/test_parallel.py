@@ -18,8 +18,12 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemWriter
 
-from olmo_base.parallel import Ranks
+from olmo_base.corpus.batches import Batch
+from olmo_base.divided import whole_tensor
+from olmo_base.model.transformer import ModelConfig, Transformer
+from olmo_base.parallel import ParallelConfig, Ranks, shared_model, started_ranks
 from olmo_base.pretrain import run
+from olmo_base.pretrain_loop import add_gradients
 from olmo_base.pretrain_recipe import PretrainRecipe
 from olmo_base.run.artefact import sha256_file
 from olmo_base.run.errors import UserError
@@ -104,6 +108,62 @@ def test_several_ranks_give_the_losses_of_one_process(tokens, tmp_path, four, al
     four.do(run, recipe_for(tokens, tmp_path, **{**KEYS, **keys}))
     shape = {key: keys[key] for key in ("optim", "mask_documents") if key in keys}
     assert_same(tmp_path / "run", alone(**shape))
+
+
+SMALL = ModelConfig(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    max_position_embeddings=32,
+    eos_token_id=0,
+    pad_token_id=1,
+)
+
+
+def rows(first: int, last: int) -> Batch:
+    ids_BT = torch.randint(61, (8, 17), generator=torch.Generator().manual_seed(1))[first:last]
+    return Batch(ids_BT[:, :-1], ids_BT[:, 1:], None)
+
+
+def gradient_with_gathers_in_bf16(gathers: bool) -> tuple[dict[str, str], float, list[Any]]:
+    """Which precision is where in a step in bf16, and the step's loss and a layer's gradient."""
+    with started_ranks(ParallelConfig(data_parallel="fsdp")) as shared:
+        torch.manual_seed(0)
+        model, with_loss = shared_model(SMALL, shared, None, bf16=gathers)
+        layer: Any = model.layers[0]
+        seen: dict[str, Any] = {}
+        for name, module in {"layer": layer.attention.q_proj, "norm": model.norm}.items():
+            module.register_forward_pre_hook(
+                lambda one, _, name=name: seen.update({name: one.weight.dtype})
+            )
+        layer.register_forward_hook(lambda _, __, out: seen.update({"residual": out.dtype}))
+        mine = rows(4 * shared.rank, 4 * shared.rank + 4)
+        loss = add_gradients(
+            with_loss, [mine], z_loss=0.0, bf16=True, num_tokens=8 * 16, ranks=shared
+        )
+        weight = layer.attention.q_proj.weight
+        seen |= {"part": weight.dtype, "gradient": weight.grad.dtype}
+        gradient = whole_tensor(weight.grad).tolist()
+        return {key: str(kind) for key, kind in seen.items()}, float(shared.total(loss)), gradient
+
+
+def test_layers_are_gathered_in_bf16_and_stepped_in_fp32(two):
+    torch.manual_seed(0)
+    alone = Transformer(SMALL)
+    expected = float(add_gradients(alone, [rows(0, 8)], z_loss=0.0, bf16=True))
+    wanted = alone.get_parameter("layers.0.attention.q_proj.weight").grad
+    assert wanted is not None
+    for gathers, kind in ((True, "torch.bfloat16"), (False, "torch.float32")):
+        for seen, loss, gradient in two.do(gradient_with_gathers_in_bf16, gathers):
+            assert seen.pop("layer") == kind
+            assert seen.keys() == {"norm", "residual", "part", "gradient"}
+            assert set(seen.values()) == {"torch.float32"}
+            assert loss == pytest.approx(expected, rel=1e-3)
+            error = (torch.tensor(gradient) - wanted).norm() / wanted.norm()
+            assert error < 0.02  # bf16 keeps 8 bits
 
 
 # ---------------------------------------------------------------- stopped, and gone on with others

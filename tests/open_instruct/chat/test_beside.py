@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from olmo_base.model.generate import load_generator
 from olmo_base.run.errors import UserError
 from open_instruct.__main__ import main
-from open_instruct.chat.engine import Delta, Engine, Sampling
+from open_instruct.chat.engine import Delta, Engine
+from open_instruct.chat.sampling import Sampling
 from open_instruct.chat.server import load_models
 from open_instruct.chat.voices import Sampling as ChatSampling
 from open_instruct.chat.voices import open_local

@@ -22,19 +22,11 @@ from transformers import (
 
 from olmo_base.model.generate import load_generator
 from olmo_base.run.errors import UserError
-from open_instruct.chat.engine import (
-    Closing,
-    Delta,
-    Engine,
-    QueueFull,
-    Sampling,
-    TextStream,
-    Token,
-    TokenNames,
-    _penalise,
-    choose,
-)
-from open_instruct.chat.slots import CHUNK, SIZES, AloneBatch, SlotBatch, View, find_stable_sizes
+from open_instruct.chat.engine import Closing, Delta, Engine, QueueFull
+from open_instruct.chat.rows import SIZES, AloneBatch, SlotBatch, find_stable_sizes
+from open_instruct.chat.sampling import Sampling, choose, penalise
+from open_instruct.chat.slots import CHUNK, View
+from open_instruct.chat.token_text import TextStream, Token, TokenNames
 from tests.open_instruct.tiny import byte_tokenizer, save_tiny_model
 
 SHAPE: dict[str, Any] = dict(
@@ -250,12 +242,13 @@ def test_sizes_that_change_a_row_are_left_out(engines):
         reading = batch.read([1, 2, 3])
         first = reading.advance()
         rows = batch.join(reading, 5)
-        results = batch.step({row: 4 for row in rows})
-        assert len(results) == 5
+        stepped, results_RV = batch.step({row: 4 for row in rows})
+        assert set(stepped) == set(rows) and len(results_RV) == 5
         batch.leave(rows[0])
-        results = batch.step({row: 5 for row in rows[1:]})
+        _, results_RV = batch.step({row: 5 for row in rows[1:]})
         expected = engine.generator.model(torch.tensor([[1, 2, 3, 4, 5]]))
-        for logits_V in results.values():
+        assert len(results_RV) == 4
+        for logits_V in results_RV:
             torch.testing.assert_close(
                 logits_V, engine.generator.model.logits(expected)[0, -1], atol=1e-4, rtol=0
             )
@@ -321,7 +314,7 @@ def test_cuts_keep_what_transformers_keeps():
 def test_penalties_and_bias_are_subtracted_by_hand():
     logits_V = torch.zeros(4)
     sampling = Sampling(frequency_penalty=0.5, presence_penalty=0.25, logit_bias=((3, 2.0),))
-    _penalise(logits_V, sampling, Counter({0: 3, 1: 1}))
+    penalise(logits_V, sampling, Counter({0: 3, 1: 1}))
     assert logits_V.tolist() == [-1.75, -0.75, 0.0, 2.0]
 
 

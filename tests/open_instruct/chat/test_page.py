@@ -3,11 +3,10 @@
 import json
 import shutil
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from playwright.sync_api import Page, expect, sync_playwright
 
 from olmo_base.run.artefact import ExampleCounts
 from open_instruct.encode import load_chat_encoder, save_chat_files
@@ -15,6 +14,13 @@ from open_instruct.examples import Source, read_dialogues, read_pairs
 from tests.open_instruct.chat.running import Running
 from tests.open_instruct.tiny import save_tiny_model, tiny_olmo2
 
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+playwright_api: Any = pytest.importorskip(
+    "playwright.sync_api", reason="playwright is not installed"
+)
+expect = playwright_api.expect
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs the program chromium")
 
@@ -56,14 +62,14 @@ def running(tmp_path_factory) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def browser():
-    with sync_playwright() as playwright:
+    with playwright_api.sync_playwright() as playwright:
         made = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield made
         made.close()
 
 
 @pytest.fixture
-def page(browser, running) -> Iterator[Page]:
+def page(browser, running) -> "Iterator[Page]":
     """The page, opened for the first time; what it complains of on its console is an error."""
     context = browser.new_context(viewport={"width": 1200, "height": 800}, accept_downloads=True)
     context.set_default_timeout(20_000)
@@ -77,7 +83,7 @@ def page(browser, running) -> Iterator[Page]:
     assert complaints == []
 
 
-def open_page(page: Page, running: Running, **settings: Any) -> None:
+def open_page(page: "Page", running: Running, **settings: Any) -> None:
     page.goto(f"http://127.0.0.1:{running.port}/")
     expect(page.locator("#model option")).to_have_count(2)
     page.evaluate(
@@ -88,21 +94,21 @@ def open_page(page: Page, running: Running, **settings: Any) -> None:
     expect(page.locator("#model option")).to_have_count(2)
 
 
-def ask(page: Page, text: str) -> None:
+def ask(page: "Page", text: str) -> None:
     page.get_by_label("Message", exact=True).fill(text)
     page.keyboard.press("Enter")
 
 
-def answers(page: Page):
+def answers(page: "Page"):
     return page.locator("article.assistant")
 
 
-def wait_for_end(page: Page) -> None:
+def wait_for_end(page: "Page") -> None:
     expect(page.locator("#stop")).to_be_hidden()
     expect(page.locator("#status")).to_have_text("The answer is complete.")
 
 
-def keep(page: Page, **settings: Any) -> None:
+def keep(page: "Page", **settings: Any) -> None:
     """Change settings of the page as it is."""
     for name, value in settings.items():
         page.evaluate(
@@ -305,7 +311,7 @@ def test_the_policy_stops_what_a_hole_would_let_in(browser, running):
     page.close()
 
 
-def test_markdown_becomes_elements_and_code_can_be_copied(page):
+def test_markdown_becomes_elements(page):
     found = page.evaluate(
         """async () => {
             const { markdown } = await import("/page/markdown.js");
@@ -335,6 +341,24 @@ def test_markdown_becomes_elements_and_code_can_be_copied(page):
         f"<p>{link}https://example.org/a</a>.</p>",
         "<p>**not closed</p>",
     ]
+
+
+def test_code_and_messages_can_be_copied(page, tmp_path):
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    code = 'if 1 < 2:\n    print("<b>")'
+    answer = f"Try this:\n\n```python\n{code}\n```\n"
+    messages = [{"role": "user", "content": "How?"}, {"role": "assistant", "content": answer}]
+    path = tmp_path / "code.jsonl"
+    path.write_text(json.dumps({"messages": messages}))
+    page.locator("#file").set_input_files(path)
+    button = page.get_by_label("Copy this code")
+    button.click()
+    expect(button).to_have_text("Copied")
+    assert page.evaluate("navigator.clipboard.readText()") == code
+    answers(page).get_by_label("Copy this message").click()
+    page.wait_for_function(
+        "text => navigator.clipboard.readText().then(now => now === text)", arg=answer
+    )
 
 
 def test_long_hostile_text_does_not_hold_up_the_page(page):
@@ -388,6 +412,27 @@ def test_a_phone_shows_everything_without_scrolling_sideways(browser, running):
     page.get_by_label("Light or dark").click()
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     context.close()
+
+
+def test_compared_answers_stand_side_by_side_and_on_a_phone_below_one_another(page):
+    keep(page, max_tokens=40)
+    page.get_by_label("Compare with another model").select_option(index=2)
+    ask(page, "Which?")
+    wait_for_end(page)
+    expect(answers(page)).to_have_count(2)
+
+    def boxes() -> list[Any]:
+        return [answers(page).nth(side).bounding_box() for side in range(2)]
+
+    left, right = boxes()
+    assert left["x"] + left["width"] <= right["x"]
+    assert left["y"] == right["y"]
+    assert left["width"] == pytest.approx(right["width"], abs=1)
+    page.set_viewport_size({"width": 375, "height": 700})
+    above, below = boxes()
+    assert above["y"] + above["height"] <= below["y"]
+    assert above["x"] == below["x"] >= 0
+    assert above["width"] == below["width"] and above["x"] + above["width"] <= 375
 
 
 def test_every_control_has_a_name_for_screen_readers(page):

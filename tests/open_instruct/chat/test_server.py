@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -394,6 +395,35 @@ def test_a_full_queue_is_answered_with_429(running):
             assert first.result()[0] == second.result()[0] == 200
     finally:
         engine.max_rows, engine.max_waiting = 64, 256
+
+
+# ---------------------------------------------------------------- curl
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs the program curl")
+def test_curl_gets_answers_streams_and_refusals(running):
+    def curl(path: str, body: Any = None) -> str:
+        data = [] if body is None else ["--json", json.dumps(body)]
+        url = f"http://127.0.0.1:{running.port}{path}"
+        done = subprocess.run(
+            ["curl", "-sS", "-N", "--noproxy", "*", *data, url], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    models = json.loads(curl("/v1/models"))["data"]
+    assert [model["id"] for model in models] == [*running.server.models]
+    asked = {"model": running.name, "messages": HELLO, "seed": 1, "max_tokens": 20}
+    said = text_of(json.loads(curl("/v1/chat/completions", asked)))
+    assert said == text_of(chat(running))
+    lines = curl("/v1/chat/completions", asked | {"stream": True}).splitlines()
+    assert lines[1::2] == [""] * (len(lines) // 2) and lines[-2] == "data: [DONE]"
+    events = [json.loads(line.removeprefix("data: ")) for line in lines[:-2:2]]
+    pieces = [event["choices"][0]["delta"].get("content", "") for event in events]
+    assert len(pieces) > 3 and "".join(pieces) == said
+    assert events[0].keys() == {"id", "object", "created", "model", "choices"}
+    refusal = json.loads(curl("/v1/chat/completions", asked | {"seed": "x"}))["error"]
+    assert refusal["param"] == "seed" and refusal["type"] == "invalid_request_error"
 
 
 # ---------------------------------------------------------------- bodies, paths, who may ask
