@@ -48,16 +48,17 @@ def weights_bytes(
 
     16 bytes a parameter, divided; in bf16 2 more for the copy that products read, which is kept
     from forward to backward pass unless layers are computed again. Of divided weights a layer and
-    the next are gathered, and the layer's gradient until it is exchanged; embedding and head are
-    whole through the step, their gradients at its end.
+    the next are gathered, in bf16 where products are, and the layer's gradient until it is
+    exchanged; embedding and head are whole in fp32 through the step, their gradients at its end.
     """
-    ends = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    head = config.vocab_size * config.hidden_size
+    ends = head * (1 if config.tie_word_embeddings else 2)
     layer = (num_parameters(config) - ends) / config.num_hidden_layers / division.tensor
     number = ends + config.num_hidden_layers * layer
     held = 16 * number / division.weight_parts
     if division.weight_parts > 1:
-        held += 4 * (2 * ends + 3 * layer)
-    if bf16:
+        held += 4 * 2 * ends + ((2 if bf16 else 4) * 2 + 4) * layer + (2 * head if bf16 else 0)
+    elif bf16:
         held += 2 * (ends + 2 * layer if checkpointing else number)
     return round(held)
 

@@ -29,12 +29,18 @@ def test_seven_billion_weights_over_eight_processes():
     assert 23.6e9 < each < 23.7e9
 
 
-def test_bf16_copies_of_weights_stay_until_the_backward_pass_and_are_not_divided():
+def test_bf16_is_a_copy_of_whole_weights_and_what_divided_ones_are_gathered_in():
     fsdp = division_of(ParallelConfig(data_parallel="fsdp"), 8)
-    for checkpointing, copied in ((False, num_parameters(OLMO2_7B)), (True, ENDS + 2 * LAYER)):
-        plain = weights_bytes(OLMO2_7B, fsdp, bf16=False, checkpointing=checkpointing)
-        bf16 = weights_bytes(OLMO2_7B, fsdp, bf16=True, checkpointing=checkpointing)
-        assert bf16 - plain == pytest.approx(2 * copied)
+    copied = {False: num_parameters(OLMO2_7B), True: ENDS + 2 * LAYER}
+    for checkpointing, number in copied.items():
+        plain, bf16, plain_part, bf16_part = (
+            weights_bytes(OLMO2_7B, division, bf16=precision, checkpointing=checkpointing)
+            for division in (Division(), fsdp)
+            for precision in (False, True)
+        )
+        assert bf16 - plain == pytest.approx(2 * number)
+        # Two layers gathered in half the bytes, and a copy of the head.
+        assert bf16_part - plain_part == pytest.approx(2 * ENDS / 2 - 2 * 2 * LAYER)
 
 
 def test_whole_copies_are_whole_on_every_process_and_hybrid_ones_on_every_machine():
