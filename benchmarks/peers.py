@@ -28,6 +28,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Olmo2Config, Olmo2ForCausalLM, PreTrainedTokenizerFast
 
 from olmo_base.optim import OptimConfig, build_optimizer, clip_gradients
+from olmo_base.run.heap import keep_freed_memory
 from open_instruct.batches import Steps
 from open_instruct.control_tokens import Encoded
 from open_instruct.encode import ChatEncoder, find_template
@@ -152,6 +153,8 @@ def train_ours(
     amount: Callable[[int], float],
 ) -> None:
     """The step of our loop: gradients, clipping, update."""
+    if workers.device.type == "cpu":
+        keep_freed_memory()
     optimizer = build_optimizer(model.model, OptimConfig(learning_rate=learning_rate))
     model.train()
     turns = Turns(workers.device)

@@ -5,6 +5,7 @@
 All run in this process on the same batch, in turns, each turn long enough to settle; the best of
 the turns counts, since whatever else the machine does can only slow a turn down. Printed as a
 table with ratios. FOLDER is a checkout of nanochat, of which the model is taken and given AdamW.
+The process keeps freed memory, as the pretraining loop's does: all candidates gain from it.
 
 "matmul rate" is the time that the step's matrix products and attention take by themselves, forward
 and backward, at the very shapes of the step: what a step without any other work would need.
@@ -24,6 +25,7 @@ from olmo_base.corpus.batches import Batch
 from olmo_base.model.transformer import ModelConfig, Transformer, flops_per_token
 from olmo_base.optim import OptimConfig, build_optimizer, clip_gradients
 from olmo_base.pretrain_loop import add_gradients
+from olmo_base.run.heap import keep_freed_memory
 
 B, T = 8, 256
 SHAPE = ModelConfig(
@@ -185,6 +187,8 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(0)
     ids = torch.randint(1, SHAPE.vocab_size, (B, T + 1))
     batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None).to(device)

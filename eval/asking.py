@@ -10,12 +10,13 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from eval.answers import is_correct
+from eval.items import BLOCK_CHARACTERS, Choice, Document, Item, Question
 from eval.judge import Judge, ask_judged
-from eval.questions import BLOCK_CHARACTERS, Choice, Document, Item, Question
 from eval.scores import is_right
 from eval.solving import named, plain_prompt, question_row, solve
 from eval.subject import AS_TEXT, OnProgress, Subject, encode_pairs
 from eval.tasks import IN_WORDS, Task
+from olmo_base.scored_rows import Request
 from olmo_base.scorer import Score
 
 EXCERPT = 200  # characters of a block of text kept in its sample
@@ -113,15 +114,35 @@ def _newline_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:
 # ---------------------------------------------------------------- the likeliest option
 
 
-def _choose(
-    subject: Subject, task: Task, choices: Sequence[Choice], on_progress: OnProgress
-) -> list[dict[str, Any]]:
+def _option_requests(
+    subject: Subject, choices: Sequence[Choice]
+) -> tuple[list[Request], list[str]]:
+    """What is asked, and the prompt of each choice, for people.
+
+    The options of each choice, and after them those without the question where there are some.
+    """
     pairs: list[tuple[str, str]] = []
     for item in choices:
         pairs += zip(item.contexts, item.options, strict=True)
         if item.unconditional_contexts is not None:
             pairs += zip(item.unconditional_contexts, item.options, strict=True)
-    requests = encode_pairs(subject, pairs)
+    if not any(item.messages for item in choices):
+        return encode_pairs(subject, pairs), [item.contexts[item.gold] for item in choices]
+    assert subject.encoder is not None  # the harness has asked for it
+    options = iter(subject.encode([option for _, option in pairs]))
+    requests: list[Request] = []
+    prompts = []
+    for item in choices:
+        context = subject.encoder.encode_prompt(item.messages)
+        prompts.append(subject.decode(context))
+        requests += [(context, next(options)) for _ in item.options]
+    return requests, prompts
+
+
+def _choose(
+    subject: Subject, task: Task, choices: Sequence[Choice], on_progress: OnProgress
+) -> list[dict[str, Any]]:
+    requests, prompts = _option_requests(subject, choices)
     fits = [len(continuation) <= subject.window for _, continuation in requests]
     per_question = len(choices) / max(1, sum(fits))
     found = iter(
@@ -133,7 +154,7 @@ def _choose(
     scores = iter([next(found) if is_fitting else None for is_fitting in fits])
     metric = task.judging_metric
     rows = []
-    for item in choices:
+    for item, prompt in zip(choices, prompts, strict=True):
         given: list[Score | None] = [next(scores) for _ in item.options]
         alone: list[Score | None] = [None] * len(item.options)
         if item.unconditional_contexts is not None:
@@ -141,7 +162,7 @@ def _choose(
         row: dict[str, Any] = {
             **named(item),
             "question": item.question,
-            "prompt": item.contexts[item.gold],
+            "prompt": prompt,
             "target": item.options[item.gold],
             "gold": item.gold,
             **({"golds": list(item.golds)} if item.golds else {}),

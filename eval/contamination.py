@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.questions import BLOCK_CHARACTERS, Choice, Document, Foreign, Item, Question
+from eval.items import BLOCK_CHARACTERS, Choice, Document, Foreign, Item, Question
 from olmo_base.corpus.batches import split_folder
 from olmo_base.corpus.documents import JSON_ENDINGS, DocumentSource, DocumentStream, source_files
 from olmo_base.corpus.foreign_shards import foreign_files, read_foreign_shards

@@ -12,23 +12,25 @@ import itertools
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from eval.asking import ask
 from eval.cache import RequestCache, fingerprint
 from eval.contamination import note_overlaps, question_texts, refuse_unreadable
+from eval.items import Document, Foreign, Item
 from eval.judge import Judge, JudgeError, open_judge
-from eval.questions import Document, Foreign, Item, data_file, drawn, examples_file, read_items
 from eval.ranks import end_ranks, gathered, is_first, start_ranks, wait_for_all
+from eval.recipe import EvalRecipe, data_files, named_models, read_questions, selected
 from eval.report import write_report
 from eval.report.gather import EVALUATION, SAMPLES, read_samples
 from eval.report.training import model_facts
+from eval.served import Served, is_served, refuse_unanswerable
 from eval.subject import OnProgress, Subject, load_encoders, load_subject
-from eval.tasks import IN_WORDS, NEEDS_JUDGE, Selection, Task, lm_engine, select
+from eval.tasks import IN_WORDS, Selection, Task, lm_engine, select
 from olmo_base.run.artefact import (
     RunConfig,
     RunFolder,
@@ -40,7 +42,6 @@ from olmo_base.run.artefact import (
 from olmo_base.run.errors import Stopped, UserError
 from olmo_base.run.launch import StopFlag, pick_device, seed_everything, stop_signals
 from olmo_base.run.metrics import Progress
-from olmo_base.run.recipe import RecipeError, setting
 from olmo_base.scorer import MAX_LOGITS
 from open_instruct.verifiers import VERIFIERS
 
@@ -49,109 +50,23 @@ SPENT = ("computed", "reused", "prompt_tokens", "answer_tokens")
 SAMPLES_VERSION = 2  # raise it when the same question would be asked or judged differently
 
 
-@dataclass(frozen=True)
-class EvalRecipe:
-    """What one evaluation chooses."""
-
-    stage: Literal["eval"]
-    models: tuple[str, ...]  # folders, or names on the Hugging Face hub; the first is the baseline
-    run: RunConfig = field(default_factory=RunConfig)
-    suite: str | None = None
-    tasks: tuple[str, ...] = ()  # of the suite, or any if there is none
-    include_path: str | None = None  # a folder of further task files
-    data_dir: str | None = setting(None, changes_result=False)  # where tasks find their files
-    # Where requests are kept: in output_dir if null; evaluations may share a folder.
-    cache_dir: str | None = setting(None, changes_result=False)
-    skip_missing: bool = False  # tasks without their files are left out, and the report says so
-    limit: int | None = setting(None, low=1)  # questions of each task, drawn with the seed
-    samples_only_failures: bool = False  # the texts of right answers are not kept
-    max_new_tokens: int | None = setting(None, low=1)  # of an answer; the task's own if null
-    # Of lm-eval's tasks; ours use a model's chat template wherever it answers in words.
-    apply_chat_template: bool = False
-    system_prompt: str | None = None
-    # URL#MODEL of an OpenAI-compatible endpoint, up to and with /v1, that judges answers; its key
-    # is read from OPEN_INSTRUCT_JUDGE_KEY. Tasks that need a judge are left out without one.
-    judge: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: as the weights are stored
-    batch_tokens: int = setting(8192, low=1, changes_result=False)
-    generation_batch_size: int = setting(64, low=1, changes_result=False)
-    # Training files or token shards, in which the questions are looked for.
-    contamination: tuple[str, ...] = setting((), changes_result=False)
-
-    def __post_init__(self) -> None:
-        if not self.models:
-            raise RecipeError("models", "the list is empty; name at least one model.")
-        for model in self.models:
-            if self.models.count(model) > 1:
-                raise RecipeError("models", f"{model!r} is there twice.")
-        if self.suite is None and not self.tasks:
-            raise RecipeError("suite", "name a suite, or tasks.")
-        if self.system_prompt is not None and not self.apply_chat_template:
-            raise RecipeError("system_prompt", "is read with apply_chat_template only.")
-        if self.judge is not None:
-            open_judge(self.judge)
-
-
 # ---------------------------------------------------------------- what there is to do
-
-
-def model_names(models: Sequence[str]) -> list[str]:
-    """A short name for each model: the last part of its path, and more where that is not enough."""
-    parts = [[part for part in Path(model).parts if part not in ("/", "..")] for model in models]
-    names = ["model"] * len(models)
-    for length in range(1, max(map(len, parts)) + 1):
-        names = ["-".join(item[-length:]) or "model" for item in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [f"{name}-{number}" for number, name in enumerate(names, start=1)]
-
-
-def _selection(recipe: EvalRecipe) -> Selection:
-    """What is asked: without a judge, nothing that needs one.
-
-    Errors: UserError naming all tasks whose files are missing, unless skipped.
-    """
-    selection = select(recipe.suite, recipe.tasks, recipe.include_path)
-    if recipe.judge is None:
-        judged = [task.name for task in selection.tasks if task.kind == "judged"]
-        if len(judged) == len(selection.tasks):
-            raise UserError(f"{judged[0]}: {NEEDS_JUDGE}")
-        selection = selection.without(dict.fromkeys(judged, NEEDS_JUDGE))
-    missing: dict[str, str] = {}
-    for task in selection.tasks:
-        if task.kind == "lm_eval":
-            continue
-        try:
-            _data_files(recipe, selection, task)
-        except UserError as error:
-            missing[task.name] = str(error)
-    if not missing:
-        return selection
-    first = next(iter(missing.values()))
-    if len(missing) == len(selection.tasks):
-        raise UserError(first)
-    if not recipe.skip_missing:
-        raise UserError(
-            f"{first} {len(missing)} of {len(selection.tasks)} tasks lack their files "
-            f"({', '.join(missing)}); skip_missing (--skip-missing) leaves them out."
-        )
-    return selection.without(missing)
 
 
 def input_files(recipe: EvalRecipe) -> list[Path]:
     """The models' files, the tasks' data and their definitions. Errors: UserError if one lacks."""
-    selection = _selection(recipe)
-    files = [path for task in selection.tasks for path in _data_files(recipe, selection, task)]
+    selection = selected(recipe)
+    files = [path for task in selection.tasks for path in data_files(recipe, selection, task)]
     for model in recipe.models:
-        files += model_files(model)
+        files += [] if is_served(model) else model_files(model)
     return list(dict.fromkeys([*files, *selection.sources]))
 
 
 def plan(recipe: EvalRecipe) -> dict[str, object]:
     """How much an evaluation asks; reads the questions and the sizes of the models."""
-    selection = _selection(recipe)
-    questions = _read_questions(recipe, selection)
-    facts = [model_facts(resolve_model(model)) for model in recipe.models]
+    selection = selected(recipe)
+    questions = read_questions(recipe, selection)
+    facts = [model_facts(resolve_model(m)) for m in recipe.models if not is_served(m)]
     largest = max((item.num_parameters for item in facts if item), default=0)
     return {
         "models": len(recipe.models),
@@ -159,27 +74,6 @@ def plan(recipe: EvalRecipe) -> dict[str, object]:
         "questions_in_all": sum(map(len, questions.values())) * len(recipe.models),
         "memory_bytes": 4 * largest + 3 * 4 * MAX_LOGITS,
     }
-
-
-def _read_questions(recipe: EvalRecipe, selection: Selection) -> dict[str, list[Item]]:
-    return {task.name: _read_items(recipe, selection, task) for task in selection.tasks}
-
-
-def _read_items(recipe: EvalRecipe, selection: Selection, task: Task) -> list[Item]:
-    if task.kind == "lm_eval":
-        return drawn(lm_engine().read_questions(task), recipe.limit, recipe.run.seed)
-    files = _data_files(recipe, selection, task)
-    return read_items(task, *files, limit=recipe.limit, seed=recipe.run.seed)
-
-
-def _data_files(recipe: EvalRecipe, selection: Selection, task: Task) -> list[Path]:
-    """A task's questions, and the examples that it shows, if any."""
-    if task.kind == "lm_eval":
-        files: list[Path] = lm_engine().data_files(task)
-        return files
-    data_dir = recipe.data_dir or selection.data_dir
-    examples = examples_file(task, data_dir)
-    return [data_file(task, data_dir), *([] if examples is None else [examples])]
 
 
 # ---------------------------------------------------------------- doing it
@@ -218,19 +112,29 @@ def _run(recipe: EvalRecipe) -> RunFolder:
 
 
 def _evaluate(recipe: EvalRecipe, folder: RunFolder) -> None:
-    selection = _selection(recipe)
+    selection = selected(recipe)
     if recipe.apply_chat_template and not any(task.kind == "lm_eval" for task in selection.tasks):
         raise UserError(
             "apply_chat_template is for tasks of lm-eval, and there are none. Ours use a model's "
             "chat template by themselves; leave it out."
         )
     for model in recipe.models:
-        # A folder without a tokenizer or template is found before hours of work.
+        # What cannot be asked is found before hours of work, as a folder without a tokenizer is.
+        if is_served(model):
+            refuse_unanswerable(model, selection.tasks, recipe.apply_chat_template)
+            continue
         _, encoder = load_encoders(model)
         if recipe.apply_chat_template and encoder is None:
             raise UserError(
                 f"{model} has no chat template, which apply_chat_template needs. Leave it out, or "
                 "give a model that was tuned on dialogues."
+            )
+        in_chat = [task.name for task in selection.tasks if task.apply_chat_template]
+        if in_chat and encoder is None:
+            raise UserError(
+                f"{model} has no chat template, in which {', '.join(in_chat[:5])} "
+                f"{'is' if len(in_chat) == 1 else 'are'} asked (apply_chat_template). Leave "
+                "that out with --tasks, or give a model that was tuned on dialogues."
             )
     for training_path in recipe.contamination:
         refuse_unreadable(Path(training_path))
@@ -240,7 +144,7 @@ def _evaluate(recipe: EvalRecipe, folder: RunFolder) -> None:
     jobs = _jobs(recipe, folder, selection)
     for name, reason in selection.skipped.items() if is_first() else ():
         folder.log(f"{name} is left out: {reason}")
-    models = [{"name": name, "path": model} for name, model in _named(recipe.models)]
+    models = [{"name": name, "path": model} for name, model in named_models(recipe.models)]
     content = json.dumps(selection.as_dict() | {"models": models}, indent=2)
     if is_first():
         atomic_write(folder.path / EVALUATION, content + "\n")
@@ -263,7 +167,7 @@ def _evaluate(recipe: EvalRecipe, folder: RunFolder) -> None:
         done = 0
         numbered = enumerate(jobs)
         for model, of_model in itertools.groupby(numbered, key=lambda item: item[1].model):
-            subject: Subject | None = None
+            subject: Subject | Served | None = None
             for number, job in of_model:
                 if not is_finished[number]:
                     subject = subject or _load(recipe, folder, model)
@@ -304,10 +208,10 @@ def _note_overlaps(recipe: EvalRecipe, folder: RunFolder) -> None:
     """Look for the questions in the training text that the recipe names, if it names any."""
     if not recipe.contamination:
         return
-    selection = _selection(recipe)
-    first_model, _ = _named(recipe.models)[0]
+    selection = selected(recipe)
+    first_model, _ = named_models(recipe.models)[0]
     texts = {}
-    for name, items in _read_questions(recipe, selection).items():
+    for name, items in read_questions(recipe, selection).items():
         theirs = any(isinstance(item, Foreign) for item in items)
         samples = folder.path / SAMPLES / first_model / f"{name}.jsonl"
         texts[name] = question_texts(items, read_samples(samples) if theirs else ())
@@ -347,22 +251,18 @@ class Job:
         return is_same and self.samples.is_file()
 
 
-def _named(models: Sequence[str]) -> list[tuple[str, str]]:
-    return list(zip(model_names(models), models, strict=True))
-
-
 def _jobs(recipe: EvalRecipe, folder: RunFolder, selection: Selection) -> list[Job]:
-    questions = _read_questions(recipe, selection)
+    questions = read_questions(recipe, selection)
     inputs = (read_manifest(folder.path) or {}).get("inputs", {})
     jobs = []
-    for name, model in _named(recipe.models):
+    for name, model in named_models(recipe.models):
         weights = _weights(folder, model)
         for task in selection.tasks:
             content = {
                 "version": SAMPLES_VERSION,
                 "model": weights,
                 "data": [
-                    inputs[str(path)]["sha256"] for path in _data_files(recipe, selection, task)
+                    inputs[str(path)]["sha256"] for path in data_files(recipe, selection, task)
                 ],
                 "task": dataclasses.asdict(task)
                 | {"file": None, "about": None, "hub": None, "hub_examples": None},
@@ -387,11 +287,18 @@ def _jobs(recipe: EvalRecipe, folder: RunFolder, selection: Selection) -> list[J
 
 def _weights(folder: RunFolder, model: str) -> list[tuple[str, str]]:
     """What a model is: the names and digests of its weights, tokenizer, template and settings."""
+    if is_served(model):
+        return [("served", model)]
     inputs = (read_manifest(folder.path) or {}).get("inputs", {})
     return sorted((path.name, inputs[str(path)]["sha256"]) for path in model_files(model))
 
 
-def _load(recipe: EvalRecipe, folder: RunFolder, model: str) -> Subject:
+def _load(recipe: EvalRecipe, folder: RunFolder, model: str) -> Subject | Served:
+    if is_served(model):
+        # Not where other evaluations look: another model may stand behind the same name by then.
+        return Served(
+            model, RequestCache(folder.path / CACHE / f"{fingerprint(served=model)}.cache")
+        )
     subject = load_subject(
         model,
         batch_tokens=recipe.batch_tokens,
@@ -433,7 +340,7 @@ def _ask(
     recipe: EvalRecipe,
     folder: RunFolder,
     job: Job,
-    subject: Subject,
+    subject: Subject | Served,
     judge: Judge | None,
     on_progress: OnProgress,
 ) -> None:
@@ -458,8 +365,10 @@ def _ask(
         )
         is_chat = recipe.apply_chat_template
     else:
+        assert isinstance(subject, Subject)
         rows = ask(subject, job.task, job.items, judge=judge, **settings)
-        is_chat = subject.encoder is not None and job.task.kind in IN_WORDS
+        is_chat = job.task.apply_chat_template
+        is_chat |= subject.encoder is not None and job.task.kind in IN_WORDS
     if not is_first():
         return
     record = {
@@ -471,7 +380,7 @@ def _ask(
         "not_fitting": sum(bool(row.get("not_fitting")) for row in rows),
         "context_cut": sum(bool(row.get("context_cut")) for row in rows),
         # Requests computed and found in the cache; tokens of prompts and answers, cached or not.
-        **{key: subject.spent[key] for key in SPENT},
+        **{key: subject.spent[key] for key in SPENT if _is_counted(subject, key)},
     }
     if job.task.kind == "judged" and judge is not None:
         record |= {"judge": judge.name, "unclear": sum(row["unclear"] > 0 for row in rows)}
@@ -492,6 +401,10 @@ def _ask(
             f"{job.name}: {record['context_cut']:,} of {len(rows):,} contexts of {job.task.name} "
             "lost their beginning, because they are too long for the model."
         )
+
+
+def _is_counted(subject: Subject | Served, key: str) -> bool:
+    return isinstance(subject, Subject) or not key.endswith("_tokens")  # a server does not tell
 
 
 def without_texts(row: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from eval.cache import RequestCache, fingerprint, request_key
-from eval.questions import Question
+from eval.items import Question
 from eval.ranks import is_first
 from eval.solving import question_row, write_answers
 from eval.subject import OnProgress, Subject

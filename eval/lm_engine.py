@@ -24,7 +24,9 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from eval.asking import EXCERPT
-from eval.questions import Foreign
+from eval.items import Foreign
+from eval.lm_backends import ServedModel
+from eval.served import Served
 from eval.subject import OnProgress, Subject, encode_pairs
 from eval.tasks import LOWER_IS_BETTER, TEXT_METRICS, Task
 from olmo_base.model.generate import Sampling, before_stop
@@ -333,7 +335,7 @@ class ScoredModel(LM):
 
 
 def ask_theirs(
-    subject: Subject,
+    subject: Subject | Served,
     task: Task,
     items: Sequence[Foreign],
     *,
@@ -351,13 +353,15 @@ def ask_theirs(
     if theirs.get_config("num_fewshot") is None:
         theirs.set_config("num_fewshot", 0)
     theirs.set_fewshot_seed(FEWSHOT_SEED)
-    model = ScoredModel(
-        subject,
-        is_chat=is_chat,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        on_progress=lambda share: on_progress(share * len(items)),
-    )
+    model: ScoredModel | ServedModel
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "on_progress": lambda share: on_progress(share * len(items)),
+    }
+    if isinstance(subject, Served):
+        model = ServedModel(subject, **settings)
+    else:
+        model = ScoredModel(subject, is_chat=is_chat, seed=seed, **settings)
     numbers = [int(item.doc_id) for item in items]
     is_whole = len(numbers) == len(list(theirs.eval_docs))
     results = evaluate(
@@ -385,12 +389,13 @@ def ask_theirs(
 
 
 def _row(
-    task: Task, theirs: LmTask, model: ScoredModel, samples: Sequence[dict[str, Any]]
+    task: Task, theirs: LmTask, model: ScoredModel | ServedModel, samples: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
     """One question as a row of the samples file."""
     first = samples[0]
     arguments = [tuple(item) for item in first["arguments"]]
-    prompt = str(arguments[0][0])
+    prompt = arguments[0][0]  # or lm-eval's wrapping of a dialogue that a server is sent
+    prompt = str(prompt[0] if isinstance(prompt, tuple) else prompt)
     row: dict[str, Any] = {"doc_id": str(first["doc_id"]), "category": None}
     if theirs.OUTPUT_TYPE == "loglikelihood_rolling":
         return row | _text_row(theirs, first, model.scores[arguments[0]])
@@ -427,7 +432,7 @@ def _options(
     theirs: LmTask,
     sample: dict[str, Any],
     arguments: Sequence[tuple[str, str]],
-    model: ScoredModel,
+    model: ScoredModel | ServedModel,
 ) -> dict[str, Any]:
     """The options of a question, named as the task names them, with their log-probabilities."""
     doc = sample["doc"]

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from eval.questions import Choice, Question
+from eval.items import Choice, Question
 from eval.ranks import is_first
 from eval.subject import OnProgress, Subject
 from eval.tasks import PASS_AT, Task

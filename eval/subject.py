@@ -19,16 +19,11 @@ from transformers import PreTrainedTokenizerFast
 from eval.cache import RequestCache, request_key
 from eval.ranks import gathered, num_ranks, rank, share
 from olmo_base.model.generate import Generator, Sampling, load_generator
+from olmo_base.reading import context_length
 from olmo_base.run.artefact import resolve_model
 from olmo_base.run.errors import UserError
-from olmo_base.scorer import (
-    Request,
-    Score,
-    context_length,
-    continuation_logprobs,
-    document_score,
-    rolling_windows,
-)
+from olmo_base.scored_rows import Request
+from olmo_base.scorer import Score, continuation_logprobs, document_score, rolling_windows
 from open_instruct.encode import ChatEncoder, load_chat_encoder, load_chat_tokenizer
 
 OnProgress = Callable[[float], None]  # told how many questions of the task are done

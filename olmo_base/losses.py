@@ -95,5 +95,5 @@ class _NextTokenLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         grad_hidden_ND, grad_head_VD = ctx.saved_tensors
-        grad_head_VD = (grad_head_VD * grads[0]).to(ctx.head_dtype)
-        return grad_hidden_ND * grads[0], grad_head_VD, None, None, None, None, None
+        grad_head_VD = grad_head_VD.mul_(grads[0]).to(ctx.head_dtype)
+        return grad_hidden_ND.mul_(grads[0]), grad_head_VD, None, None, None, None, None

@@ -18,7 +18,8 @@ from tokenizers import Tokenizer
 
 from olmo_base.model.transformer import Transformer
 from olmo_base.run.errors import DataError, UserError
-from olmo_base.scorer import Request, continuation_logprobs
+from olmo_base.scored_rows import Request
+from olmo_base.scorer import continuation_logprobs
 
 ENDINGS = (".jsonl", ".jsonl.gz")
 # From this doc_id on, questions stand a second time without their text, for another metric.

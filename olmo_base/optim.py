@@ -311,9 +311,11 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_grad_norm: float) -> 
             scale = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch's, below
             torch._foreach_mul_([local_tensor(gradient) for gradient in gradients], scale)
         return norm
-    if max_grad_norm == 0:
-        return torch.nn.utils.get_total_norm(gradients)
-    return torch.nn.utils.clip_grad_norm_(with_gradient, max_grad_norm)
+    norm = torch.nn.utils.get_total_norm(gradients)
+    # On a CPU the norm is there to be read: gradients that are short enough are left alone.
+    if max_grad_norm > 0 and not (norm.device.type == "cpu" and norm <= max_grad_norm):
+        torch.nn.utils.clip_grads_with_norm_(with_gradient, max_grad_norm, norm)
+    return norm
 
 
 def _norm_over_ranks(gradients: list[Tensor]) -> Tensor:

@@ -32,6 +32,7 @@ from olmo_base.pretrain_recipe import (
 )
 from olmo_base.run.artefact import RunFolder
 from olmo_base.run.errors import Stopped, UserError
+from olmo_base.run.heap import keep_freed_memory
 from olmo_base.run.launch import StopFlag, stop_signals
 from olmo_base.run.metrics import MetricsLog, Progress
 from olmo_base.run.peaks import peak_flops
@@ -182,6 +183,8 @@ def train(
     steps in a row are no good, or a checkpoint cannot be written.
     """
     device = ranks.device
+    if device.type == "cpu":
+        keep_freed_memory()
     learner = model if with_loss is None else with_loss
     optimizer = build_optimizer(model, recipe.optim, bf16=bf16)
     guard = StepGuard(device, recipe.optim.skip_spike_sigma)

@@ -387,6 +387,8 @@ def evaluate(
     """Evaluate models and write a report of one, or of several side by side.
 
     MODEL is a run's output_dir or a Hugging Face model folder; others are compared with the first.
+    lm-eval's tasks also reach a served one: local-completions:base_url=URL,model=NAME (or
+    local-chat-completions, vllm), with lm-eval's arguments.
     """
     from eval.gate import open_baseline, passes
     from eval.harness import evaluate as run_evaluation

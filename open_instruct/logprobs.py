@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import Olmo2ForCausalLM, Olmo3ForCausalLM, OlmoForCausalLM
 
 from olmo_base.model.hf_weights import hf_name, model_config_of
-from olmo_base.model.packing import Branches
+from olmo_base.model.packing import Branches, filled
 from olmo_base.model.products import linear
 from olmo_base.model.transformer import Transformer
 from olmo_base.run.errors import UserError
@@ -234,10 +234,11 @@ class NativeThenHead:
         """As the other ways."""
         body = model.get_decoder()  # type: ignore[operator]
         self.native.gradient_checkpointing = model.training and body.gradient_checkpointing
+        ids_L = batch.label_ids_L
         if self._packs:
             assert batch.packing is not None
-            hidden_ND = self.native.packed(batch.ids_RT, batch.packing)
-            hidden_LD = hidden_ND.index_select(0, batch.packed_positions())
+            positions_L, ids_L = filled(batch.packed_positions()), filled(ids_L)
+            hidden_LD = self.native.packed(batch.ids_RT, batch.packing, positions_L)
         else:
             positions_RT, may_attend_RTT = batch.position_ids(), batch.may_attend()
             branches = None
@@ -246,7 +247,8 @@ class NativeThenHead:
             hidden = self.native(batch.ids_RT, branches=branches)
             hidden_LD = hidden.flatten(0, 1).index_select(0, batch.label_positions_L)
         head = model.get_output_embeddings()  # type: ignore[operator]
-        return head_logprobs(hidden_LD, batch.label_ids_L, head, MAX_LOGITS, statistic)
+        scores_L = head_logprobs(hidden_LD, ids_L, head, MAX_LOGITS, statistic)
+        return scores_L[: len(batch.label_ids_L)]
 
 
 def native_over(model: Any) -> Transformer | None:

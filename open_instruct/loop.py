@@ -36,6 +36,7 @@ from olmo_base.optim import (
 )
 from olmo_base.run.artefact import RunFolder, atomic_folder
 from olmo_base.run.errors import Stopped, UserError
+from olmo_base.run.heap import keep_freed_memory
 from olmo_base.run.launch import Launch, stop_signals
 from olmo_base.run.metrics import LogConfig, MetricsLog, Progress
 from olmo_base.run.recipe import RecipeError, setting
@@ -593,6 +594,8 @@ def train(
     Returns the figures of the end. Errors: Stopped after SIGINT or SIGTERM, with a checkpoint
     written; UserError when the loss is no longer a number.
     """
+    if workers.device.type == "cpu":
+        keep_freed_memory()
     shared = workers.share(model)
     if workers.divides:
         here, everywhere = part_held(model)

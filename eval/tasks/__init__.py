@@ -72,7 +72,8 @@ VERIFIED_KEYS = (
     "verifier chat_prompt examples_file num_examples examples_by_category stop num_samples "
     "temperature"
 ).split()
-CHOICE_KEYS = "form instruction".split()
+CHAT_KEYS = "apply_chat_template fewshot_as_multiturn system_prompt".split()
+CHOICE_KEYS = ["form", "instruction", *CHAT_KEYS]
 JUDGED_KEYS = "chat_prompt stop".split()  # which judged tasks read as verified ones do
 IN_WORDS = {"exact_match", "verified", "judged"}  # kinds that a model answers in words
 SHOW_EXAMPLES = {"verified", "multiple_choice"}
@@ -107,6 +108,11 @@ class Task:
     # multiple_choice
     form: Literal["text", "letters"] = "text"  # what is scored: the options, or A, B, C ...
     instruction: str | None = None  # before all else; {category} stands for the question's own
+    # multiple_choice, named as in lm-eval: the question as a user's turn and the options as answers
+    # to it; the examples as earlier turns, or with the question in one; what stands before all
+    apply_chat_template: bool = False
+    fewshot_as_multiturn: bool = False
+    system_prompt: str | None = None
     # verified and multiple_choice: what is solved before each question; of a choice's own category
     examples_file: str | None = None
     num_examples: int = setting(0, low=0)  # the first ones of that file
@@ -149,6 +155,7 @@ class Task:
         unread = set() if self.kind == "verified" else {*VERIFIED_KEYS}
         if self.kind != "multiple_choice":
             unread |= {*CHOICE_KEYS}
+        self._check_chat()
         if self.kind != "requests":
             unread.add("cluster_by")
         if self.kind == "judged":
@@ -171,6 +178,12 @@ class Task:
             )
         if self.num_samples > 1 and self.temperature == 0.0:
             raise RecipeError("temperature", "0 makes all samples of a question the same.")
+
+    def _check_chat(self) -> None:
+        if self.system_prompt is not None and not self.apply_chat_template:
+            raise RecipeError("system_prompt", "is read with apply_chat_template only.")
+        if self.fewshot_as_multiturn and not (self.apply_chat_template and self.num_examples):
+            raise RecipeError("fewshot_as_multiturn", "needs apply_chat_template and num_examples.")
 
     def _check_examples(self) -> None:
         if (self.examples_file is None) != (self.num_examples == 0):

@@ -28,6 +28,9 @@ class KeyValueCache:
     taken in blocks and doubles when it is full; layers with a window keep no more than the window.
     """
 
+    # Keys and values of all layers that every row goes on from, kept once: 2, layer, K, P, h
+    beginning: Tensor | None = None
+
     def __init__(
         self,
         windows: Sequence[int | None],
@@ -67,6 +70,11 @@ class KeyValueCache:
             store.reserve(capacity)
 
     @property
+    def num_shared(self) -> int:
+        """Positions of the shared beginning."""
+        return 0 if self.beginning is None else self.beginning.shape[3]
+
+    @property
     def num_rows(self) -> int:
         """Rows in the batch now."""
         return len(self._padding)
@@ -74,7 +82,7 @@ class KeyValueCache:
     @property
     def longest_row(self) -> int:
         """Tokens in the longest row so far, its padding not counted."""
-        return self.length - min(self._padding)
+        return self.num_shared + self.length - min(self._padding)
 
     @property
     def capacity(self) -> int:
@@ -95,8 +103,8 @@ class KeyValueCache:
         """Where the next tokens stand in their own rows: T, or BT if rows have padding."""
         positions_T = self._range(self.length, self.length + num_positions)
         if self._padding_B is None:
-            return positions_T
-        return (positions_T - self._padding_B[:, None]).clamp_(min=0)
+            return positions_T + self.num_shared
+        return (positions_T - self._padding_B[:, None]).clamp_(min=0) + self.num_shared
 
     def may_attend(self, num_positions: int, window: int | None) -> Tensor | None:
         """B1TS, true where a new token may look; None where plain causality says it all.
@@ -104,7 +112,8 @@ class KeyValueCache:
         S are the keys that ``append`` gives to a layer that sees ``window`` far.
         """
         sees_all = window is None or self.length + num_positions <= window
-        if self._padding_B is None and (num_positions == 1 or (self.length == 0 and sees_all)):
+        is_first = self.length == 0 and self.beginning is None
+        if self._padding_B is None and (num_positions == 1 or (is_first and sees_all)):
             return None  # what is too far for a single token is no longer kept
         key_S = self._stores[window].key_positions(self.length, num_positions)
         query_T1 = self._range(self.length, self.length + num_positions)[:, None]
@@ -112,13 +121,23 @@ class KeyValueCache:
         if window is not None:
             allowed &= key_S > query_T1 - window
         if self._padding_B is None:
-            return allowed[None, None]
-        is_text_B11S = key_S >= self._padding_B[:, None, None, None]
-        # Padding looks at itself: a row that looks nowhere would be NaN, and 0 * NaN is NaN.
-        return (allowed & is_text_B11S) | (key_S == query_T1)
+            allowed = allowed[None, None]
+        else:
+            is_text_B11S = key_S >= self._padding_B[:, None, None, None]
+            # Padding looks at itself: a row that looks nowhere would be NaN, and 0 * NaN is NaN.
+            allowed = (allowed & is_text_B11S) | (key_S == query_T1)
+        return F.pad(allowed, (self.num_shared, 0), value=True)
 
     def append(self, layer: int, k_BKTh: Tensor, v_BKTh: Tensor) -> tuple[Tensor, Tensor]:
         """Write this call's keys and values; those that the layer may look at, as BKSh."""
+        keys_BKSh, values_BKSh = self.append_own(layer, k_BKTh, v_BKTh)
+        if self.beginning is None:
+            return keys_BKSh, values_BKSh
+        first_k, first_v = self.beginning[:, layer, None].expand(-1, len(k_BKTh), -1, -1, -1)
+        return torch.cat([first_k, keys_BKSh], dim=2), torch.cat([first_v, values_BKSh], dim=2)
+
+    def append_own(self, layer: int, k_BKTh: Tensor, v_BKTh: Tensor) -> tuple[Tensor, Tensor]:
+        """The same without the shared beginning."""
         window, index = self._places[layer]
         return self._stores[window].append(index, self.length, k_BKTh, v_BKTh)
 
@@ -133,6 +152,13 @@ class KeyValueCache:
         self._padding = [self._padding[row] for row in rows]
         if self._padding_B is not None:
             self._padding_B = self._padding_B[rows]
+
+    def share(self, prefix: "KeyValueCache") -> None:
+        """Let every row of this empty cache go on from the one row of ``prefix``, kept once.
+
+        Rows hold what comes after it, padding before that. No layer has a window.
+        """
+        self.beginning = prefix._stores[None].data[:, :, 0, :, : prefix.length]
 
     def begin_with(self, prefix: "KeyValueCache") -> None:
         """Let every row of this empty cache begin with the one row of ``prefix``.
@@ -169,6 +195,9 @@ class KeyValueCache:
         """Put the channels of every kept key into another order; later ones must come in it."""
         for store in self._stores.values():
             store.data[0] = store.data[0][..., order_h]
+        if self.beginning is not None:  # another cache's as well, which stays as it is
+            keys, values = self.beginning
+            self.beginning = torch.stack([keys[..., order_h], values])
 
     def _range(self, start: int, end: int) -> Tensor:
         device = next(iter(self._stores.values())).data.device
@@ -273,6 +302,17 @@ class Tree:
     may_attend: Tensor | None
     prefix: SharedPrefix | None = None
 
+    def sees(self, window: int | None) -> Tensor | None:
+        """``may_attend`` in layers with a window, which counts positions of a text."""
+        if self.may_attend is None or window is None or window >= self.length:
+            return self.may_attend
+        batch, num_positions = self.positions_BT.shape
+        num_before = self.may_attend.shape[-1] - num_positions
+        before_BP = torch.arange(num_before, device=self.positions_BT.device).expand(batch, -1)
+        keys_BS = torch.cat([before_BP, self.positions_BT], dim=-1)
+        is_near_BTS = self.positions_BT[:, :, None] - keys_BS[:, None] < window
+        return self.may_attend & is_near_BTS[:, None]
+
 
 class Sight(NamedTuple):
     """What layers that see equally far share: how positions turn, and who sees whom."""
@@ -337,8 +377,17 @@ class Attention(nn.Module):
             )
         )
 
-    def packed(self, x_ND: Tensor, packing: Packing, sights: Sequence[Sight]) -> Tensor:
-        """ND to ND: rows laid end to end, each group of them with its ``Sight``."""
+    def packed(
+        self,
+        x_ND: Tensor,
+        packing: Packing,
+        sights: Sequence[Sight],
+        wanted_L: Tensor | None = None,
+    ) -> Tensor:
+        """ND to ND: rows laid end to end, each group of them with its ``Sight``.
+
+        LD where only some positions' results are ``wanted``.
+        """
         x_ND = to_matmul_dtype(x_ND)
         v_ND = self._clipped(self.v_proj(x_ND))
         parts = zip(
@@ -349,7 +398,8 @@ class Attention(nn.Module):
             strict=True,
         )
         mixed = [self._mix(q_BTD, k_BTD, v_BTD, sight) for q_BTD, k_BTD, v_BTD, sight in parts]
-        return self.o_proj(packing.together(mixed))
+        mixed_ND = packing.together(mixed)
+        return self.o_proj(mixed_ND if wanted_L is None else mixed_ND.index_select(0, wanted_L))
 
     def _mix(
         self,
@@ -463,18 +513,25 @@ class _BlockedAttention(torch.autograd.Function):
         length = q_NTh.shape[1]
         grad_NTh = grads[0].reshape(q_NTh.shape)
         dq_NTh = torch.empty_like(q_NTh)
-        dk_NTh, dv_NTh = torch.zeros_like(k_NTh), torch.zeros_like(v_NTh)
         block = _block_size(q_NTh)
-        for start, probabilities_Nbs in zip(range(0, length, block), probabilities, strict=True):
+        # The last block sees all keys, so its gradients are what the others' are added to.
+        for start, probabilities_Nbs in reversed(
+            list(zip(range(0, length, block), probabilities, strict=True))
+        ):
             end = min(start + block, length)
             grad_Nbh = grad_NTh[:, start:end]
-            dv_NTh[:, :end].baddbmm_(probabilities_Nbs.transpose(1, 2), grad_Nbh)
+            dv_Nsh = torch.bmm(probabilities_Nbs.transpose(1, 2), grad_Nbh)
             dp_Nbs = torch.bmm(grad_Nbh, v_NTh[:, :end].transpose(1, 2))
             ds_Nbs = torch._softmax_backward_data(
                 dp_Nbs, probabilities_Nbs, -1, probabilities_Nbs.dtype
             )
             dq_NTh[:, start:end] = torch.bmm(ds_Nbs, k_NTh[:, :end])
-            dk_NTh[:, :end].baddbmm_(ds_Nbs.transpose(1, 2), q_NTh[:, start:end])
+            dk_Nsh = torch.bmm(ds_Nbs.transpose(1, 2), q_NTh[:, start:end])
+            if end == length:
+                dk_NTh, dv_NTh = dk_Nsh, dv_Nsh
+            else:
+                dk_NTh[:, :end] += dk_Nsh
+                dv_NTh[:, :end] += dv_Nsh
         dq_NTh.mul_(q_NTh.shape[-1] ** -0.5)
         return dq_NTh.view(ctx.shape), dk_NTh.view(ctx.shape), dv_NTh.view(ctx.shape), None
 

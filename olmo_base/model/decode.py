@@ -27,6 +27,8 @@ MAX_LAID_OUT_BYTES = 2**30  # of weights; a second copy of larger ones costs mor
 class Decoder(Protocol):
     """A batch of rows on their way through a model: what all engines do."""
 
+    prompt_ids_BT: Tensor  # what is left to read of the prompts, padded on the left
+
     def prefill(self) -> Tensor:
         """Read the prompts; the logits after each, BV."""
 
@@ -112,8 +114,14 @@ class LaidOutDecoder(NativeDecoder):
         weights: "LaidOutWeights",
         prefix: NativeDecoder | None = None,
     ) -> None:
-        """``prefix`` is no LaidOutDecoder: its keys are as the model gives them."""
-        super().__init__(model, prompts, prefix)
+        """``prefix`` is no LaidOutDecoder: its keys are as the model gives them.
+
+        It is kept once for all rows, whose steps look at it in one product.
+        """
+        skipped = 0 if prefix is None else prefix.cache.length
+        super().__init__(model, [prompt[skipped:] for prompt in prompts])
+        if prefix is not None:
+            self.cache.share(prefix.cache)
         self.weights = weights
 
     def prefill(self) -> Tensor:
@@ -287,13 +295,18 @@ class LaidOutWeights:
             q_ND = _normed(q_ND, block.q_norm)
             k_ND = _normed(k_ND, block.k_norm)
         heads_BTKh = (cache.num_rows, -1, config.num_key_value_heads, config.head_dim)
-        k_BKSh, v_BKSh = cache.append(
+        append = cache.append if cache.beginning is None else cache.append_own
+        k_BKSh, v_BKSh = append(
             index,
             _turned(k_ND, turns, config.head_dim).view(heads_BTKh).transpose(1, 2),
             v_ND.reshape(heads_BTKh).transpose(1, 2),
         )
         q_NHh = _turned(q_ND, turns, config.head_dim)
         num_tokens, num_rows = x_ND.shape[0], cache.num_rows
+        if cache.beginning is not None:
+            q_BHh = q_NHh.view(num_rows, -1, config.head_dim)
+            mixed_BD = _mixed_behind(cache.beginning[:, index], q_BHh, k_BKSh, v_BKSh, mask)
+            return block.attention_out(mixed_BD)
         if mask is not None and num_tokens == num_rows and k_BKSh.is_contiguous():
             return block.attention_out(_mixed_by_products(q_NHh, k_BKSh, v_BKSh, mask))
         q_BTHh = q_NHh.view(num_rows, -1, config.num_attention_heads, config.head_dim)
@@ -319,6 +332,32 @@ def _mixed_by_products(q_BHh: Tensor, k_BKSh: Tensor, v_BKSh: Tensor, mask_B11S:
     scores_BHS = scores_NGS.view(batch, -1, num_keys)
     chances_BHS = torch.add(mask_B11S[:, 0], scores_BHS, alpha=head_dim**-0.5).softmax(-1)
     return torch.bmm(chances_BHS.view(scores_NGS.shape), v_BKSh.flatten(0, 1)).view(batch, -1)
+
+
+def _mixed_behind(
+    beginning: Tensor, q_BHh: Tensor, k_BKSh: Tensor, v_BKSh: Tensor, mask: Tensor | None
+) -> Tensor:
+    """Attention of one token of each row to a beginning that all rows share, and to its own keys.
+
+    ``beginning`` holds keys and values, 2KPh; ``mask`` is added to the scores of both. The rows'
+    queries meet the beginning in one product of a key head (G queries of a row), and it is read
+    once instead of once for each row.
+    """
+    (first_k_KPh, first_v_KPh), batch, size = beginning, len(q_BHh), q_BHh.shape[-1]
+    num_kv_heads, num_shared = first_k_KPh.shape[:2]
+    q_BKGh = q_BHh.reshape(batch, num_kv_heads, -1, size) * size**-0.5
+    q_KMh = q_BKGh.transpose(0, 1).reshape(num_kv_heads, -1, size)  # M rows and their queries
+    first_KMP = torch.bmm(q_KMh, first_k_KPh.transpose(1, 2))
+    first_BKGP = first_KMP.view(num_kv_heads, batch, -1, num_shared).transpose(0, 1)
+    own_BKGS = torch.matmul(q_BKGh, k_BKSh.transpose(-1, -2))
+    scores_BKGs = torch.cat([first_BKGP, own_BKGS], dim=-1)
+    if mask is not None:
+        scores_BKGs += mask
+    weights_BKGs = scores_BKGs.softmax(-1)
+    first_KMP = weights_BKGs[..., :num_shared].transpose(0, 1).reshape(first_KMP.shape)
+    mixed_BKGh = torch.bmm(first_KMP, first_v_KPh).view(num_kv_heads, batch, -1, size)
+    own_BKGh = torch.matmul(weights_BKGs[..., num_shared:], v_BKSh)
+    return (own_BKGh + mixed_BKGh.transpose(0, 1)).reshape(batch, -1)
 
 
 def _turns(cos: Tensor, sin: Tensor) -> Tensor:

@@ -38,6 +38,9 @@ from olmo_base.run.errors import UserError
 from olmo_base.run.launch import pick_device
 
 MAX_ROWS = 64  # prompts decoded together; more wins little on a CPU and costs cache
+# Numbers that a step's logits hold on a CPU: 6 MiB, 31 rows of OLMo's vocabulary.
+MAX_STEP_LOGITS = 3 * 2**19
+PREFILL_TOKENS = 2048  # of prompts read at once on a CPU, which gains nothing from more
 MIN_PREFIX = 32  # tokens that all prompts begin with, from which on they are run once
 MIN_PREFIX_ROWS = 4
 GROUP = 128  # logits of which the largest is found at once
@@ -345,18 +348,20 @@ class Generator:
             if sampling.temperature > 0.0
         }
         steps = dict.fromkeys(prompts, 0)
+        if self.model.device.type == "cpu":
+            max_rows = min(max_rows, max(1, MAX_STEP_LOGITS // self.vocab_size))
         prefix = self._run_prefix(list(prompts.values()))
         waiting, keys = list(prompts), list[int]()
         decoder: Decoder | None = None
         while waiting or keys:
-            is_roomy = decoder is None or (len(keys) <= max_rows // 2 and decoder.can_join)
-            if waiting and (not keys or is_roomy):
-                entering = waiting[: max_rows - len(keys)]
-                if not self.can_pad:
-                    length = len(prompts[entering[0]])
-                    entering = [key for key in entering if len(prompts[key]) == length]
+            room = max_rows - len(keys)
+            if decoder is not None and keys and (2 * len(keys) > max_rows or not decoder.can_join):
+                room = 0
+            while waiting and room > 0:
+                num_rows = min(max_rows, len(keys) + len(waiting))
+                entering = self._entering(waiting[:room], prompts, prefix)
                 waiting = waiting[len(entering) :]
-                new = self._new_decoder([prompts[key] for key in entering], prefix)
+                new = self._new_decoder([prompts[key] for key in entering], prefix, num_rows)
                 new_BV = new.prefill()
                 if not new_BV.isfinite().all():
                     raise UserError(
@@ -369,6 +374,7 @@ class Generator:
                     decoder.join(new)
                     logits_BV = torch.cat([logits_BV, new_BV])
                 keys += entering
+                room = room - len(entering) if decoder.can_join else 0
             uniform_B = None
             if uniforms:
                 drawn = [uniforms[key][steps[key]] for key in keys]
@@ -391,11 +397,28 @@ class Generator:
             if kept:
                 logits_BV = decoder.step(ids_B[rows])
 
-    def _new_decoder(self, prompts: Sequence[Sequence[int]], prefix: Any = None) -> Decoder:
+    def _entering(
+        self, waiting: list[int], prompts: dict[int, Sequence[int]], prefix: Decoder | None
+    ) -> list[int]:
+        """Those of the waiting, longest first, whose prompts are read at once."""
+        if not self.can_pad:
+            length = len(prompts[waiting[0]])
+            return [key for key in waiting if len(prompts[key]) == length]
+        may_join = prefix is not None or (self.is_native and set(self.model.windows) == {None})
+        if self.model.device.type != "cpu" or not may_join:
+            return waiting
+        num_shared = 0 if prefix is None else prefix.prompt_ids_BT.shape[1]
+        width = len(prompts[waiting[0]]) - num_shared
+        return waiting[: max(1, PREFILL_TOKENS // width)]
+
+    def _new_decoder(
+        self, prompts: Sequence[Sequence[int]], prefix: Any = None, num_rows: int = 1
+    ) -> Decoder:
+        """``num_rows``: how many rows there will be with those that join it."""
         if not isinstance(self.model, Transformer):
             return TransformersDecoder(self.model, prompts, self.pad_id, prefix)
         if is_fast_alone(self.model):
-            return LaidOutDecoder(self.model, prompts, self._laid_out(len(prompts)), prefix)
+            return LaidOutDecoder(self.model, prompts, self._laid_out(num_rows), prefix)
         return NativeDecoder(self.model, prompts, prefix)
 
     def _run_prefix(self, prompts: Sequence[Sequence[int]]) -> Decoder | None:

@@ -11,7 +11,12 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+# Numbers of rows are filled up to multiples of it: oneDNN prepares a product for each new number,
+# which takes about half a millisecond, and steps seldom repeat one by themselves.
+ROWS_TOGETHER = 16
 
 
 class Branches(NamedTuple):
@@ -52,6 +57,7 @@ class Packing:
     sources_N: Tensor  # where each position stood in the padded rows, laid end to end
     groups: tuple[Group, ...]
     from_groups_N: Tensor  # where each position stands in the groups' places, laid end to end
+    num_filling: int = 0  # positions at the end that belong to no row and mean nothing
 
     def to(self, device: torch.device) -> "Packing":
         """The same on a device; from pinned memory, so that the copy does not stop the host."""
@@ -59,6 +65,18 @@ class Packing:
             _moved(self.sources_N, device),
             tuple(group.to(device) for group in self.groups),
             _moved(self.from_groups_N, device),
+            self.num_filling,
+        )
+
+    def filled(self) -> "Packing":
+        """The same with as many positions as rows of a product should have."""
+        assert not self.num_filling
+        sources_N = filled(self.sources_N)
+        return replace(
+            self,
+            sources_N=sources_N,
+            from_groups_N=filled(self.from_groups_N),
+            num_filling=len(sources_N) - len(self.sources_N),
         )
 
     def apart(self, x_ND: Tensor) -> list[Tensor]:
@@ -73,6 +91,11 @@ class Packing:
         """The positions of the groups' rows end to end again, ND."""
         joined_ND: Tensor = _Together.apply(self, *(part_BTD.flatten(0, 1) for part_BTD in parts))
         return joined_ND
+
+
+def filled(numbers_N: Tensor) -> Tensor:
+    """With zeros behind them, as many as rows of a product should have."""
+    return F.pad(numbers_N, (0, -len(numbers_N) % ROWS_TOGETHER))
 
 
 def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
@@ -102,14 +125,14 @@ class _Apart(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
-        return torch.cat(grads).index_select(0, ctx.packing.from_groups_N), None
+        return _from_groups(grads, ctx.packing), None
 
 
 class _Together(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, packing: Packing, *parts: Tensor) -> Tensor:
         ctx.packing = packing
-        return torch.cat(parts).index_select(0, packing.from_groups_N)
+        return _from_groups(parts, packing)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
@@ -122,3 +145,10 @@ class _Together(torch.autograd.Function):
                 part_ND.index_fill_(0, group.padding, 0.0)
             found.append(part_ND)
         return (None, *found)
+
+
+def _from_groups(parts: tuple[Tensor, ...], packing: Packing) -> Tensor:
+    joined_ND = torch.cat(parts).index_select(0, packing.from_groups_N)
+    if packing.num_filling:
+        joined_ND[-packing.num_filling :] = 0.0
+    return joined_ND

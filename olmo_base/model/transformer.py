@@ -300,13 +300,22 @@ class Block(nn.Module):
         x_BTD = x_BTD + self.attention_norm(mixed_BTD)
         return x_BTD + self.feed_forward_norm(self.feed_forward(x_BTD))
 
-    def packed(self, x_ND: Tensor, packing: Packing, sights: list[Sight]) -> Tensor:
-        """ND to ND: rows laid end to end."""
+    def packed(
+        self,
+        x_ND: Tensor,
+        packing: Packing,
+        sights: list[Sight],
+        wanted_L: Tensor | None = None,
+    ) -> Tensor:
+        """ND to ND: rows laid end to end. LD with the L positions that alone are ``wanted``."""
+        normed_ND = self.attention_norm(x_ND) if self.norms_inputs else x_ND
+        mixed = self.attention.packed(normed_ND, packing, sights, wanted_L)
+        x = x_ND if wanted_L is None else x_ND.index_select(0, wanted_L)
         if self.norms_inputs:
-            x_ND = x_ND + self.attention.packed(self.attention_norm(x_ND), packing, sights)
-            return x_ND + self.feed_forward(self.feed_forward_norm(x_ND))
-        x_ND = x_ND + self.attention_norm(self.attention.packed(x_ND, packing, sights))
-        return x_ND + self.feed_forward_norm(self.feed_forward(x_ND))
+            x = x + mixed
+            return x + self.feed_forward(self.feed_forward_norm(x))
+        x = x + self.attention_norm(mixed)
+        return x + self.feed_forward_norm(self.feed_forward(x))
 
 
 KEPT_PRODUCTS = {
@@ -372,8 +381,8 @@ class Transformer(nn.Module):
         ``document_ids_BT`` numbers the documents packed into a row; a position then sees only its
         own document (RoPE is relative, so positions need not start anew). ``branches`` are for rows
         in which several sequences go on from one beginning. ``cache`` continues what it holds.
-        ``tree`` says where each token stands and what it sees, in a model without windows. With
-        ``context`` the ids are this rank's part of longer rows, the documents those of whole rows.
+        ``tree`` says where each token stands and what it sees. With ``context`` the ids are this
+        rank's part of longer rows, the documents those of whole rows.
         Errors: UserError if there are more positions than the model was made for; of branches the
         caller has to know the lengths.
         """
@@ -409,9 +418,11 @@ class Transformer(nn.Module):
             cache.advance(ids_BT.shape[1])
         return self.norm(x_BTD)
 
-    def packed(self, ids_BT: Tensor, packing: Packing) -> Tensor:
+    def packed(self, ids_BT: Tensor, packing: Packing, wanted_L: Tensor | None = None) -> Tensor:
         """Hidden states after the final norm of padded rows, at their tokens only, ND.
 
+        With ``wanted``, numbers of such tokens in any order, theirs alone, LD: what the last layer
+        makes of keys and values is then computed nowhere else.
         Errors: UserError if a row is longer than the model was made for.
         """
         sights: dict[int | None, list[Sight]] = {window: [] for window in self.windows}
@@ -422,14 +433,16 @@ class Transformer(nn.Module):
                 found = self._sights_of_rows(group.length, ids_BT.device)
             for window, sight in found.items():
                 sights[window].append(sight)
+        num_positions, packing = len(packing.sources_N), packing.filled()
         x_ND = self.embed_tokens(ids_BT).flatten(0, 1).index_select(0, packing.sources_N)
-        for window, module in zip(self.windows, self.layers, strict=True):
-            layer: Any = module
+        for index, window in enumerate(self.windows):
+            layer: Any = self.layers[index]
+            given = packing, sights[window], wanted_L if index == len(self.layers) - 1 else None
             if self.recomputes and torch.is_grad_enabled():
-                x_ND = checkpoint(layer.packed, x_ND, packing, sights[window], use_reentrant=False)
+                x_ND = checkpoint(layer.packed, x_ND, *given, use_reentrant=False)
             else:
-                x_ND = layer.packed(x_ND, packing, sights[window])
-        return self.norm(x_ND)
+                x_ND = layer.packed(x_ND, *given)
+        return self.norm(x_ND if wanted_L is not None else x_ND[:num_positions])
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Next-token logits, BTV, of hidden states of any leading shape."""
@@ -477,10 +490,8 @@ class Transformer(nn.Module):
         """By window."""
         num_positions = ids_BT.shape[1]
         if tree is not None:
-            assert cache is None and document_ids_BT is None and set(self.windows) == {None}
-            self._check_length(tree.length)
-            turns = self.rotary_tables[None](tree.length, ids_BT.device)
-            return {None: Sight(_at(tree.positions_BT, *turns), tree.may_attend)}
+            assert cache is None and document_ids_BT is None
+            return self._sights_of_tree(tree)
         if cache is not None:
             assert document_ids_BT is None, "a cache holds one document per row"
             return self.sights_after(cache, num_positions)
@@ -489,6 +500,19 @@ class Transformer(nn.Module):
             is_same_BTT = document_ids_BT[:, :, None] == document_ids_BT[:, None, :]
             is_same_B1TT = is_same_BTT.tril()[:, None]
         return self._sights_of_rows(num_positions, ids_BT.device, is_same_B1TT)
+
+    def _sights_of_tree(self, tree: Tree) -> dict[int | None, Sight]:
+        """By window."""
+        self._check_length(tree.length)
+        device = tree.positions_BT.device
+        sights = {}
+        for window, table in self.rotary_tables.items():
+            sees = tree.sees(window)
+            if sees is None:
+                near_TT = window_mask(tree.positions_BT.shape[1], window, device)
+                sees = None if near_TT is None else near_TT[None, None]
+            sights[window] = Sight(_at(tree.positions_BT, *table(tree.length, device)), sees)
+        return sights
 
     def _sights_of_rows(
         self, num_positions: int, device: torch.device, is_same_B1TT: Tensor | None = None
@@ -510,7 +534,7 @@ class Transformer(nn.Module):
         cache.reserve(num_positions)
         self._check_length(cache.longest_row + num_positions)
         positions = cache.positions(num_positions)
-        end = cache.length + num_positions
+        end = cache.num_shared + cache.length + num_positions
         return {
             window: Sight(
                 _at(positions, *table(end, self.device)), cache.may_attend(num_positions, window)

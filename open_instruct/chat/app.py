@@ -21,6 +21,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from open_instruct.chat.echo import refuse_unreadable
 from open_instruct.chat.figures import metrics_text
 from open_instruct.chat.guard import Guard, Receive, Settings, as_response
 from open_instruct.chat.protocol import (
@@ -126,7 +127,8 @@ class Server:
     def _mailbox(self) -> Mailbox:
         """One for all requests, made in the loop that serves them."""
         if self.mailbox is None:
-            self.mailbox = Mailbox(asyncio.get_running_loop())
+            engines = [served.engine for served in self.models.values()]
+            self.mailbox = Mailbox(asyncio.get_running_loop(), engines)
         return self.mailbox
 
     # ------------------------------------------------ answers
@@ -149,14 +151,11 @@ class Server:
         served = self._model(asked.model)
         shape = new_shape(served.engine.names, asked)
         prompts = await served.prompts(asked)
+        if asked.echo:
+            return await self._echoed(request, asked, served, shape, prompts)
         matcher = await served.matcher(asked)
         run = Run(served, asked, prompts, self._mailbox(), matcher)
-        head = {
-            "id": shape.prefix + uuid.uuid4().hex,
-            "object": shape.piece if asked.stream else shape.whole,
-            "created": int(time.time()),
-            "model": asked.model,
-        }
+        head = self._head(asked, shape)
         if asked.stream:
             return EventStream(self._events(run, asked, shape, head), run)
         texts: dict[int, list[str]] = {}
@@ -181,6 +180,47 @@ class Server:
             for index in sorted(reasons)
         ]
         return JSONResponse({**head, "choices": choices, "usage": run.usage()})
+
+    def _head(self, asked: Asked, shape: ChatShape | CompletionShape) -> dict[str, Any]:
+        return {
+            "id": shape.prefix + uuid.uuid4().hex,
+            "object": shape.piece if asked.stream else shape.whole,
+            "created": int(time.time()),
+            "model": asked.model,
+        }
+
+    async def _echoed(
+        self,
+        request: Request,
+        asked: Asked,
+        served: Served,
+        shape: ChatShape | CompletionShape,
+        prompts: list[list[int]],
+    ) -> Response:
+        choices: list[dict[str, Any]] = []
+
+        async def score() -> None:
+            for index, prompt in enumerate(prompts):
+                tokens = await served.scored(asked, prompt)
+                text = served.tokenizer.decode(
+                    [token.id for token in tokens],
+                    skip_special_tokens=True,
+                    clean_up_tokenization_spaces=False,
+                )
+                choices.append(shape.choice(index, text, tokens, "length"))
+
+        refuse_unreadable(served.engine.generator, prompts)
+        if not await while_connected(request.receive, score()):
+            return Response(status_code=499)
+        num_prompt = sum(map(len, prompts))
+        num_new = (asked.max_tokens or 0) * len(prompts)
+        usage = {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_new,
+            "total_tokens": num_prompt + num_new,
+        }
+        head = self._head(asked, shape)
+        return JSONResponse({**head, "choices": choices, "usage": usage})
 
     async def _events(
         self, run: Run, asked: Asked, shape: ChatShape | CompletionShape, head: dict[str, Any]
@@ -316,6 +356,7 @@ class Server:
         for served in self.models.values():
             served.engine.close()
             served.encoding.shutdown()
+            served.scoring.shutdown()
 
 
 def _no_constant(name: str) -> None:

@@ -4,7 +4,7 @@
         -> one token a step: logits -> penalties -> chance of its own -> text -> deliver(Delta)
 
 One thread owns the model. ``submit`` and ``cancel`` may be called from any other; ``deliver`` is
-called from the model's thread and must not block.
+called from the model's thread and must not block, and after all of a step's ``on_delivered``.
 
 The same request with the same seed gives the same text whatever runs beside it: rows.py keeps
 the logits the same to the last bit, and every request draws from a generator of its own.
@@ -139,6 +139,7 @@ class Engine:
         self.max_waiting = max_waiting
         self.max_length = generator.max_length
         self.figures = Figures()
+        self.on_delivered: Callable[[], None] = lambda: None
         with torch.inference_mode():
             self.batch: Batch = new_batch(generator)
         self._changed = threading.Condition()
@@ -331,6 +332,7 @@ class Engine:
                 self._take(answer, details.token(row, ids[row]))
         with self._changed:
             self._answers = [answer for answer in self._answers if answer.row is not None]
+        self.on_delivered()
 
     def _take(self, answer: Answer, token: Token) -> None:
         answer.num_tokens += 1
@@ -374,6 +376,7 @@ class Engine:
         for ticket in tickets:
             self.figures.finished["error"] += ticket.num_open
             ticket.deliver(Delta(0, "", (), error=message))
+        self.on_delivered()
 
 
 NOT_FINITE = (

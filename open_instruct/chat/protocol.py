@@ -146,7 +146,7 @@ CHAT: dict[str, Reader] = {
     "top_logprobs": _whole,
     **BOTH,
 }
-COMPLETION: dict[str, Reader] = {"logprobs": _whole, **BOTH}
+COMPLETION: dict[str, Reader] = {"logprobs": _whole, "echo": _flag, **BOTH}
 
 # Values at which a parameter asks for nothing that is not done anyway, and why others are refused.
 Refusal = tuple[tuple[Any, ...], str]
@@ -178,7 +178,6 @@ CHAT_REFUSED: dict[str, Refusal] = {
 }
 COMPLETION_REFUSED: dict[str, Refusal] = {
     "best_of": ((1,), "ask for n answers and choose among them"),
-    "echo": ((False,), "the prompt is not repeated in the answer"),
     "suffix": ((), "these models only go on from a prompt; they do not fill a gap"),
     "user": ((), NO_RECORDS),
 }
@@ -201,6 +200,7 @@ class Request:
     prompts: tuple[str | tuple[int, ...], ...] = ()
     tools: Tools | None = None
     schema: Any = None  # the JSON schema that answers are held to
+    echo: bool = False  # the prompt comes back, scored; max_tokens is then 0 or 1
 
     def sampling(self, room: int) -> Sampling:
         """How answers are drawn when ``room`` tokens are left. Errors: ApiError."""
@@ -243,7 +243,45 @@ def completion_request(body: Any) -> Request:
     values.setdefault("max_tokens", COMPLETION_TOKENS)
     if "logprobs" in values:
         _within("logprobs", values["logprobs"], 0, MAX_TOP_LOGPROBS)
+    if values.pop("echo", False):
+        return _echo_request(body, values)
     return _request(body["model"], values, prompts=read_prompts(body["prompt"]))
+
+
+# What changes nothing where no token is drawn by chance.
+ECHO_SETTINGS = {"logprobs", "max_tokens", "temperature", "seed", "top_p", "top_k", "min_p"}
+ECHO_ONLY_SCORES = "echo repeats given text to score it"
+
+
+def _echo_request(body: Any, values: dict[str, Any]) -> Request:
+    """A prompt to be scored, with at most the likeliest next token."""
+    refused = [
+        (values.pop("stream", False), "stream", "it comes at once; leave stream out"),
+        (values.pop("n", 1) != 1, "n", "all answers would be the same; leave n out"),
+        (
+            values["max_tokens"] > 1,
+            "max_tokens",
+            "max_tokens must be 0 or 1; ask for a continuation without echo",
+        ),
+        (
+            values["max_tokens"] == 1 and values.get("temperature") != 0,
+            "temperature",
+            "the next token is the likeliest; set temperature to 0, or max_tokens to 0",
+        ),
+        *((True, name, f"leave {name} out") for name in values.keys() - ECHO_SETTINGS),
+    ]
+    for is_so, param, reason in refused:
+        if is_so:
+            raise ApiError(
+                400,
+                f"{param}: {ECHO_ONLY_SCORES}: {reason}.",
+                param=param,
+                code="unsupported_parameter",
+            )
+    num_new = values.pop("max_tokens")
+    _within("max_tokens", num_new, 0, 1)
+    request = _request(body["model"], values, prompts=read_prompts(body["prompt"]))
+    return replace(request, max_tokens=num_new, echo=True)
 
 
 def _within(param: str, value: int, low: int, high: int) -> int:
@@ -421,7 +459,9 @@ class CompletionShape:
                 "tokens": [self._name(token.id) for token in tokens],
                 "token_logprobs": [token.logprob for token in tokens],
                 "top_logprobs": [
-                    {self._name(id_): logprob for id_, logprob in token.alternatives}
+                    None  # the first token of an echo: nothing stands before it
+                    if token.logprob is None
+                    else {self._name(id_): logprob for id_, logprob in token.alternatives}
                     for token in tokens
                 ],
                 "text_offset": offsets,

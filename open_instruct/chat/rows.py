@@ -189,10 +189,7 @@ class SlotBatch:
         slots, rows = self.groups.get(span) or (Slots(0, span), [])
         needed = self._padded(len(rows) + 1)
         if slots.num_rows < needed:
-            grown = Slots(needed, span)
-            for old in rows:
-                grown.copy_row(old.place, slots, old.place, old.length)
-            slots = grown
+            slots = slots.grown(needed, len(rows))
         row = SlotRow(span, len(rows), length)
         slots.copy_row(row.place, source, source_row, length)
         self.groups[span] = (slots, [*rows, row])

@@ -5,18 +5,19 @@ protocol.Request -> Served.prompts: token ids -> Run: one ticket of the engine f
 """
 
 import asyncio
-import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from olmo_base.model.generate import Generator
 from olmo_base.run.errors import UserError
+from open_instruct.chat.echo import scored_tokens
 from open_instruct.chat.engine import Closing, Delta, Engine, QueueFull
 from open_instruct.chat.protocol import Request as Asked
 from open_instruct.chat.refusals import ApiError
+from open_instruct.chat.token_text import Token
 from open_instruct.chat.tool_calls import BEGIN
 from open_instruct.encode import ChatEncoder, load_chat_encoder
 
@@ -41,6 +42,7 @@ class Served:
         stop_ids = self.encoder.end_of_turn_ids if self.encoder else set()
         self.engine = Engine(generator, stop_ids=stop_ids, max_waiting=max_waiting)
         self.encoding = ThreadPoolExecutor(1, "encode")  # long prompts must not stop the server
+        self.scoring = ThreadPoolExecutor(1, "score")
         self.first_token_seconds = 0.0
         self.num_first_tokens = 0
 
@@ -92,6 +94,17 @@ class Served:
                 raise _too_long(f"The prompt has {len(prompt)} tokens{more}", param, length)
         return prompts
 
+    async def scored(self, asked: Asked, prompt: list[int]) -> list[Token]:
+        """A prompt's tokens and those after it, with their log-probabilities. Errors: ApiError."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self.scoring,
+            scored_tokens,
+            self.engine.generator,
+            prompt,
+            asked.settings.get("logprobs", 0),
+            asked.max_tokens or 0,
+        )
+
     def _encode(self, asked: Asked) -> list[list[int]]:
         if asked.messages:
             assert self.encoder is not None
@@ -116,28 +129,33 @@ def _too_long(found: str, param: str, length: int) -> ApiError:
 
 
 class Mailbox:
-    """Carries what engines deliver into the event loop, waking it once for all that came."""
+    """Carries what engines deliver into the event loop, waking it once for all of a step.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    Woken by the first letter, the loop would take the interpreter from an engine that has the
+    others still to write, and be woken again for them.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, engines: Iterable[Engine]) -> None:
         self.loop = loop
         self.letters: deque[tuple[asyncio.Queue, Any]] = deque()
-        self.lock = threading.Lock()
         self.is_woken = False
+        for engine in engines:
+            engine.on_delivered = self.wake
 
     def put(self, queue: asyncio.Queue, letter: Any) -> None:
+        """From any thread; it lies there until ``wake``."""
+        self.letters.append((queue, letter))
+
+    def wake(self) -> None:
         """From any thread."""
-        with self.lock:
-            self.letters.append((queue, letter))
-            if self.is_woken:
-                return
+        if not self.is_woken:
             self.is_woken = True
-        self.loop.call_soon_threadsafe(self._deliver)
+            self.loop.call_soon_threadsafe(self._deliver)
 
     def _deliver(self) -> None:
-        with self.lock:
-            letters, self.letters = self.letters, deque()
-            self.is_woken = False
-        for queue, letter in letters:
+        self.is_woken = False  # before looking: what comes from now on wakes again
+        while self.letters:
+            queue, letter = self.letters.popleft()
             queue.put_nowait(letter)
 
 

@@ -64,6 +64,15 @@ class Slots:
         part.layers = [(keys[rows], values[rows]) for keys, values in self.layers]
         return part
 
+    def grown(self, num_rows: int, num_kept: int) -> "Slots":
+        """Room for more rows, and in it the first ``num_kept`` of these."""
+        grown = Slots(num_rows, self.span)
+        for layer, (keys_BKSh, values_BKSh) in enumerate(self.layers):
+            new_keys_BKSh, new_values_BKSh = grown._layer(layer, keys_BKSh, values_BKSh)
+            new_keys_BKSh[:num_kept] = keys_BKSh[:num_kept]
+            new_values_BKSh[:num_kept] = values_BKSh[:num_kept]
+        return grown
+
     def copy_row(self, row: int, source: "Slots", source_row: int, length: int) -> None:
         """Take over the first ``length`` positions of another row."""
         if not self.layers:

@@ -14,7 +14,7 @@ from eval.contamination import (
     read_overlaps,
     training_texts,
 )
-from eval.questions import Choice, Document, Foreign, Question
+from eval.items import Choice, Document, Foreign, Question
 from eval.report import write_report
 from eval.report.gather import gather
 from eval.scores import estimate

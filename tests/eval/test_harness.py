@@ -12,8 +12,9 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from eval.asking import ask
-from eval.harness import EvalRecipe, evaluate, input_files, model_names, plan, run
-from eval.questions import Choice, Document, Question
+from eval.harness import evaluate, input_files, plan, run
+from eval.items import Choice, Document, Question
+from eval.recipe import EvalRecipe, model_names
 from eval.subject import encode_pairs, load_subject
 from eval.tasks import Task
 from olmo_base.run.errors import DataError, Stopped, UserError

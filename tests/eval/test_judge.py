@@ -13,8 +13,9 @@ import yaml
 from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
 
 from eval.cache import RequestCache
-from eval.harness import EvalRecipe, evaluate
+from eval.harness import evaluate
 from eval.judge import KEY_VARIABLE, Judge, JudgeError, open_judge
+from eval.recipe import EvalRecipe
 from eval.scores import compare, estimate, is_right, measured
 from eval.statistics import length_controlled
 from eval.tasks import select

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from eval.questions import Choice, Document, data_file, read_items
+from eval.items import Choice, Document
+from eval.questions import data_file, read_items
 from eval.tasks import Task
 from olmo_base.run.errors import DataError, UserError
 

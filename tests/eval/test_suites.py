@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from eval.harness import EvalRecipe, input_files
-from eval.questions import Choice, Question, data_file, read_items
+from eval.harness import input_files
+from eval.items import Choice, Question
+from eval.questions import data_file, read_items
+from eval.recipe import EvalRecipe
 from eval.report.gather import gather
 from eval.scores import compare, estimate, is_right, measured, picked_option
 from eval.tasks import Task, load_catalogue, select

@@ -95,6 +95,18 @@ def test_an_unknown_name_is_refused_with_the_nearest_one(suite, tasks, message):
             "answer_rule: the verifier decides",
         ),
         ("tasks: {a: {kind: exact_match, file: f, stop: [x]}}", "stop: tasks of kind exact_match"),
+        (
+            "tasks: {a: {kind: multiple_choice, file: f, system_prompt: x}}",
+            "system_prompt: is read with apply_chat_template only",
+        ),
+        (
+            "tasks: {a: {kind: multiple_choice, file: f, apply_chat_template: true,"
+            " fewshot_as_multiturn: true}}",
+            "fewshot_as_multiturn: needs apply_chat_template and num_examples",
+        ),
+        ("tasks: {a: {kind: requests, file: f, apply_chat_template: true}}", "do not read it"),
+        ("tasks:\n  a: {kind: [\n", r"a.yaml, line \d: broken YAML"),
+        ("", "a.yaml is empty"),
         ("suites: {s: {groups: {}}}", "suite s.*at least one group"),
         ("file: hellaswag\nkind: requests", "holds file, kind"),
         ("tasks: {a: {kind: lm_eval, file: f}}", "a task of lm-eval has a file of its own"),
@@ -103,6 +115,12 @@ def test_an_unknown_name_is_refused_with_the_nearest_one(suite, tasks, message):
 def test_a_broken_task_file_is_named(tmp_path, text, message):
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
+        load_catalogue(str(tmp_path))
+
+
+def test_a_task_file_in_another_encoding_is_named(tmp_path):
+    (tmp_path / "a.yaml").write_bytes("tasks: {größe: {}}".encode("latin-1"))
+    with pytest.raises(UserError, match=r"a\.yaml: byte \d+ is not UTF-8"):
         load_catalogue(str(tmp_path))
 
 

@@ -9,8 +9,10 @@ import pytest
 import yaml
 
 from eval.asking import ask
-from eval.harness import EvalRecipe, evaluate, run
-from eval.questions import Question, examples_file, read_items
+from eval.harness import evaluate, run
+from eval.items import Question
+from eval.questions import examples_file, read_items
+from eval.recipe import EvalRecipe
 from eval.scores import compare, estimate, is_right, measured
 from eval.statistics import mean, wilson_interval
 from eval.subject import Subject, load_subject

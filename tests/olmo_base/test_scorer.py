@@ -14,20 +14,23 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
+    MistralConfig,
     Olmo2Config,
+    Olmo3Config,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
 from olmo_base.model.hf_weights import load_native
 from olmo_base.model.transformer import ModelConfig, Transformer
+from olmo_base.reading import sharing
 from olmo_base.scorer import (
     MIN_BLOCK,
     Score,
     continuation_logprobs,
-    reads_trees,
     rolling_logprob,
     rolling_logprobs,
     rolling_windows,
@@ -42,12 +45,16 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 24,
 }
+KINDS: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention"]}
 CONFIGS = {
     "olmo2": Olmo2Config(**SIZES, eos_token_id=0, pad_token_id=1),
     "llama": LlamaConfig(**SIZES, tie_word_embeddings=True),
     "gpt2": GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=24),
     # A cap on the logits that a scorer calling the head by itself would miss.
     "gemma2": Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=0.5, sliding_window=8),
+    "mistral": MistralConfig(**SIZES, sliding_window=7),  # in every layer
+    "olmo3": Olmo3Config(**SIZES, sliding_window=7, eos_token_id=0, pad_token_id=1, **KINDS),
+    "gemma3": Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=7, **KINDS),
 }
 
 
@@ -163,7 +170,7 @@ def test_requests_that_share_their_input_run_once():
 
 def test_head_runs_on_continuation_positions_only():
     model = random_model("llama")
-    assert reads_trees(model)  # found out with forward passes of its own
+    assert sharing(model).trees  # found out with forward passes of its own
     num_scored = []
     model.lm_head.register_forward_hook(
         lambda module, arguments, output: num_scored.append(output.shape[:-1])
@@ -379,9 +386,9 @@ def test_questions_with_a_common_beginning_score_as_one_by_one(name, tmp_path):
     requests = questions(9, 4) + random_requests(12)
     naive = torch.tensor([naive_score(model, *request)[0] for request in requests]).double()
     model.save_pretrained(tmp_path)
-    models = [model] + ([load_native(tmp_path)] if name == "olmo2" else [])
+    models = [model] + ([load_native(tmp_path)] if name in ("olmo2", "olmo3") else [])
     for each in models:
-        assert reads_trees(each) == (name != "gemma2")  # whose layers see a window
+        assert sharing(each).trees
         for batch_tokens in (1, 90, 10_000):
             scores = continuation_logprobs(each, requests, batch_tokens=batch_tokens, pad_id=3)
             torch.testing.assert_close(logprobs(scores), naive, atol=2e-4, rtol=1e-6)
@@ -406,7 +413,7 @@ def test_sharing_depends_on_neither_batch_nor_order_beyond_rounding(seed):
 
 def test_a_common_beginning_and_a_context_are_run_once():
     model = long_model("llama")
-    assert reads_trees(model)
+    assert sharing(model).trees
     num_read = []
     model.model.register_forward_pre_hook(
         lambda module, arguments, keywords: num_read.append(keywords["input_ids"].shape),
@@ -436,7 +443,7 @@ def test_a_context_cut_on_the_left_is_scored_like_the_rest_of_it():
 def test_trees_are_read_under_both_kinds_of_attention(attention):
     model = long_model("llama")
     model.set_attn_implementation(attention)
-    assert reads_trees(model)
+    assert sharing(model).trees
     requests = questions(5, 3)
     naive = torch.tensor([naive_score(model, *request)[0] for request in requests]).double()
     torch.testing.assert_close(
@@ -444,17 +451,68 @@ def test_trees_are_read_under_both_kinds_of_attention(attention):
     )
 
 
-def test_a_model_that_mistakes_a_mask_is_found_out():
+def test_a_model_that_mistakes_a_mask_is_found_out_and_goes_on_from_a_beginning():
     """One that ignores positions: its tree has other logits than its texts."""
 
     class Careless(type(long_model("llama"))):  # type: ignore[misc]
-        def forward(self, *arguments, position_ids=None, **keywords):
-            return super().forward(*arguments, **keywords)
+        def forward(self, *arguments, past_key_values=None, position_ids=None, **keywords):
+            return super().forward(*arguments, past_key_values=past_key_values, **keywords)
 
     model = Careless(long_model("llama").config).eval()
-    assert not reads_trees(model)
-    requests = questions(5, 3)
-    naive = torch.tensor([naive_score(model, *request)[0] for request in requests]).double()
-    torch.testing.assert_close(
-        logprobs(continuation_logprobs(model, requests)), naive, atol=1e-4, rtol=1e-6
+    assert sharing(model) == (False, True)
+    assert num_read_of(model) == [(1, 40), (4, 4), (4, 4), (4, 4)]
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "olmo3"])
+def test_where_a_model_takes_no_mask_the_keys_of_a_beginning_are_kept(name, monkeypatch):
+    """As flash attention does not: nothing of a tree may reach the model."""
+    model = long_model(name)
+    monkeypatch.setattr("olmo_base.reading._may_read_trees", lambda model: False)
+    assert sharing(model) == (False, True)
+    seen = []
+    model.model.register_forward_pre_hook(
+        lambda module, arguments, keywords: seen.append(keywords.get("attention_mask")),
+        with_kwargs=True,
     )
+    requests = questions(9, 4)
+    naive = torch.tensor([naive_score(model, *request)[0] for request in requests]).double()
+    for batch_tokens in (1, 90, 10_000):
+        scores = continuation_logprobs(model, requests, batch_tokens=batch_tokens, pad_id=3)
+        torch.testing.assert_close(logprobs(scores), naive, atol=1e-4, rtol=1e-6)
+    assert seen and all(mask is None for mask in seen)
+    assert num_read_of(model)[0] == (1, 40) and num_read_of(model).count((1, 40)) == 1
+
+
+def num_read_of(model: PreTrainedModel) -> list[tuple[int, int]]:
+    """Rows and tokens of each pass that scores four questions of three options."""
+    num_read = []
+    hook = model.model.register_forward_pre_hook(
+        lambda module, arguments, keywords: num_read.append(tuple(keywords["input_ids"].shape)),
+        with_kwargs=True,
+    )
+    beginning = list(range(40))
+    requests = [
+        ([*beginning, 50 + n, 60], [option, option, 3]) for n in range(4) for option in (1, 2, 4)
+    ]
+    naive = torch.tensor([naive_score(model, *request)[0] for request in requests]).double()
+    num_read.clear()
+    scores = continuation_logprobs(model, requests, batch_tokens=36)
+    hook.remove()
+    torch.testing.assert_close(logprobs(scores), naive, atol=1e-4, rtol=1e-6)
+    return num_read
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3", "olmo3"])
+def test_trees_of_windows_run_a_beginning_once(name):
+    model = long_model(name)
+    assert sharing(model) == (True, True)
+    # Each question: two tokens of its own and two of each option.
+    assert num_read_of(model) == [(1, 40), (2, 8), (2, 8)]
+
+
+def test_a_window_that_a_model_does_not_keep_to_is_found_out():
+    """One whose configuration names a window and whose layers see everything."""
+    model = long_model("llama")
+    model.config.sliding_window = 7
+    assert not sharing(model).trees
+    assert model.config.sliding_window == 7

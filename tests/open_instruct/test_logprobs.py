@@ -32,6 +32,7 @@ from transformers import (
     OlmoForCausalLM,
 )
 
+from olmo_base.model.packing import ROWS_TOGETHER
 from olmo_base.run.errors import UserError
 from open_instruct.batches import Examples
 from open_instruct.logprobs import LabelLogprobs, head_logprobs, id_logprobs, label_scores
@@ -254,7 +255,7 @@ def test_the_head_sees_the_labels_and_nothing_else():
     seen = []
     model.lm_head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
     logprobs(batch)
-    assert seen == [(len(batch.label_ids_L), 16)]
+    assert seen == [(-(-len(batch.label_ids_L) // ROWS_TOGETHER) * ROWS_TOGETHER, 16)]
 
 
 def test_a_large_vocabulary_is_worked_through_in_pieces_with_the_same_gradients():

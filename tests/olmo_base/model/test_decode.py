@@ -68,6 +68,35 @@ def test_a_step_over_laid_out_weights_gives_the_models_logits(name: str, lengths
             laid_out.keep_rows([2, 0])
 
 
+@pytest.mark.parametrize("name", ["olmo, clipped and tied", "olmo2, grouped heads"])
+@torch.inference_mode()
+def test_rows_behind_one_beginning_keep_it_once_and_have_the_logits_of_whole_rows(name: str):
+    model = a_model(name)
+    beginning = [2 + place % 40 for place in range(50)]
+    ends = [[5, 6, 7, 8], [9], [10, 11]]
+    prefix = NativeDecoder(model, [beginning])
+    prefix.prefill()
+    laid_out, whole = (
+        LaidOutDecoder(model, [first + end for end in ends], LaidOutWeights(model, 3), before)
+        for first, before in ((beginning, prefix), (beginning, None))
+    )
+    torch.testing.assert_close(laid_out.prefill(), whole.prefill(), rtol=1e-5, atol=1e-5)
+    assert laid_out.cache.capacity <= whole.cache.capacity - 50
+    late, late_whole = (
+        LaidOutDecoder(model, [[*beginning, 12, 13]], LaidOutWeights(model, 1), before)
+        for before in (prefix, None)
+    )
+    for step in range(6):
+        ids_B = torch.arange(laid_out.cache.num_rows) + step
+        expected_BV = whole.step(ids_B)
+        torch.testing.assert_close(laid_out.step(ids_B), expected_BV, rtol=1e-5, atol=1e-5)
+        if step == 2:
+            for decoder, other in ((laid_out, late), (whole, late_whole)):
+                decoder.keep_rows([2, 0])
+                other.prefill()
+                decoder.join(other)
+
+
 def test_weights_that_were_changed_are_laid_out_anew():
     model = a_model("olmo2, grouped heads")
     generator = Generator(model, eos_token_ids=[], max_length=128)

@@ -236,6 +236,25 @@ def test_prompts_that_begin_alike_are_answered_as_each_alone(name: str):
         assert [rows for rows, width in shapes[1:] if width > 1] != [4, 4, 3]
 
 
+def test_prompts_read_in_parts_are_answered_as_at_once(monkeypatch):
+    generator = native_generator()
+    prompts = some_prompts(20)
+    shared = [[4 + place % 30 for place in range(36)] + prompt for prompt in prompts]
+    wholes = [generator.generate(asked, max_new_tokens=5) for asked in (prompts, shared)]
+    monkeypatch.setattr("olmo_base.model.generate.PREFILL_TOKENS", 24)
+    monkeypatch.setattr("olmo_base.model.generate.MAX_STEP_LOGITS", 7 * VOCAB)
+    shapes: list[tuple[int, ...]] = []  # of each call: rows, positions
+    generator.model.register_forward_pre_hook(
+        lambda _, given: shapes.append(tuple(given[0].shape)),
+    )
+    for asked, whole in zip((prompts, shared), wholes, strict=True):
+        shapes.clear()
+        assert generator.generate(asked, max_new_tokens=5) == whole
+        read = [shape for shape in shapes if shape != (1, 36)]
+        assert max(rows for rows, _ in read) <= 7
+        assert all(rows * width <= 24 or rows == 1 for rows, width in read)
+
+
 def test_no_prompts_have_no_answers():
     assert native_generator().generate([], max_new_tokens=5) == []
 

@@ -73,6 +73,30 @@ def test_rows_end_to_end_have_the_outputs_and_gradients_of_rows_alone(changes, c
         torch.testing.assert_close(found[name], weight.grad, atol=1e-5 * float(size), rtol=0)
 
 
+@pytest.mark.parametrize("model_type", ["olmo", "olmo2"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_wanted_positions_have_the_outputs_and_gradients_of_all(model_type, checkpointing):
+    model = tiny(model_type=model_type)
+    model.gradient_checkpointing = checkpointing
+    ids_RT, packing = padded(LENGTHS), pack(np.array(LENGTHS))
+    wanted_L = torch.tensor([3, 200, 17, 17, 0, 90])  # in any order, and one of them twice
+    weights_LD = torch.randn(6, 32, generator=torch.Generator().manual_seed(2))
+
+    def hidden_and_gradients(hidden_LD):
+        model.zero_grad()
+        (hidden_LD * weights_LD).sum().backward()
+        weights = model.named_parameters()
+        return hidden_LD, {name: one.grad for name, one in weights if one.grad is not None}
+
+    hidden_LD, found = hidden_and_gradients(model.packed(ids_RT, packing, wanted_L))
+    expected_LD, expected = hidden_and_gradients(model.packed(ids_RT, packing)[wanted_L])
+    torch.testing.assert_close(hidden_LD, expected_LD, atol=1e-6, rtol=0)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        size = float(gradient.abs().max())
+        torch.testing.assert_close(found[name], gradient, atol=1e-5 * size, rtol=0)
+
+
 def test_a_row_does_not_see_its_neighbours():
     model = tiny()
     ids_RT, packing = padded(LENGTHS), pack(np.array(LENGTHS))
@@ -85,9 +109,15 @@ def test_a_row_does_not_see_its_neighbours():
     assert not torch.allclose(before[~is_row_3], after[~is_row_3], atol=1e-2)
 
 
-def test_apart_and_together_undo_each_other_and_so_do_their_gradients():
+@pytest.mark.parametrize("fills", [False, True])
+def test_apart_and_together_undo_each_other_and_so_do_their_gradients(fills):
     packing = pack(np.array([2, 5, 5, 3, 90]))
-    x_ND = torch.randn(len(packing.sources_N), 4, dtype=torch.float64, requires_grad=True)
+    x_ND = torch.randn(len(packing.sources_N), 4, dtype=torch.float64)
+    if fills:
+        packing = packing.filled()
+        assert packing.num_filling == 7  # 105 and these are 112, seven times 16
+        x_ND = torch.cat([x_ND, x_ND.new_zeros(7, 4)])
+    x_ND.requires_grad_()
     torch.testing.assert_close(packing.together(packing.apart(x_ND)), x_ND)
     parts = [part.detach().requires_grad_() for part in packing.apart(x_ND)]
     assert torch.autograd.gradcheck(lambda *given: packing.together(list(given)), parts)
