@@ -29,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.peers import SEED
 from olmo_base.optim import OptimConfig, build_optimizer, clip_gradients
+from olmo_base.run.heap import keep_freed_memory
 from open_instruct.adapters import AdapterConfig, add_adapter, keep_gradients, quantisation
 from open_instruct.batches import Examples
 from open_instruct.causal_lm import ModelConfig
@@ -254,6 +255,7 @@ def main() -> int:
     parser.add_argument("--lengths", nargs="+", choices=LENGTHS, default=["short"], metavar="ROWS")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as the loop does
     transformers_logging.set_verbosity_error()
     print(
         f"{'shape':<7}{'rows':<7}{'case':<27}{'estimate MiB':>14}{'measured MiB':>14}{'ratio':>7}"

@@ -196,10 +196,11 @@ def start_state(optimizer: torch.optim.Optimizer) -> None:
             if group.get("muon", False):
                 optimizer.state[parameter]["momentum"] = torch.zeros_like(parameter)
             else:
-                optimizer.state[parameter] = _start_of_adamw(parameter)
+                optimizer.state[parameter] = start_of_adamw(parameter)
 
 
-def _start_of_adamw(parameter: nn.Parameter) -> dict[str, Tensor]:
+def start_of_adamw(parameter: Tensor) -> dict[str, Tensor]:
+    """What AdamW keeps of a parameter before its first step."""
     return {
         "step": torch.zeros((), device=parameter.device),
         "exp_avg": torch.zeros_like(parameter),
@@ -262,7 +263,7 @@ class Muon(torch.optim.Optimizer):
     def _step_adamw(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
         for parameter in parameters:
             if not self.state[parameter]:
-                self.state[parameter] = _start_of_adamw(parameter)
+                self.state[parameter] = start_of_adamw(parameter)
         states = [self.state[parameter] for parameter in parameters]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         adamw(

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 from transformers import Olmo2ForCausalLM, Olmo3ForCausalLM, OlmoForCausalLM
 
+from olmo_base.model.context import SplitContext
 from olmo_base.model.hf_weights import hf_name, model_config_of
 from olmo_base.model.packing import Branches, filled
 from olmo_base.model.products import linear
@@ -227,6 +228,7 @@ class NativeThenHead:
     def __init__(self, native: Transformer, *, packs: bool) -> None:
         self.native = native
         self._packs = packs
+        self.context: SplitContext | None = None  # the rows are cut over ranks
 
     def __call__(
         self, model: nn.Module, batch: Batch, mask: Tensor | None, statistic: str | None = None
@@ -235,7 +237,9 @@ class NativeThenHead:
         body = model.get_decoder()  # type: ignore[operator]
         self.native.gradient_checkpointing = model.training and body.gradient_checkpointing
         ids_L = batch.label_ids_L
-        if self._packs:
+        if self.context is not None:
+            hidden_LD, ids_L = self._part_of_rows(batch, self.context)
+        elif self._packs:
             assert batch.packing is not None
             positions_L, ids_L = filled(batch.packed_positions()), filled(ids_L)
             hidden_LD = self.native.packed(batch.ids_RT, batch.packing, positions_L)
@@ -249,6 +253,22 @@ class NativeThenHead:
         head = model.get_output_embeddings()  # type: ignore[operator]
         scores_L = head_logprobs(hidden_LD, ids_L, head, MAX_LOGITS, statistic)
         return scores_L[: len(batch.label_ids_L)]
+
+    def _part_of_rows(self, batch: Batch, context: SplitContext) -> tuple[Tensor, Tensor]:
+        """Hidden states at the labels that are predicted on this rank, and the ids of those."""
+        assert batch.branches_R2 is None
+        num_columns = batch.ids_RT.shape[1]
+        ids_RT = F.pad(batch.ids_RT, (0, context.padded(num_columns) - num_columns))
+        here_P = context.positions(ids_RT.shape[1], ids_RT.device)
+        hidden_RPD = self.native(ids_RT[:, here_P], context=context)
+        place_T = torch.full_like(ids_RT[0], -1)
+        place_T[here_P] = torch.arange(len(here_P), device=place_T.device)
+        rows_L = batch.label_positions_L // num_columns
+        places_L = place_T[batch.label_positions_L % num_columns]
+        is_here_L = places_L >= 0  # choosing by it waits for a GPU
+        positions_L = (rows_L * len(here_P) + places_L)[is_here_L]
+        hidden_LD = hidden_RPD.flatten(0, 1).index_select(0, positions_L)
+        return hidden_LD, batch.label_ids_L[is_here_L]
 
 
 def native_over(model: Any) -> Transformer | None:
@@ -327,17 +347,19 @@ class LabelLogprobs(Wrapped):
         *,
         packs: bool = True,
         longest: int | None = None,
+        is_native: bool = True,
     ) -> None:
         """Errors: UserError if no way reproduces the model's own logits.
 
         ``precision`` opens the context the model computes in (autocast); ``tolerance`` is what its
         rounding may change a log-probability by, in nats, where logits spread over 20. ``packs``:
         leave padding out where the model can. ``longest`` is the longest row that it will read.
+        ``is_native``: compute an OLMo's layers by ours.
         """
         super().__init__()
         self.model = model
         self._precision = precision
-        native = native_over(model)
+        native = native_over(model) if is_native else None
         self.ways: dict[str, Way] = dict(WAYS)
         self.why_padded: str | None = None if packs else "batching: grouped"
         if native is not None:
@@ -377,6 +399,16 @@ class LabelLogprobs(Wrapped):
         with self._precision():
             return self.ways[self.way](self.model, batch, mask, statistic)
 
+    def share_rows(self, context: SplitContext) -> None:
+        """Compute a part of every row from now on, and the log-probabilities of its labels only.
+
+        Errors: UserError for a model whose layers are not ours.
+        """
+        way = self.ways[self.way]
+        if not isinstance(way, NativeThenHead):
+            raise not_to_be_cut(type(self.model).__name__, self.way)
+        way.context = context
+
     def share_prompts(self, pairs: Examples) -> str | None:
         """Take rows that hold pairs from now on. If it cannot: why, in words.
 
@@ -385,6 +417,15 @@ class LabelLogprobs(Wrapped):
         found = find_pair_mask(self, pairs)
         self.pair_mask = found if found in PAIR_MASKS else None
         return None if self.pair_mask else found
+
+
+def not_to_be_cut(model_name: str, way: str) -> UserError:
+    """What to tell of a model whose rows no rank can compute a part of."""
+    return UserError(
+        f"context_parallel cuts a dialogue over processes, and {model_name} is computed by {way}, "
+        "which reads it whole. Only an OLMo can be cut, trained without an adapter, with "
+        "attn_implementation: sdpa, and not by DeepSpeed. Leave context_parallel out."
+    )
 
 
 def padding_mask(batch: Batch) -> Tensor:

@@ -11,12 +11,13 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
+    DeepSpeedPlugin,
     DistributedType,
     FullyShardedDataParallelPlugin,
     parse_flag_from_env,
@@ -24,9 +25,11 @@ from accelerate.utils import (
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel
 
 from olmo_base.divided import copy_part
+from olmo_base.model.context import SplitContext
 from olmo_base.optim import (
     OptimConfig,
     build_optimizer,
@@ -60,6 +63,7 @@ from open_instruct.sharding import (
     restore_state,
     shard,
 )
+from open_instruct.zero import ZeroEngine, refuse_other_zero
 
 # (model, micro-batch) -> sums over its terms: "loss", which is minimised, and any others to show.
 SummedLoss = Callable[[nn.Module, Batch], dict[str, Tensor]]
@@ -95,6 +99,9 @@ class TrainConfig:
     per_device_eval_batch_size: int = setting(32, low=1, changes_result=False)
     eval_steps: int = setting(
         0, low=0, changes_result=False, help="0: held-out examples at the start and the end only"
+    )
+    context_parallel: int = setting(
+        1, low=1, changes_result=False, help="processes that share a dialogue, each a part of it"
     )
     bf16: bool | Literal["auto"] = setting("auto", help="auto: on GPUs that compute in it")
     batching: Batching = setting(
@@ -141,20 +148,15 @@ TRAINED_WITH = (
     DistributedType.MULTI_CPU,
     DistributedType.MULTI_GPU,
     DistributedType.FSDP,
+    DistributedType.DEEPSPEED,
 )
 
 
 def asked_sharding() -> FullyShardedDataParallelPlugin | None:
-    """How ``accelerate launch`` was told to divide weights over ranks; None for whole copies.
+    """How ``accelerate launch`` was told to divide weights by FSDP2; None if it was not.
 
-    Errors: UserError for DeepSpeed, and for settings that would not be followed.
+    Errors: UserError for settings that would not be followed.
     """
-    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        raise UserError(
-            "accelerate was configured for DeepSpeed, which this loop has never been run with: it "
-            "needs a GPU to be checked on. FSDP2 divides weights, gradients and moments as ZeRO-3 "
-            "does: accelerate launch --config_file recipes/accelerate/fsdp2.yaml."
-        )
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return None
     plugin = FullyShardedDataParallelPlugin()
@@ -162,11 +164,24 @@ def asked_sharding() -> FullyShardedDataParallelPlugin | None:
     return plugin
 
 
+def asks_for_zero() -> bool:
+    """Whether ``accelerate launch`` was told to divide weights by DeepSpeed's ZeRO-3.
+
+    Errors: UserError for settings that would not be followed, or if DeepSpeed is missing.
+    """
+    if not parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        return False
+    refuse_other_zero(DeepSpeedPlugin())
+    return True
+
+
 class Workers:
     """This process among the others of the run: one alone, or one per rank under accelerate."""
 
-    def __init__(self, bf16: bool | Literal["auto"] = "auto") -> None:
+    def __init__(self, bf16: bool | Literal["auto"] = "auto", *, context_parallel: int = 1) -> None:
         """Errors: UserError for a kind of parallelism that this loop does not train with."""
+        self._uses_zero = asks_for_zero()
+        self._zero: ZeroEngine | None = None
         self._sharding = asked_sharding()
         # Precision is ours to choose (below), whatever `accelerate config` says.
         self._accelerator = Accelerator(mixed_precision="no", fsdp_plugin=self._sharding)
@@ -174,13 +189,28 @@ class Workers:
         if kind not in TRAINED_WITH:
             raise UserError(
                 f"accelerate was configured for {kind.value}, and this loop trains with plain data "
-                "parallelism or FSDP2. Launch it with a file of recipes/accelerate, or torchrun."
+                "parallelism, FSDP2 or ZeRO-3. Launch it with a file of recipes/accelerate, or "
+                "torchrun."
             )
         self.device: torch.device = self._accelerator.device
         self.rank: int = self._accelerator.process_index
         self.num_ranks: int = self._accelerator.num_processes
         is_fast = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
         self.bf16: bool = is_fast if bf16 == "auto" else bf16
+        if self.num_ranks % context_parallel:
+            raise UserError(
+                f"context_parallel {context_parallel} does not divide the {self.num_ranks} "
+                f"process(es) of this run. Start a multiple of {context_parallel}, as with "
+                f"accelerate launch --num_processes {context_parallel}."
+            )
+        # Those that read different dialogues, and which of them this one is.
+        self.num_data: int = self.num_ranks // context_parallel
+        self.data_rank: int = self.rank // context_parallel
+        self.context: SplitContext | None = None
+        if context_parallel > 1:
+            shape = (self.num_data, context_parallel)
+            mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("data", "context"))
+            self.context = SplitContext(mesh.get_group("context"))
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
@@ -205,19 +235,31 @@ class Workers:
             model.to(self.device)  # type: ignore[arg-type]
         # nats, where logits spread over 20
         tolerance = 1.0 if self.bf16 or is_quantised else 1e-3
-        packs = batching != "grouped"
-        placed = LabelLogprobs(model, self.precision, tolerance, packs=packs, longest=longest)
+        must_pad = self.context is not None or self._divides_by_zero
+        placed = LabelLogprobs(
+            model,
+            self.precision,
+            tolerance,
+            packs=batching != "grouped" and not must_pad,
+            longest=longest,
+            # DeepSpeed gathers the weights of modules that are called, each with its own.
+            is_native=not self._divides_by_zero,
+        )
+        if must_pad:
+            placed.why_padded = "ZeRO-3" if self._divides_by_zero else "context_parallel"
         if batching == "packed" and not placed.packs:
             raise UserError(
                 f"batching: packed, but {type(model).__name__} must pad: {placed.why_padded}. "
                 "Set batching: auto, which groups rows by length where it must."
             )
+        if self.context is not None:
+            placed.share_rows(self.context)
         return placed
 
     @property
     def divides(self) -> bool:
-        """Whether weights are divided over ranks (FSDP2), and not copied to each."""
-        return self._sharding is not None and self.num_ranks > 1
+        """Whether weights are divided over ranks (FSDP2, ZeRO-3), and not copied to each."""
+        return (self._sharding is not None or self._uses_zero) and self.num_ranks > 1
 
     @property
     def launch(self) -> Launch:
@@ -229,24 +271,40 @@ class Workers:
             releases=self._sharding is None or bool(self._sharding.reshard_after_forward),
         )
 
-    def share(self, model: Wrapped) -> nn.Module:
-        """The same model, its gradients averaged over the ranks; with FSDP2 divided in place.
+    @property
+    def kind(self) -> str:
+        """How weights are divided."""
+        return "ZeRO-3" if self._uses_zero else "FSDP2"
 
-        accelerate's own FSDP2 runs on GPUs alone and knows no layer but transformers'.
+    @property
+    def _divides_by_zero(self) -> bool:
+        return self._uses_zero and self.divides
+
+    def share(self, model: Wrapped, optim: OptimConfig) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """The same model, its gradients averaged over the ranks, and what steps it.
+
+        With FSDP2 and ZeRO-3 divided in place. accelerate's own FSDP2 runs on GPUs alone and knows
+        no layer but transformers'.
         """
-        if self._sharding is not None:
-            if self.divides:
-                releases = bool(self._sharding.reshard_after_forward)
-                shard(model, self.device, self.num_ranks, releases=releases)
-            return model
-        prepared: nn.Module = self._accelerator.prepare_model(model)
-        return prepared
+        if self._divides_by_zero:
+            self._zero = ZeroEngine(model, optim, self.num_ranks)
+            return self._zero.engine, self._zero.optimizer
+        shared: nn.Module = model
+        if self._sharding is not None and self.divides:
+            releases = bool(self._sharding.reshard_after_forward)
+            shard(model, self.device, self.num_ranks, releases=releases)
+        elif not self._uses_zero and self._sharding is None:
+            shared = self._accelerator.prepare_model(model)
+        return shared, build_optimizer(model.model, optim)
 
     def meeting(self, model: nn.Module, is_last: bool) -> contextlib.AbstractContextManager[object]:
         """Ranks exchange gradients in the last micro-batch of a step, and not before.
 
-        With FSDP2 in each: gradients that are not exchanged yet would be kept whole.
+        With FSDP2 and ZeRO-3 in each: gradients that are not exchanged yet would be kept whole.
         """
+        if self._zero is not None:
+            self._zero.meet(is_last=is_last)
+            return contextlib.nullcontext()
         if is_last or self._sharding is not None:
             return contextlib.nullcontext()
         return self._accelerator.no_sync(model)
@@ -257,7 +315,41 @@ class Workers:
 
     def backward(self, loss: Tensor) -> None:
         """Add to the step's gradients."""
-        self._accelerator.backward(loss)
+        if self._zero is not None:
+            self._zero.backward(loss)
+        else:
+            loss.backward()
+
+    def step(
+        self, model: Wrapped, optimizer: torch.optim.Optimizer, max_grad_norm: float
+    ) -> Tensor:
+        """Clip the gradients, step and forget them; their norm before clipping."""
+        if self._zero is not None:
+            return self._zero.step()
+        norm = clip_gradients(model.parameters(), max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        return norm
+
+    def whole_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """``optimizer.state_dict()`` of one process, on the first rank. All must ask."""
+        if self._zero is not None:
+            return self._zero.state(keeps=self.rank == 0)
+        return gathered_state(optimizer, keeps=self.rank == 0)
+
+    def restore(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """Put the state of one process into an optimizer, each rank taking its parts."""
+        if self._zero is not None:
+            self._zero.restore(state)
+        else:
+            restore_state(optimizer, state)
+
+    def put(self, parameter: nn.Parameter, whole: Tensor) -> None:
+        """Put a whole weight into ``parameter``, or this rank's part of it."""
+        if self._zero is not None:
+            self._zero.put(parameter, whole)
+        else:
+            copy_part(parameter, whole)
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """The sum of every rank's tensor, on every rank."""
@@ -378,8 +470,8 @@ def evaluate(
     batches = evaluation_batches(
         held_out.examples,
         max_examples=batch_size,
-        num_ranks=workers.num_ranks,
-        rank=workers.rank,
+        num_ranks=workers.num_data,
+        rank=workers.data_rank,
     )
     summed_loss = settle(held_out.loss, model, batches, held_out.num_terms, workers)
     for batch in batches:
@@ -429,7 +521,7 @@ def save(
     with other ranks. No random generator is kept: each step seeds its own.
     """
     weights = whole_weights(model, workers)
-    moments = gathered_state(optimizer, keeps=workers.rank == 0)
+    moments = workers.whole_state(optimizer)
     if workers.rank == 0:
         state = {"position": asdict(at), "row_sums": row_sums, "optimizer": moments}
         save_checkpoint(folder, at.step, weights=weights, state=state, config=config)
@@ -462,8 +554,8 @@ def resume(
     parameters = trained_parameters(model)
     assert weights.keys() == parameters.keys(), f"{checkpoint.path} is of another model"
     for name, parameter in parameters.items():
-        copy_part(parameter, weights[name])
-    restore_state(optimizer, state["optimizer"])
+        workers.put(parameter, weights[name])
+    workers.restore(optimizer, state["optimizer"])
     is_keeper = workers.rank == 0  # the sums were of all ranks, so one takes them over
     row.add(
         {
@@ -513,13 +605,13 @@ def note_evaluation(
         )
 
 
-def take_best(folder: RunFolder, model: Wrapped, at: Position) -> None:
+def take_best(folder: RunFolder, workers: Workers, model: Wrapped, at: Position) -> None:
     """Put the weights of the lowest held-out loss back into the model."""
     with safe_open(folder.checkpoints / BEST / "model.safetensors", framework="pt") as file:
         kept_step = int((file.metadata() or {})["step"])
         assert kept_step == at.best_step, f"weights of step {kept_step}, not {at.best_step}"
         for name, parameter in trained_parameters(model).items():
-            copy_part(parameter, file.get_tensor(name))
+            workers.put(parameter, file.get_tensor(name))
     at.evaluation = dict(at.best_evaluation)
     folder.log(f"the weights after step {at.best_step} are kept (eval_loss {at.best_loss:.4g})")
 
@@ -569,7 +661,7 @@ def add_gradients(
     for number, batch in enumerate(batches, start=1):
         with workers.meeting(model, is_last=number == len(batches)):
             sums = summed_loss(model, batch.to(workers.device))
-            # DDP and FSDP2 average over ranks; the loss is a sum over them.
+            # DDP, FSDP2 and ZeRO-3 average over ranks; the loss is a sum over them.
             workers.backward(sums["loss"] * (workers.num_ranks / num_terms))
         totals.add(sums)
 
@@ -596,14 +688,13 @@ def train(
     """
     if workers.device.type == "cpu":
         keep_freed_memory()
-    shared = workers.share(model)
+    shared, optimizer = workers.share(model, optim)
     if workers.divides:
         here, everywhere = part_held(model)
         folder.log(
-            f"weights are divided over {workers.num_ranks} processes (FSDP2): {here:,} of "
+            f"weights are divided over {workers.num_ranks} processes ({workers.kind}): {here:,} of "
             f"{everywhere:,} parameters on the first"
         )
-    optimizer = build_optimizer(model.model, optim)
     at, row = resume(folder, workers, model, optimizer)
     if config.looks_for_best and at.step > 0 and at.eval_steps != config.eval_steps:
         raise UserError(
@@ -640,12 +731,10 @@ def train(
             set_learning_rate(optimizer, learning_rate)
             seed_step(seed, at.step, workers.rank)
             num_terms, num_tokens = steps.num_terms(at.step), steps.num_tokens(at.step)
-            batches = steps.micro_batches(at.step, workers.rank)
+            batches = steps.micro_batches(at.step, workers.data_rank)
             summed_loss = settle(loss, model, batches, num_terms, workers)
             add_gradients(workers, shared, batches, num_terms, summed_loss, row)
-            gradient_norm = clip_gradients(model.parameters(), optim.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
+            gradient_norm = workers.step(model, optimizer, optim.max_grad_norm)
 
             at.step += 1
             at.tokens += num_tokens
@@ -693,6 +782,6 @@ def train(
             if must_stop:
                 raise Stopped(stop.signal_number, f"after step {at.step} of {steps.total}")
     if config.load_best_model_at_end:
-        take_best(folder, model, at)
+        take_best(folder, workers, model, at)
     best = {"best_step": at.best_step} if config.looks_for_best else {}
     return {"steps": at.step, "tokens": at.tokens, "loss": at.loss, **at.evaluation, **best}

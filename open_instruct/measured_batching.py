@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from olmo_base.run.artefact import RunFolder, atomic_write
+from olmo_base.run.heap import keep_freed_memory
 from open_instruct.batches import Steps
 from open_instruct.logprobs import LabelLogprobs
 from open_instruct.loop import Workers
@@ -46,6 +47,8 @@ def settle_batching(
     other = padded()
     if other is None:
         return packed
+    if workers.device.type == "cpu":
+        keep_freed_memory()  # as the loop does
     models = {"packed": packed, "grouped": other}
     rates = dict.fromkeys(models, 0.0)
     with torch.random.fork_rng(enabled=True):
@@ -78,7 +81,7 @@ def _rate(workers: Workers, model: LabelLogprobs, steps: Steps) -> float:
     was_training = model.training
     model.train()
     count = range(min(NUM_STEPS, steps.total))
-    batches = [batch for step in count for batch in steps.micro_batches(step, workers.rank)]
+    batches = [batch for step in count for batch in steps.micro_batches(step, workers.data_rank)]
     _wait(workers.device)
     started = time.perf_counter()
     for batch in batches:

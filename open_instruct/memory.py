@@ -178,7 +178,7 @@ class Held(NamedTuple):
 def held_by_each(text_config: Any, sizes: Sizes, launch: Launch | None) -> Held:
     """What each process holds of the model.
 
-    Divided over processes (FSDP2), a layer is whole while it is computed, the next one while it is
+    Divided (FSDP2, ZeRO-3), a layer is whole while it is computed, the next one while it is
     fetched, and embedding and head through the step; a layer's gradient is whole until it is
     exchanged. Whole copies (DDP) hold gradients once more, in the buckets that they are sent in.
     """

@@ -9,10 +9,10 @@ import yaml
 
 from olmo_base.run.errors import UserError
 from olmo_base.run.launch import Launch
-from open_instruct.loop import asked_sharding
+from open_instruct.loop import asked_sharding, asks_for_zero
 
 # accelerate's words for what the loop trains with -> whether weights are divided
-KINDS = {"NO": False, "MULTI_CPU": False, "MULTI_GPU": False, "FSDP": True}
+KINDS = {"NO": False, "MULTI_CPU": False, "MULTI_GPU": False, "FSDP": True, "DEEPSPEED": True}
 
 
 def planned_launch(num_processes: int | None, accelerate_config: str | None) -> Launch | None:
@@ -31,7 +31,7 @@ def planned_launch(num_processes: int | None, accelerate_config: str | None) -> 
     return Launch(
         started,
         device="cuda" if torch.cuda.is_available() else "cpu",
-        divides=plugin is not None,
+        divides=plugin is not None or asks_for_zero(),
         releases=plugin is None or bool(plugin.reshard_after_forward),
     )
 

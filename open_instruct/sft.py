@@ -186,11 +186,21 @@ def row_seed(step_seed: int, example: int) -> int:
     return int(np.random.SeedSequence([step_seed, example]).generate_state(1)[0])
 
 
+def refuse_cut_noise(recipe: SftRecipe) -> None:
+    """Errors: UserError for noise on embeddings of which a process has only a part."""
+    if recipe.train.context_parallel > 1 and recipe.loss.neftune_noise_alpha is not None:
+        raise UserError(
+            "neftune_noise_alpha draws for whole dialogues, and context_parallel cuts them. Leave "
+            "one of the two out."
+        )
+
+
 # ---------------------------------------------------------------- plan and run
 
 
 def plan(recipe: SftRecipe, launch: Launch | None = None) -> dict[str, object]:
     """What a run would do, for --dry-run; touches nothing. Errors: as in ``run``."""
+    refuse_cut_noise(recipe)
     figures = plan_from_afar(recipe, 1, launch=launch)
     if figures is not None:
         return figures
@@ -212,6 +222,7 @@ def run(recipe: SftRecipe) -> RunFolder:
 
     Errors: UserError, DataError for what the user can mend; Stopped after a signal.
     """
+    refuse_cut_noise(recipe)
     opened = open_run(recipe, dialogue_examples)
     if isinstance(opened, RunFolder):
         return opened

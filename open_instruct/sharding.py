@@ -27,6 +27,7 @@ from olmo_base.optim import start_state
 from olmo_base.run.errors import UserError
 from open_instruct.adapters import is_adapted
 from open_instruct.logprobs import Wrapped
+from open_instruct.zero import is_divided, numbers_held, whole_parameter
 
 
 def refuse_other_settings(plugin: Any) -> None:
@@ -119,6 +120,9 @@ def release(model: Wrapped) -> None:
 def part_held(model: Wrapped) -> tuple[int, int]:
     """Numbers in this rank's parts of the parameters, and in all of them."""
     parameters = list(model.model.parameters())
+    if is_divided(parameters[0]):
+        held = [numbers_held(parameter) for parameter in parameters]
+        return sum(here for here, _ in held), sum(everywhere for _, everywhere in held)
     here = sum(local_tensor(parameter.detach()).numel() for parameter in parameters)
     return here, sum(parameter.numel() for parameter in parameters)
 
@@ -131,9 +135,12 @@ def gathered(tensor: Tensor, *, keeps: bool) -> Tensor:
 
     All ranks must ask. What is not divided is returned as it is.
     """
-    if not isinstance(tensor, DTensor):
+    if is_divided(tensor):
+        whole = whole_parameter(tensor)
+    elif isinstance(tensor, DTensor):
+        whole = whole_tensor(tensor.detach())
+    else:
         return tensor
-    whole = whole_tensor(tensor.detach())
     return whole.cpu() if keeps else whole.new_empty(0)
 
 
@@ -173,7 +180,7 @@ def make_whole(model: Wrapped, *, keeps: bool) -> None:
     modules: list[Any] = list(model.model.modules())
     for module in modules:
         for name, parameter in list(module.named_parameters(recurse=False)):
-            if not isinstance(parameter, DTensor):
+            if not (isinstance(parameter, DTensor) or is_divided(parameter)):
                 continue
             if id(parameter) not in whole:
                 value = gathered(parameter, keeps=keeps)

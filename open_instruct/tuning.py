@@ -46,6 +46,7 @@ from open_instruct.logprobs import (
     LabelLogprobs,
     Wrapped,
     native_over,
+    not_to_be_cut,
 )
 from open_instruct.loop import NEVER, HeldOut, Loss, TrainConfig, Workers, steps_of, train
 from open_instruct.measured_batching import settle_batching
@@ -63,6 +64,8 @@ NOT_HERE = "not_here"  # in the figures of a plan: what is missing on this machi
 class TuningRecipe(Protocol):
     """The keys that every tuning stage has."""
 
+    @property
+    def stage(self) -> str: ...
     @property
     def model(self) -> ModelConfig: ...
     @property
@@ -133,6 +136,23 @@ def check_held_out(recipe: TuningRecipe) -> None:
             )
 
 
+def check_context_parallel(recipe: TuningRecipe) -> None:
+    """Errors: UserError for a recipe whose rows cannot be cut over processes."""
+    number = recipe.train.context_parallel
+    if number == 1:
+        return
+    if recipe.stage != "sft":
+        raise UserError(
+            f"context_parallel: {number}, but stage: {recipe.stage} needs all labels of an answer "
+            "on one process; only stage: sft adds up over them. Leave it out."
+        )
+    if recipe.train.batching == "packed":
+        raise UserError(
+            f"context_parallel: {number} cuts padded rows, and batching is packed. Set batching: "
+            "auto or grouped."
+        )
+
+
 def encoder_of(recipe: TuningRecipe) -> ChatEncoder:
     """How the recipe's model writes dialogues. Errors: UserError."""
     return load_chat_encoder(
@@ -148,8 +168,9 @@ def open_run(recipe: Recipe, load: Load[Recipe, Loaded]) -> Opened[Loaded] | Run
     Errors: UserError, DataError for what the user can mend.
     """
     check_held_out(recipe)
+    check_context_parallel(recipe)
     tokenise_before_ranks_meet(recipe, load)
-    workers = Workers(recipe.train.bf16)
+    workers = Workers(recipe.train.bf16, context_parallel=recipe.train.context_parallel)
     with workers.main_first():
         folder = RunFolder.open(recipe, input_files(recipe))
     if folder.is_finished:
@@ -185,6 +206,7 @@ def tokenise_before_ranks_meet(recipe: Recipe, load: Load[Recipe, Loaded]) -> No
 def load_for_plan(recipe: Recipe, load: Load[Recipe, Loaded]) -> tuple[Loaded, ExampleCounts]:
     """The examples that a run would learn from, for --dry-run. Errors: as in ``open_run``."""
     check_held_out(recipe)
+    check_context_parallel(recipe)
     encoder = encoder_of(recipe)
     counts = ExampleCounts()
     return load(recipe.data.dataset_mixer, encoder, recipe, counts, DataReport()), counts
@@ -205,6 +227,8 @@ def plan_figures(
     ``way``, ``needs_distribution`` and ``launch`` as in ``training_memory``.
     """
     refuse_missing_trackers(recipe.log.report_to)
+    if recipe.train.context_parallel > 1 and way != NATIVE:
+        raise not_to_be_cut(recipe.model.model_name_or_path, way)
     model_config = load_config(recipe.model)
     check_lengths(int(examples.lengths_NW.max()), model_config, recipe.model.model_name_or_path)
     steps = steps_of(
@@ -212,7 +236,7 @@ def plan_figures(
         terms_per_example,
         recipe.train,
         seed=recipe.run.seed,
-        num_ranks=1 if launch is None else launch.num_processes,
+        num_ranks=1 if launch is None else data_processes(recipe, launch),
         cost_of_cut=NEVER if way in PACKING_WAYS else MICRO_BATCH_COST["cpu"],
     )
     micro_batches = steps.micro_batch_sizes(STEPS_LOOKED_AT, packs=way in PACKING_WAYS)
@@ -265,7 +289,7 @@ def _planned_memory(
     }
     chosen = recipe.model.gradient_checkpointing
     if launch is not None:
-        spread = f"divided over {launch.shards} (FSDP2)" if launch.divides else "a copy in each"
+        spread = f"divided over {launch.shards}" if launch.divides else "a copy in each"
         asked: dict[str, object] = {"processes": launch.num_processes, "weights": spread}
         if chosen != "auto":
             return asked | {"memory_bytes_of_each": needed[chosen]}
@@ -275,6 +299,17 @@ def _planned_memory(
         return {"memory_bytes": needed[chosen]}
     recomputes = not fits(needed[False], device)
     return {"gradient_checkpointing": recomputes, "memory_bytes": needed[recomputes]}
+
+
+def data_processes(recipe: TuningRecipe, launch: Launch) -> int:
+    """Processes that read different dialogues. Errors: UserError if they cannot be cut so."""
+    parts = recipe.train.context_parallel
+    if launch.num_processes % parts:
+        raise UserError(
+            f"context_parallel {parts} does not divide {launch.num_processes} processes. Plan for "
+            f"a multiple of {parts}."
+        )
+    return launch.num_processes // parts
 
 
 def fits(needed: int, device: torch.device) -> bool:
@@ -309,7 +344,7 @@ def plan_from_afar(
     return {
         NOT_HERE: f"{name} is not on this machine: its recorded shape is used, and rows, tokens "
         "and steps are not counted",
-        "examples_per_step": per_rank * (1 if launch is None else launch.num_processes),
+        "examples_per_step": per_rank * (1 if launch is None else data_processes(recipe, launch)),
         "parameters": sizes.all,
         **trained,
         **_planned_memory(
@@ -341,7 +376,7 @@ def expected_way(recipe: AdaptableRecipe, architecture: Any | None = None) -> st
     ``architecture`` None is the one in the model's folder.
     """
     architecture = architecture or load_config(recipe.model)
-    packs = recipe.train.batching != "grouped"
+    packs = recipe.train.batching != "grouped" and recipe.train.context_parallel == 1
     if not recipe.adapter.use_peft and recipe.model.attn_implementation == "sdpa":
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
@@ -372,6 +407,8 @@ class Model:
             seed=recipe.run.seed,
         )
         name = recipe.model.model_name_or_path
+        if workers.context is not None:
+            longest = workers.context.padded(longest)
         check_lengths(longest, self.language_model.config, name)
         if is_adapted(self.language_model):
             folder.log(about_adapter(self.language_model))
@@ -428,7 +465,9 @@ class Model:
         """
         if held_out is None or recipe.shown.num_eval_samples == 0:
             return None
-        refuse_divided_answers(recipe.shown.num_eval_samples, divides=workers.divides)
+        refuse_divided_answers(
+            recipe.shown.num_eval_samples, workers.kind if workers.divides else None
+        )
         prompts = first_prompts(held_out.examples, recipe.shown.num_eval_samples)
         return SampleLog(
             folder, self.language_model, encoder, prompts, recipe.shown, workers.precision
@@ -439,12 +478,12 @@ class Model:
         save_causal_lm(folder, self.language_model, encoder, self._stored_dtype)
 
 
-def refuse_divided_answers(num_eval_samples: int, *, divides: bool) -> None:
+def refuse_divided_answers(num_eval_samples: int, divided_by: str | None) -> None:
     """Errors: UserError if someone is to answer who does not hold all weights."""
-    if num_eval_samples and divides:
+    if num_eval_samples and divided_by is not None:
         raise UserError(
             f"num_eval_samples: {num_eval_samples}, but the first rank answers them, and under "
-            "FSDP2 it holds a part of the weights. Set it to 0, or launch with "
+            f"{divided_by} it holds a part of the weights. Set it to 0, or launch with "
             "recipes/accelerate/ddp.yaml."
         )
 
@@ -476,7 +515,7 @@ def steps_for(
         terms_per_example,
         recipe.train,
         seed=recipe.run.seed,
-        num_ranks=workers.num_ranks,
+        num_ranks=workers.num_data,
         cost_of_cut=workers.cost_of_cut(packs=packs),
     )
 

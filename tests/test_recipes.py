@@ -177,13 +177,17 @@ def test_a_run_without_its_text_is_refused_all_the_same(tmp_path, capsys):
 
 def test_accelerate_reads_the_files_of_its_launcher_and_the_loop_trains_with_their_kind():
     files = sorted(LAUNCHED_BY.glob("*.yaml"))
-    kinds = {"ddp": DistributedType.MULTI_GPU, "fsdp2": DistributedType.FSDP}
+    kinds = {
+        "ddp": DistributedType.MULTI_GPU,
+        "deepspeed_zero3": DistributedType.DEEPSPEED,
+        "fsdp2": DistributedType.FSDP,
+    }
     assert [path.stem for path in files] == sorted(kinds)
     for path in files:
         config = load_config_from_file(str(path))
         assert config.distributed_type == kinds[path.stem]
         # The launcher passes each on by its own option; one without an option would be lost.
-        options = {f"--{key}" for key in config.fsdp_config}
+        options = {f"--{key}" for key in (config.fsdp_config | config.deepspeed_config)}
         assert options <= set(launch_command_parser()._option_string_actions)
         assert config.num_processes > 1 and config.mixed_precision == "no"
         known = {field.name for field in dataclasses.fields(config)}

@@ -24,6 +24,10 @@ class SplitContext:
         self._group = group
         self._rank, self.num_ranks = group.rank(), group.size()
 
+    def padded(self, num_positions: int) -> int:
+        """How long a row of so many positions must be made to be cut into equal pieces."""
+        return num_positions + -num_positions % (2 * self.num_ranks)
+
     def positions(self, num_positions: int, device: torch.device) -> Tensor:
         """Which of a row's positions this rank has, P."""
         assert num_positions % (2 * self.num_ranks) == 0, "the recipe was checked"

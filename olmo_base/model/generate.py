@@ -38,9 +38,9 @@ from olmo_base.run.errors import UserError
 from olmo_base.run.launch import pick_device
 
 MAX_ROWS = 64  # prompts decoded together; more wins little on a CPU and costs cache
-# Numbers that a step's logits hold on a CPU: 6 MiB, 31 rows of OLMo's vocabulary.
-MAX_STEP_LOGITS = 3 * 2**19
-PREFILL_TOKENS = 2048  # of prompts read at once on a CPU, which gains nothing from more
+# Numbers that a step's logits hold on a CPU: 8 MiB, 41 rows of OLMo's vocabulary.
+MAX_STEP_LOGITS = 2**21
+PREFILL_TOKENS = 1024  # of prompts read at once on a CPU, which gains nothing from more
 MIN_PREFIX = 32  # tokens that all prompts begin with, from which on they are run once
 MIN_PREFIX_ROWS = 4
 GROUP = 128  # logits of which the largest is found at once
@@ -353,6 +353,7 @@ class Generator:
         prefix = self._run_prefix(list(prompts.values()))
         waiting, keys = list(prompts), list[int]()
         decoder: Decoder | None = None
+        logits: list[Tensor] = []  # after the last token of each row, as they were made
         while waiting or keys:
             room = max_rows - len(keys)
             if decoder is not None and keys and (2 * len(keys) > max_rows or not decoder.can_join):
@@ -369,17 +370,21 @@ class Generator:
                         "its training diverged. Use an earlier checkpoint."
                     )
                 if decoder is None or not keys:
-                    decoder, logits_BV = new, new_BV
+                    decoder, logits = new, [new_BV]
                 else:
                     decoder.join(new)
-                    logits_BV = torch.cat([logits_BV, new_BV])
+                    logits.append(new_BV)
+                del new, new_BV
                 keys += entering
                 room = room - len(entering) if decoder.can_join else 0
-            uniform_B = None
+            chances: Sequence[Tensor | None] = [None] * len(logits)
             if uniforms:
-                drawn = [uniforms[key][steps[key]] for key in keys]
-                uniform_B = torch.tensor(drawn, device=logits_BV.device)
-            ids_B = next_ids(logits_BV, sampling, uniform_B)
+                drawn_B = torch.tensor([uniforms[key][steps[key]] for key in keys])
+                chances = drawn_B.to(logits[0].device).split([len(part_BV) for part_BV in logits])
+            pairs = zip(logits, chances, strict=True)
+            ids_B = torch.cat([next_ids(part_BV, sampling, part_B) for part_BV, part_B in pairs])
+            del pairs
+            logits = []  # their memory is the next step's
             kept = []
             for row, (key, token) in enumerate(zip(keys, ids_B.tolist(), strict=True)):
                 steps[key] += 1
@@ -395,7 +400,7 @@ class Generator:
                 decoder.keep_rows(rows)
             keys = [keys[row] for row in rows]
             if kept:
-                logits_BV = decoder.step(ids_B[rows])
+                logits = [decoder.step(ids_B[rows])]
 
     def _entering(
         self, waiting: list[int], prompts: dict[int, Sequence[int]], prefix: Decoder | None

@@ -36,7 +36,7 @@ class Launch:
 
     num_processes: int = 1
     device: Literal["cpu", "cuda"] = "cuda"
-    divides: bool = False  # tuning: weights, gradients and moments over all processes (FSDP2)
+    divides: bool = False  # tuning: weights, gradients and moments, over all of them
     releases: bool = True  # then: a layer is gathered again for its backward pass
 
     @property

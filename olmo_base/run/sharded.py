@@ -237,6 +237,9 @@ class _CarefulUnpickler(pickle.Unpickler):
 # ---------------------------------------------------------------- stores that are no disk
 
 
+BUCKETS = {"s3", "s3a", "gs", "gcs"}  # protocols of stores in which a file's name is all there is
+
+
 class UriStore:
     """Checkpoints at a URI that fsspec knows: s3://bucket/run, gs://…, file://…, memory://…"""
 
@@ -252,6 +255,28 @@ class UriStore:
                 f"checkpoint_dir {uri} cannot be opened: {error}. For s3:// install s3fs, for "
                 "gs:// install gcsfs."
             ) from None
+        protocols = self._files.protocol
+        known = {protocols} if isinstance(protocols, str) else set(protocols)
+        self._has_folders = not known & BUCKETS
+        if not self._has_folders:
+            self._check_bucket()
+
+    def _check_bucket(self) -> None:
+        """Errors: UserError if it cannot be read, before anything is computed that it should keep.
+
+        A bucket is never made: of a name that is mistyped nobody would know where things went.
+        """
+        bucket = self._root.partition("/")[0]
+        problem = "there is no such bucket"
+        try:
+            is_there = self._files.exists(bucket)
+        except Exception as error:  # each store has its own: no network, no credentials, no right
+            is_there, problem = False, str(error) or type(error).__name__
+        if not is_there:
+            raise UserError(
+                f"checkpoint_dir {self.uri} cannot be used: {problem.rstrip('.')}. Make the bucket "
+                f"{bucket} and give this machine the right to it, or name another place."
+            )
 
     def names(self) -> list[str]:
         """Complete checkpoints, the oldest first."""
@@ -264,7 +289,8 @@ class UriStore:
 
     def put(self, files: list[Path], name: str) -> None:
         """Copy files there."""
-        self._files.makedirs(f"{self._root}/{name}", exist_ok=True)
+        if self._has_folders:
+            self._files.makedirs(f"{self._root}/{name}", exist_ok=True)
         for file in files:
             self._files.put_file(str(file), f"{self._root}/{name}/{file.name}")
 

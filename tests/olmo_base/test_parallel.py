@@ -26,7 +26,7 @@ from olmo_base.pretrain import run
 from olmo_base.pretrain_loop import add_gradients
 from olmo_base.pretrain_recipe import PretrainRecipe
 from olmo_base.run.artefact import sha256_file
-from olmo_base.run.errors import UserError
+from olmo_base.run.errors import Stopped, UserError
 from olmo_base.run.recipe import load_recipe
 from tests.olmo_base import ranks
 from tests.olmo_base.test_pretrain import PROJECT, recipe_file, recipe_for, rows_of, tokens
@@ -377,6 +377,57 @@ def test_checkpoints_go_to_a_uri_and_come_back_from_it(tokens, tmp_path, two, al
     assert f"{store}/step_000011 is corrupt" in said
     assert "after step 8" in said
     assert_same(tmp_path / "run", alone())
+
+
+@pytest.fixture
+def s3(monkeypatch):
+    """A server in this process that speaks S3, with one empty bucket."""
+    server = pytest.importorskip("moto.server", reason="moto[server] is not installed")
+    s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed")
+    started = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    started.start()
+    host, port = started.get_host_and_port()
+    keys = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_DEFAULT_REGION": "us-east-1"}
+    for key, value in (keys | {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}).items():
+        monkeypatch.setenv(key, value)
+    files = s3fs.S3FileSystem()
+    files.mkdir("runs")
+    yield files
+    files.rm("runs", recursive=True)  # the next server in this process would still have it
+    s3fs.S3FileSystem.clear_instance_cache()
+    started.stop()
+
+
+def test_checkpoints_go_to_s3_the_last_ones_stay_and_a_run_goes_on_from_there(
+    tokens, tmp_path, s3, alone, monkeypatch
+):
+    keys = {**KEYS, "save_steps": 4, "save_total_limit": 2, "checkpoint_dir": "s3://runs/a/b/"}
+    recipe = recipe_for(tokens, tmp_path, **keys)
+    with monkeypatch.context() as patch:
+        original = Ranks.at
+
+        def at(self, step, *, waits=False):
+            if step == 13 and waits:
+                os.kill(os.getpid(), signal.SIGTERM)
+            original(self, step, waits=waits)
+
+        patch.setattr(Ranks, "at", at)
+        with pytest.raises(Stopped):
+            run(recipe)
+    kept = sorted(Path(path).name for path in s3.ls("runs/a/b", refresh=True))
+    assert kept == ["step_000012", "step_000014"]
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+    s3.rm_file("runs/a/b/step_000014/index.json")  # as if it had been killed while writing
+    run(recipe)
+    assert "step_000012, after step 12" in (tmp_path / "run" / "train.log").read_text()
+    assert_same(tmp_path / "run", alone())
+
+
+def test_a_bucket_that_is_not_there_is_one_message_and_is_not_made(tokens, tmp_path, s3):
+    recipe = recipe_for(tokens, tmp_path, **KEYS, checkpoint_dir="s3://nowhere/a")
+    with pytest.raises(UserError, match=r"s3://nowhere/a cannot be used: there is no such bucket"):
+        run(recipe)
+    assert s3.ls("", refresh=True) == ["runs"]
 
 
 def test_a_store_in_memory_keeps_the_checkpoints_of_one_process(tokens, tmp_path):

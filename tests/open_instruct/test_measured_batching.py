@@ -111,7 +111,8 @@ def test_the_choice_of_another_run_counts_for_nothing(folder):
 
 
 def test_divided_weights_answer_no_held_out_prompts():
-    refuse_divided_answers(0, divides=True)
-    refuse_divided_answers(4, divides=False)
-    with pytest.raises(UserError, match="num_eval_samples: 4, but the first rank"):
-        refuse_divided_answers(4, divides=True)
+    refuse_divided_answers(0, "FSDP2")
+    refuse_divided_answers(4, None)
+    for kind in ("FSDP2", "ZeRO-3"):
+        with pytest.raises(UserError, match=f"num_eval_samples: 4, .* under {kind}"):
+            refuse_divided_answers(4, kind)

@@ -182,7 +182,8 @@ def test_layers_that_are_computed_again_are_computed_by_rows_again():
     batch = rows_of_unlike_lengths()
     plain = LabelLogprobs(made(llama))
     recomputing = LabelLogprobs(made(llama))
-    recomputing.model.gradient_checkpointing_enable({"use_reentrant": False})
+    model: Any = recomputing.model
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     for (name, one), (_, other) in zip(
         gradients(plain, batch)[1].items(), gradients(recomputing, batch)[1].items(), strict=True
     ):
@@ -192,7 +193,8 @@ def test_layers_that_are_computed_again_are_computed_by_rows_again():
 def test_padding_costs_a_packed_model_no_position():
     batch, seen = rows_of_unlike_lengths(), []
     placed = LabelLogprobs(made(llama))
-    placed.model.model.layers[0].mlp.register_forward_hook(
+    model: Any = placed.model
+    model.model.layers[0].mlp.register_forward_hook(
         lambda _, inputs, __: seen.append(inputs[0].shape[:-1].numel())
     )
     placed(batch)
@@ -221,14 +223,14 @@ def test_pairs_share_their_prompt_in_rows_end_to_end():
 
 
 def test_a_model_that_packs_still_reads_padded_rows_and_is_saved_as_it_came(tmp_path):
-    model = made(llama)
+    model: Any = made(llama)
     ids_RT = torch.randint(3, 61, (2, 7))
     mask_RT = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
     expected = model(input_ids=ids_RT, attention_mask=mask_RT).logits
-    placed = LabelLogprobs(model)
+    LabelLogprobs(model)
     assert model.config._attn_implementation == NAME
     torch.testing.assert_close(model(input_ids=ids_RT, attention_mask=mask_RT).logits, expected)
-    placed.model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
     assert NAME not in (tmp_path / "config.json").read_text(encoding="utf-8")
 
 

@@ -1,5 +1,8 @@
 """Trackers: what they hold is read back by their own readers, and nothing runs unasked."""
 
+import contextlib
+import json
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +45,24 @@ def test_wandb_offline_keeps_a_run_in_the_folder(tmp_path, monkeypatch):
     train_a_little(tmp_path / "run", ["wandb"])  # type: ignore[arg-type]
     [record] = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
     assert b"learning_rate" in record.read_bytes()
+
+
+def test_trackio_keeps_every_row_on_this_machine(tmp_path, monkeypatch):
+    pytest.importorskip("trackio", reason="trackio is not installed")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    program = (
+        "import sys; from tests.olmo_base.run.test_trackers import train_a_little; "
+        "from pathlib import Path; train_a_little(Path(sys.argv[1]), 'trackio'); "
+        "train_a_little(Path(sys.argv[1]), ('trackio',), resume_step=3)"
+    )
+    # It reads where its files go when it is imported, and leaves threads behind.
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "run")], check=True)
+    [database] = (tmp_path / "trackio").glob("*.db")
+    with contextlib.closing(sqlite3.connect(database)) as opened:
+        rows = opened.execute("SELECT step, metrics FROM metrics ORDER BY step").fetchall()
+    found = {step: json.loads(metrics) for step, metrics in rows}
+    assert [step for step, _ in rows] == [1, 2, 3, 4, 5, 6]
+    assert found[4] == {"loss": 2.5, "learning_rate": 0.5}
 
 
 @pytest.mark.parametrize("given, names", [("none", ()), ((), ()), (("wandb", "wandb"), ("wandb",))])
