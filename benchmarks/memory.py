@@ -9,6 +9,7 @@ a tiny model, so that libraries are loaded.
 """
 
 import argparse
+import ctypes
 import gc
 import multiprocessing
 import sys
@@ -189,6 +190,7 @@ def measured(name: str, shape: str, length: str) -> tuple[int, int]:
     """Bytes of one case: estimated, and measured. For a process of its own."""
     trained(CASES[name], TINY, "short")
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what is free and kept would not be measured
     return trained(CASES[name], SHAPES[shape], length)
 
 

@@ -41,10 +41,12 @@ FLOAT_BYTES, HALF_BYTES = 4, 2
 # How much of what is freed a CPU's allocator keeps beside what is in use. Measured
 # (benchmarks/memory.py): it gives little of it to a micro-batch of another size, nor, under
 # adapters, to the many tensors of other sizes that they make.
-TIDY_NATIVE, TIDY = 1.0, 1.05
-UNLIKE_SIZES_NATIVE, UNLIKE_SIZES = 1.7, 1.6
-HALVES_NATIVE, HALVES, HALVES_AGAIN = 1.3, 1.25, 1.7
-ADAPTED, ADAPTED_AGAIN = 1.45, 2.8
+TIDY, AGAIN = 1.13, 1.4
+UNLIKE_SIZES = 1.6
+HALVES_AGAIN = 1.7
+ADAPTED, ADAPTED_AGAIN = 1.6, 3.7
+ON_A_GPU = 1.05
+KERNELS_BYTES = 30 * 2**20  # what torch's kernels take while they run
 REWARDS = "the last token"  # beside the ways to log-probabilities: one number for a row
 CONTAINER_LIMITS = (
     Path("/sys/fs/cgroup/memory.max"),
@@ -232,8 +234,10 @@ def training_memory(
     kept, passing = layer_bytes(
         text_config, sizes, way=way, adapter=adapter, bf16=bf16, device=device
     )
+    # Of the last native layer, what comes after attention is computed at the labels only.
+    at_labels = max(0.0, kept - FLOAT_BYTES * 6 * width)
     ends = 4 * width * FLOAT_BYTES  # embeddings, the last norm, the states at the labels
-    freed = TIDY
+    freed = ON_A_GPU
     if device == "cpu":
         freed = _kept_when_freed(
             is_native=is_native,
@@ -256,19 +260,22 @@ def training_memory(
         if is_blocked and size.longest <= MAX_BLOCKED_LENGTH:
             probabilities = heads * (size.seen // 2 + 32 * size.positions)
             layer += (HALF_BYTES if bf16 else FLOAT_BYTES) * probabilities
+        last = layer
         logits = FLOAT_BYTES * _logits(size, vocab_size, way, needs_distribution)
         logits *= 2 if bf16 else 1  # made in bfloat16, and their gradient again
         passing_by = size.positions * passing
+        if way == PACKED:
+            last = layer - (size.positions - size.labels) * at_labels
         if gradient_checkpointing:
             inputs = layers * size.positions * width * FLOAT_BYTES
             begin = inputs + max(logits + casts, layer + passing_by)
         else:
-            begin = layers * layer + casts + max(logits, passing_by)
+            begin = (layers - 1) * layer + last + casts + max(logits, passing_by)
         begin, end = (
             freed * (size.positions * ends + moment) for moment in (begin, layer + passing_by)
         )
         most = max(most, (held.gradients if is_cut else 0) + begin, held.gradients + end)
-    return held.weights + held.moments + held.gathered + round(most)
+    return held.weights + held.moments + held.gathered + round(most) + KERNELS_BYTES
 
 
 def _without_head(text_config: Any, sizes: Sizes) -> Sizes:
@@ -286,14 +293,12 @@ def _kept_when_freed(
     *, is_native: bool, is_adapted: bool, is_cut: bool, bf16: bool, recomputes: bool
 ) -> float:
     if is_cut:
-        return UNLIKE_SIZES_NATIVE if is_native else UNLIKE_SIZES
+        return UNLIKE_SIZES
     if is_adapted:
         return ADAPTED_AGAIN if recomputes else ADAPTED
-    if bf16 and recomputes:
-        return HALVES_AGAIN
-    if bf16:
-        return HALVES_NATIVE if is_native else HALVES
-    return TIDY_NATIVE if is_native else TIDY
+    if recomputes and (bf16 or not is_native):
+        return HALVES_AGAIN if bf16 else AGAIN
+    return TIDY
 
 
 def _logits(size: MicroBatchSize, vocab_size: int, way: str, needs_distribution: bool) -> int:
