@@ -26,10 +26,17 @@ from olmo_base.model.hf_weights import hf_name, model_config_of
 from olmo_base.model.packing import Branches, filled
 from olmo_base.model.products import linear
 from olmo_base.model.transformer import Transformer
+from olmo_base.model.varlen import Kernel
 from olmo_base.run.errors import UserError
 from open_instruct.batches import Batch, Examples, pack
 from open_instruct.control_tokens import Encoded
-from open_instruct.packed_attention import give_back, reach_of, rows_end_to_end, take_rows
+from open_instruct.packed_attention import (
+    NAME,
+    call_instead,
+    reach_of,
+    rows_end_to_end,
+    why_not_rows,
+)
 
 # Above this many logits at once (256 MB in float32) the head works through the labels in pieces,
 # whose logits are computed again in the backward pass instead of being kept.
@@ -348,13 +355,15 @@ class LabelLogprobs(Wrapped):
         packs: bool = True,
         longest: int | None = None,
         is_native: bool = True,
+        kernel: Kernel | None = None,
     ) -> None:
         """Errors: UserError if no way reproduces the model's own logits.
 
         ``precision`` opens the context the model computes in (autocast); ``tolerance`` is what its
         rounding may change a log-probability by, in nats, where logits spread over 20. ``packs``:
         leave padding out where the model can. ``longest`` is the longest row that it will read.
-        ``is_native``: compute an OLMo's layers by ours.
+        ``is_native``: compute an OLMo's layers by ours. ``kernel``: what attends to rows end to
+        end, if it gives what the model's own attention does.
         """
         super().__init__()
         self.model = model
@@ -367,13 +376,23 @@ class LabelLogprobs(Wrapped):
             if packs:
                 self.ways = {PACKED: NativeThenHead(native, packs=True), **self.ways}
         elif packs:
-            self.why_padded = take_rows(model, longest)
-            if self.why_padded is None:
-                self.ways = {**WAYS_OF_ROWS, **WAYS}
-        self.way, self.needs_mask = find_way(model, precision, tolerance, self.ways)
+            self.why_padded = why_not_rows(model, longest)
+        before = None
+        if packs and native is None and self.why_padded is None:
+            self.ways = {**WAYS_OF_ROWS, **WAYS}
+            before = call_instead(model, NAME)
+        self.kernel = kernel if packs else None
+        self.wrong_kernel: Kernel | None = None
+        self.way, self.needs_mask = find_way(model, precision, tolerance, self.ways, self.kernel)
+        if self.kernel is not None and not self.packs:  # or the model cannot, whatever attends
+            self.wrong_kernel, self.kernel = self.kernel, None
+            self.way, self.needs_mask = find_way(model, precision, tolerance, self.ways, None)
+            if not self.packs:
+                self.wrong_kernel = None
         if packs and self.why_padded is None and not self.packs:
             self.why_padded = "rows end to end change what the model computes"
-            give_back(model)
+        if before is not None and not self.packs:
+            call_instead(model, before)
         self.pair_mask: str | None = None
 
     @property
@@ -393,6 +412,7 @@ class LabelLogprobs(Wrapped):
         With one of ``STATISTICS``: (L, 2), the statistic beside each log-probability.
         """
         mask = padding_mask(batch) if self.needs_mask else None
+        batch = attended_by(self.kernel, batch)
         if batch.branches_R2 is not None:
             assert self.pair_mask is not None, "share_prompts was not asked"
             mask = PAIR_MASKS[self.pair_mask](batch)
@@ -428,6 +448,13 @@ def not_to_be_cut(model_name: str, way: str) -> UserError:
     )
 
 
+def attended_by(kernel: Kernel | None, batch: Batch) -> Batch:
+    """The same rows, attended to by ``kernel`` where they lie end to end."""
+    if kernel is None or batch.packing is None:
+        return batch
+    return replace(batch, packing=batch.packing.attended_by(kernel))
+
+
 def padding_mask(batch: Batch) -> Tensor:
     """1 at tokens, 0 at padding: (R, T), as Hugging Face models take it."""
     positions_T = torch.arange(batch.ids_RT.shape[1], device=batch.ids_RT.device)
@@ -440,13 +467,14 @@ def find_way(
     precision: Callable[[], AbstractContextManager[object]],
     tolerance: float,
     ways: dict[str, Way],
+    kernel: Kernel | None,
 ) -> tuple[str, bool]:
     """The cheapest way that equals the model's own logits, and whether it needs a padding mask.
 
     Models that scale or cap their logits after the head, or whose padding reaches the tokens, are
     found out here on two short rows, whatever their architecture is called.
     """
-    probe = _probe(model)
+    probe = attended_by(kernel, _probe(model))
     was_training = model.training
     model.eval()
     with contextlib.ExitStack() as undo:
@@ -468,7 +496,7 @@ def find_way(
                 try:
                     found = way(model, probe, mask_RT, None)
                     is_right = torch.allclose(found, expected, rtol=0, atol=tolerance)
-                    if is_right and name in WAYS_OF_ROWS:
+                    if is_right and name in PACKING_WAYS:
                         is_right = _keeps_rows_apart(model, way, probe, found)
                 except (TypeError, AttributeError, IndexError, ValueError, RuntimeError):
                     continue  # a model without that door; the next way asks less of it

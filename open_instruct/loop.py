@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 
 from olmo_base.divided import copy_part
 from olmo_base.model.context import SplitContext
+from olmo_base.model.varlen import rows_kernel
 from olmo_base.optim import (
     OptimConfig,
     build_optimizer,
@@ -223,19 +224,25 @@ class Workers:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
 
     def place(
-        self, model: PreTrainedModel, batching: Batching = "auto", longest: int | None = None
+        self,
+        model: PreTrainedModel,
+        batching: Batching = "auto",
+        longest: int | None = None,
+        attention: str = "auto",
     ) -> LabelLogprobs:
         """The model on this rank's device, computing label log-probabilities.
 
         ``longest`` is the longest row that it will read; a model with windows packs if it knows.
-        Errors: UserError if it is no causal language model, or cannot do what ``batching`` says.
+        ``attention`` is the recipe's ``attn_implementation``. Errors: UserError if it is no causal
+        language model, or cannot do what ``batching`` or ``attention`` says.
         """
+        kernel = rows_kernel(attention, self.device, bf16=self.bf16)
         is_quantised = getattr(model, "is_quantized", False)
         if not is_quantised:  # such a model was loaded onto the device
             model.to(self.device)  # type: ignore[arg-type]
         # nats, where logits spread over 20
         tolerance = 1.0 if self.bf16 or is_quantised else 1e-3
-        must_pad = self.context is not None or self._divides_by_zero
+        must_pad = self.context is not None or self.divides_by_zero
         placed = LabelLogprobs(
             model,
             self.precision,
@@ -243,10 +250,17 @@ class Workers:
             packs=batching != "grouped" and not must_pad,
             longest=longest,
             # DeepSpeed gathers the weights of modules that are called, each with its own.
-            is_native=not self._divides_by_zero,
+            is_native=not self.divides_by_zero,
+            kernel=kernel,
         )
+        if placed.wrong_kernel is not None and attention != "auto":
+            raise UserError(
+                f"attn_implementation: {attention}, but over rows end to end it does not compute "
+                f"what {type(model).__name__} does. Set attn_implementation: auto, or batching: "
+                "grouped."
+            )
         if must_pad:
-            placed.why_padded = "ZeRO-3" if self._divides_by_zero else "context_parallel"
+            placed.why_padded = "ZeRO-3" if self.divides_by_zero else "context_parallel"
         if batching == "packed" and not placed.packs:
             raise UserError(
                 f"batching: packed, but {type(model).__name__} must pad: {placed.why_padded}. "
@@ -277,7 +291,8 @@ class Workers:
         return "ZeRO-3" if self._uses_zero else "FSDP2"
 
     @property
-    def _divides_by_zero(self) -> bool:
+    def divides_by_zero(self) -> bool:
+        """Whether by DeepSpeed, which knows no layers but those that transformers calls."""
         return self._uses_zero and self.divides
 
     def share(self, model: Wrapped, optim: OptimConfig) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -286,7 +301,7 @@ class Workers:
         With FSDP2 and ZeRO-3 divided in place. accelerate's own FSDP2 runs on GPUs alone and knows
         no layer but transformers'.
         """
-        if self._divides_by_zero:
+        if self.divides_by_zero:
             self._zero = ZeroEngine(model, optim, self.num_ranks)
             return self._zero.engine, self._zero.optimizer
         shared: nn.Module = model

@@ -29,11 +29,13 @@ def settle_batching(
     packed: LabelLogprobs,
     padded: Callable[[], LabelLogprobs | None],
     steps_of: Callable[[bool], Steps],
+    keeps_all: Callable[[LabelLogprobs, Steps], bool],
 ) -> LabelLogprobs:
     """The one of the two to train with. ``padded`` makes the other one; None where it cannot.
 
-    ``steps_of`` are the run's steps for a model that packs, or does not. Weights, gradients and
-    random generators are left as they were.
+    ``steps_of`` are the run's steps for a model that packs, or does not. ``keeps_all``: whether
+    memory allows layers to keep what they compute, without which nothing is measured. Weights,
+    gradients and random generators are left as they were. All ranks must ask.
     """
     path = folder.path / CHOICE
     kept = _read(folder)
@@ -41,11 +43,12 @@ def settle_batching(
         folder.log(f"batching: {kept}, as when the run began ({path.name})")
         other = padded() if kept == "grouped" else None
         return packed if other is None else other
+    has_begun = folder.checkpoints.is_dir() and any(folder.checkpoints.iterdir())
     steps = {"packed": steps_of(True), "grouped": steps_of(False)}
-    if steps["packed"].total < LEAST_STEPS:
+    if has_begun or steps["packed"].total < LEAST_STEPS or not keeps_all(packed, steps["packed"]):
         return packed
     other = padded()
-    if other is None:
+    if other is None or not keeps_all(other, steps["grouped"]):
         return packed
     if workers.device.type == "cpu":
         keep_freed_memory()  # as the loop does

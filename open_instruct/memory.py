@@ -41,11 +41,11 @@ FLOAT_BYTES, HALF_BYTES = 4, 2
 # How much of what is freed a CPU's allocator keeps beside what is in use. Measured
 # (benchmarks/memory.py): it gives little of it to a micro-batch of another size, nor, under
 # adapters, to the many tensors of other sizes that they make.
-TIDY, AGAIN = 1.13, 1.4
+EVEN = 1.05  # all rows padded to one length, or on a GPU
+TIDY, AGAIN = 1.13, 1.65
 UNLIKE_SIZES = 1.6
 HALVES_AGAIN = 1.7
-ADAPTED, ADAPTED_AGAIN = 1.6, 3.7
-ON_A_GPU = 1.05
+ADAPTED, ADAPTED_AGAIN = 1.6, 4.0
 KERNELS_BYTES = 30 * 2**20  # what torch's kernels take while they run
 REWARDS = "the last token"  # beside the ways to log-probabilities: one number for a row
 CONTAINER_LIMITS = (
@@ -237,10 +237,11 @@ def training_memory(
     # Of the last native layer, what comes after attention is computed at the labels only.
     at_labels = max(0.0, kept - FLOAT_BYTES * 6 * width)
     ends = 4 * width * FLOAT_BYTES  # embeddings, the last norm, the states at the labels
-    freed = ON_A_GPU
+    freed = EVEN
     if device == "cpu":
         freed = _kept_when_freed(
             is_native=is_native,
+            packs=way in PACKING_WAYS,
             is_adapted=sizes.trained < sizes.all,
             is_cut=is_cut,
             bf16=bf16,
@@ -290,7 +291,7 @@ def _without_head(text_config: Any, sizes: Sizes) -> Sizes:
 
 
 def _kept_when_freed(
-    *, is_native: bool, is_adapted: bool, is_cut: bool, bf16: bool, recomputes: bool
+    *, is_native: bool, packs: bool, is_adapted: bool, is_cut: bool, bf16: bool, recomputes: bool
 ) -> float:
     if is_cut:
         return UNLIKE_SIZES
@@ -298,7 +299,7 @@ def _kept_when_freed(
         return ADAPTED_AGAIN if recomputes else ADAPTED
     if recomputes and (bf16 or not is_native):
         return HALVES_AGAIN if bf16 else AGAIN
-    return TIDY
+    return TIDY if packs else EVEN
 
 
 def _logits(size: MicroBatchSize, vocab_size: int, way: str, needs_distribution: bool) -> int:

@@ -23,11 +23,23 @@ from olmo_base.model.packing import Group, Packing
 from open_instruct.batches import Batch
 
 NAME = "rows_end_to_end"  # of the function, in configurations while a model is trained
-TAKEN_OVER = "sdpa"  # the implementation that it stands in for
+# The implementations that it stands in for. Where nobody gives it rows, it is the first of them.
+TAKEN_OVER = ("sdpa", "flash_attention_2", "flash_attention_3")
 CHANGING = ("softcap", "position_bias", "s_aux")  # what would be done to scores
 # Keys of configurations that say how far attention reaches back. Ours lets rows see all of
 # themselves, and a mask of ours would replace the window.
-REACHES = ("sliding_window", "attention_chunk_size", "window_size")
+REACHES = (
+    "sliding_window",
+    "sliding_window_size",
+    "attention_chunk_size",
+    "attention_window_size",
+    "local_attention",
+    "window_size",
+)
+# Kinds of layers in which a row that no window cuts sees all of itself and nothing else. Any other
+# (a state, a convolution, an indexer) goes on from one row into the next. A probe shows that too,
+# but only as far as a young model's weights let it through.
+KINDS = ("full_attention", "sliding_attention", "chunked_attention", "dense", "sparse", "moe")
 
 
 def attend_rows(
@@ -43,7 +55,8 @@ def attend_rows(
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it, (1, H, N, h) to (1, N, H, h), each row by itself.
 
-    Errors: ValueError for scores that are changed before their softmax.
+    Errors: ValueError for scores that are changed before their softmax, and for a row that is
+    longer than the layer's window.
     """
     if rows is None:
         return sdpa_attention_forward(
@@ -53,8 +66,18 @@ def attend_rows(
     if changed or others.get("is_causal") is False:
         words = ", ".join(changed) or "no order"
         raise ValueError(f"attention with {words} is not computed by rows")
+    window = others.get("sliding_window")
+    if window is not None and any(group.length > window for group in rows.groups):
+        raise ValueError(f"a row is longer than the window of {window} tokens")
     assert len(query) == 1, "rows end to end are one row"
-    heads = (to_matmul_dtype(x[0].transpose(0, 1).flatten(1)) for x in (query, key, value))
+    if rows.kernel is not None and not dropout and value.shape[-1] == query.shape[-1]:
+        q_NHh, k_NKh, v_NKh = (to_matmul_dtype(x[0].transpose(0, 1)) for x in (query, key, value))
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        mixed_NHh = rows.kernel.attend(
+            q_NHh, k_NKh, v_NKh, rows.row_starts, rows.longest, scale, None
+        )
+        return mixed_NHh[None], None
+    heads = [to_matmul_dtype(x[0].transpose(0, 1).flatten(1)) for x in (query, key, value)]
     parts = zip(
         *(rows.apart(x_ND) for x_ND in heads),
         rows.groups,
@@ -110,34 +133,51 @@ AttentionInterface.register(NAME, attend_rows)
 AttentionMaskInterface.register(NAME, sdpa_mask)  # for rows that are padded all the same
 
 
-def take_rows(model: Any, longest: int | None) -> str | None:
-    """Let the model's layers call ``attend_rows``. If they cannot: why, in words.
+def leave_uncompiled() -> None:
+    """Keep torch from compiling ``attend_rows``, whose groups are others in each batch."""
+    AttentionInterface.register(NAME, torch.compiler.disable(attend_rows))
+
+
+def why_not_rows(model: Any, longest: int | None) -> str | None:
+    """Why the model's layers cannot call ``attend_rows``, in words; None if nothing speaks for it.
 
     ``longest`` is the longest row that will ever be read; None if nobody knows.
     """
     config = model.config.get_text_config()
     name = config._attn_implementation
-    if name != TAKEN_OVER:
+    if name not in TAKEN_OVER:
         return f"attn_implementation is {name}"
+    carrier = what_carries_on(model, config)
+    if carrier is not None:
+        return f"{carrier} goes on from one row into the next"
     reach = reach_of(config)
     if reach is not None and (longest is None or longest > reach):
         rows = "how long rows are is not known" if longest is None else f"a row has {longest:,}"
         return f"attention reaches back {reach:,} tokens, and {rows}"
-    config._attn_implementation = NAME
     return None
 
 
-def give_back(model: Any) -> None:
-    """Undo ``take_rows``."""
+def call_instead(model: Any, name: str) -> str:
+    """Let the model's layers call the attention of this name; what they called before."""
     config = model.config.get_text_config()
-    if config._attn_implementation == NAME:
-        config._attn_implementation = TAKEN_OVER
+    before: str = config._attn_implementation
+    config._attn_implementation = name
+    return before
 
 
 def reach_of(config: Any) -> int | None:
     """How far attention reaches back in the layer that sees the least; None: to the beginning."""
     values = [getattr(config, key, None) for key in REACHES]
     return min((value for value in values if isinstance(value, int) and value > 0), default=None)
+
+
+def what_carries_on(model: nn.Module, config: Any) -> str | None:
+    """What beside attention mixes the positions of a row, in words; None if nothing does."""
+    kinds = sorted(set(getattr(config, "layer_types", None) or ()) - set(KINDS))
+    if kinds:
+        return f"a layer of kind {kinds[0]}"
+    has_convolution = any(isinstance(module, nn.Conv1d) for module in model.modules())
+    return "a convolution" if has_convolution else None
 
 
 def rows_end_to_end(model: Any, batch: Batch) -> dict[str, Any]:

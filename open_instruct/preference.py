@@ -422,7 +422,8 @@ def run(recipe: PreferenceRecipe) -> RunFolder:
     sets = with_shared_prompts(sets, recipe, workers, model.logprobs, folder)
     examples = learnt(sets["train"])
     terms = np.ones(len(examples))
-    model.settle_batching(recipe, workers, folder, examples, terms)
+    is_weighted = recipe.loss.is_weighted
+    model.settle_batching(recipe, workers, folder, examples, terms, is_weighted)
     parts: dict[str, Examples] = {}
     for name, items in sets.items():
         parts |= compared(name, items)
@@ -455,6 +456,6 @@ def run(recipe: PreferenceRecipe) -> RunFolder:
         held_out,
         model.sample_log(recipe, folder, opened.encoder, held_out, workers),
         uses=opened.uses,
-        needs_distribution=recipe.loss.is_weighted,
+        needs_distribution=is_weighted,
     )
     return folder

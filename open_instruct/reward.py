@@ -51,6 +51,7 @@ from open_instruct.causal_lm import (
     new_folder,
     whole_model_folder,
 )
+from open_instruct.compute import refuse_uncompilable
 from open_instruct.encode import (
     ChatEncoder,
     add_new_tokens,
@@ -69,6 +70,7 @@ from open_instruct.tuning import (
     about_adapter,
     input_files,
     load_for_plan,
+    note_liger_kernels,
     open_run,
     plan_figures,
     plan_from_afar,
@@ -315,7 +317,7 @@ def _load_classifier(
                 folder,
                 num_labels=1,
                 dtype=torch.float32,
-                attn_implementation=config.attn_implementation,
+                attn_implementation=config.layers_attention,
                 trust_remote_code=config.trust_remote_code,
                 output_loading_info=True,
                 **placed,
@@ -394,6 +396,7 @@ def run(recipe: RewardRecipe) -> RunFolder:
         loss = reward_loss(held_out_margins_P.to(workers.device), None)
         held_out = HeldOut(pairs, len(pairs), loss)
 
+    refuse_uncompilable(recipe.model, recipe.adapter, workers)
     loaded = load_reward_model(
         recipe.model,
         encoder,
@@ -406,6 +409,7 @@ def run(recipe: RewardRecipe) -> RunFolder:
     check_lengths(longest, loaded.model.config, recipe.model.model_name_or_path)
     if is_adapted(loaded.model):
         folder.log(about_adapter(loaded.model))
+    note_liger_kernels(loaded.model, recipe, workers, folder)
     if not recipe.adapter.is_quantised:  # such a model was loaded onto the device
         loaded.model.to(workers.device)
     tolerance = 1.0 if workers.bf16 or recipe.adapter.is_quantised else 1e-3

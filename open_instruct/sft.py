@@ -235,7 +235,8 @@ def run(recipe: SftRecipe) -> RunFolder:
     longest = max(int(one.lengths_NW.max()) for one in sets)
     model = Model(recipe, workers, folder, longest)
     terms = terms_per_dialogue(recipe.loss, examples)
-    model.settle_batching(recipe, workers, folder, examples, terms)
+    needs_distribution = recipe.loss.needs_distribution
+    model.settle_batching(recipe, workers, folder, examples, terms, needs_distribution)
     steps = steps_for(recipe, workers, examples, terms, packs=model.logprobs.packs)
     loss = training_loss(recipe.loss, model.language_model.get_input_embeddings())
     folder.log(
@@ -254,6 +255,6 @@ def run(recipe: SftRecipe) -> RunFolder:
         held_out,
         model.sample_log(recipe, folder, opened.encoder, held_out, workers),
         uses=opened.uses,
-        needs_distribution=recipe.loss.needs_distribution,
+        needs_distribution=needs_distribution,
     )
     return folder

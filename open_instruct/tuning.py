@@ -1,5 +1,6 @@
 """What the tuning stages share: how a run opens, what a plan says, the model's load and end."""
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,12 @@ from open_instruct.causal_lm import (
     load_causal_lm,
     load_config,
     save_causal_lm,
+)
+from open_instruct.compute import (
+    compile_layers,
+    refuse_uncompilable,
+    take_liger_kernels,
+    uncompiled,
 )
 from open_instruct.encode import ChatEncoder, find_template, load_chat_encoder
 from open_instruct.examples import DataConfig, Source, SourceUse, source_files
@@ -377,7 +384,8 @@ def expected_way(recipe: AdaptableRecipe, architecture: Any | None = None) -> st
     """
     architecture = architecture or load_config(recipe.model)
     packs = recipe.train.batching != "grouped" and recipe.train.context_parallel == 1
-    if not recipe.adapter.use_peft and recipe.model.attn_implementation == "sdpa":
+    attention = recipe.model.attn_implementation
+    if not recipe.adapter.use_peft and attention in ("auto", "sdpa"):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 architecture, trust_remote_code=recipe.model.trust_remote_code
@@ -388,7 +396,7 @@ def expected_way(recipe: AdaptableRecipe, architecture: Any | None = None) -> st
     is_changed = any(getattr(text_config, key, None) is not None for key in CHANGED_LOGITS)
     reach = reach_of(text_config)
     is_seen_whole = reach is None or recipe.data.max_length <= reach
-    if packs and is_seen_whole and recipe.model.attn_implementation == TAKEN_OVER:
+    if packs and is_seen_whole and attention in ("auto", *TAKEN_OVER):
         return PACKED_LABELS if is_changed else PACKED_HEAD
     return AT_LABELS if is_changed else HEAD_AT_LABELS
 
@@ -398,6 +406,7 @@ class Model:
 
     def __init__(self, recipe: AdaptableRecipe, workers: Workers, folder: RunFolder, longest: int):
         """Errors: UserError if the model cannot be trained, or is too short for the examples."""
+        refuse_uncompilable(recipe.model, recipe.adapter, workers)
         self.language_model: Any
         self.language_model, self._stored_dtype = load_causal_lm(
             recipe.model,
@@ -412,9 +421,15 @@ class Model:
         check_lengths(longest, self.language_model.config, name)
         if is_adapted(self.language_model):
             folder.log(about_adapter(self.language_model))
+        note_liger_kernels(self.language_model, recipe, workers, folder)
         self.logprobs: LabelLogprobs = workers.place(
-            self.language_model, recipe.train.batching, longest
+            self.language_model, recipe.train.batching, longest, recipe.model.attn_implementation
         )
+        if self.logprobs.kernel is not None:
+            folder.log(f"attention over rows end to end: {self.logprobs.kernel.name}")
+        elif self.logprobs.wrong_kernel is not None:
+            name = self.logprobs.wrong_kernel.name
+            folder.log(f"attention over rows end to end: SDPA, as {name} computes something else")
         if self.logprobs.why_padded is not None:
             folder.log(f"rows are grouped by length and padded: {self.logprobs.why_padded}")
 
@@ -425,6 +440,7 @@ class Model:
         folder: RunFolder,
         examples: Examples,
         terms_per_example: np.ndarray,
+        needs_distribution: bool,
     ) -> None:
         """Under ``batching: auto``, choose the faster way of ``examples`` by the clock.
 
@@ -437,19 +453,21 @@ class Model:
         def steps(packs: bool) -> Steps:
             return steps_for(recipe, workers, examples, terms_per_example, packs=packs)
 
-        needed = memory_without_recomputing(recipe, workers, self.logprobs.way, steps(True))
-        if recipe.model.gradient_checkpointing is True or workers.any_rank(
-            not fits(needed, workers.device)
-        ):
-            return
+        def keeps_all(model: LabelLogprobs, steps: Steps) -> bool:
+            if recipe.model.gradient_checkpointing is True:
+                return False
+            needed = memory_without_recomputing(
+                recipe, workers, model.way, steps, needs_distribution
+            )
+            return not workers.any_rank(not fits(needed, workers.device))
 
         def padded() -> LabelLogprobs | None:
-            other = workers.place(self.language_model, "grouped")
-            if examples.shares_prompts and other.share_prompts(examples) is not None:
-                return None
-            return other
+            attention = recipe.model.attn_implementation
+            other = workers.place(self.language_model, "grouped", attention=attention)
+            is_other = examples.shares_prompts and other.share_prompts(examples) is not None
+            return None if workers.any_rank(is_other) else other
 
-        self.logprobs = settle_batching(folder, workers, self.logprobs, padded, steps)
+        self.logprobs = settle_batching(folder, workers, self.logprobs, padded, steps, keeps_all)
 
     def sample_log(
         self,
@@ -469,9 +487,10 @@ class Model:
             recipe.shown.num_eval_samples, workers.kind if workers.divides else None
         )
         prompts = first_prompts(held_out.examples, recipe.shown.num_eval_samples)
-        return SampleLog(
-            folder, self.language_model, encoder, prompts, recipe.shown, workers.precision
-        )
+        precision = workers.precision
+        if recipe.model.torch_compile:
+            precision = functools.partial(uncompiled, workers.precision)
+        return SampleLog(folder, self.language_model, encoder, prompts, recipe.shown, precision)
 
     def save(self, folder: RunFolder, encoder: ChatEncoder) -> None:
         """Write the run's model folder. Changes the model's precision."""
@@ -486,6 +505,18 @@ def refuse_divided_answers(num_eval_samples: int, divided_by: str | None) -> Non
             f"{divided_by} it holds a part of the weights. Set it to 0, or launch with "
             "recipes/accelerate/ddp.yaml."
         )
+
+
+def note_liger_kernels(
+    model: Any, recipe: AdaptableRecipe, workers: Workers, folder: RunFolder
+) -> None:
+    """Take liger's kernels if the recipe asks for them, and say in the log which.
+
+    Errors: UserError if it insists and cannot have them.
+    """
+    taken = take_liger_kernels(model, recipe.model.liger_kernel, workers)
+    if taken is not None:
+        folder.log(f"liger's kernels compute {taken}")
 
 
 def about_adapter(adapted: Any) -> str:
@@ -590,6 +621,9 @@ def train_and_finish(
     asks for an upload and that fails; the run is finished all the same.
     """
     settle_checkpointing(recipe, workers, folder, model, steps, needs_distribution)
+    if recipe.model.torch_compile:
+        first = steps.micro_batches(0, workers.data_rank)
+        compile_layers(model, [batch for batch in first if batch.num_sequences], workers.device)
     results = train(
         folder,
         workers,

@@ -90,6 +90,36 @@ def test_what_was_chosen_is_followed_and_not_measured_again(folder, monkeypatch,
     assert way in log_of(folder / "run").split("as when the run began")[1]
 
 
+def test_what_was_chosen_is_followed_where_memory_or_checkpointing_would_not_measure(
+    folder, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr("open_instruct.loop.seed_step", kill)
+        with pytest.raises(Killed):
+            sft.run(recipe_of(folder, "run"))
+    choice = folder / "run" / CHOICE
+    choice.write_text(json.dumps(json.loads(choice.read_text()) | {"batching": "grouped"}))
+    sft.run(recipe_of(folder, "run", gradient_checkpointing=True))
+    assert "batching: grouped, as when the run began" in log_of(folder / "run")
+
+
+def test_a_run_that_took_steps_without_choosing_goes_on_packed(folder, monkeypatch):
+    steps = iter(range(3))
+
+    def kill_at_the_third(*_, **__):
+        if next(steps) == 2:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("open_instruct.loop.seed_step", kill_at_the_third)
+        with pytest.raises(Killed):
+            sft.run(recipe_of(folder, "run", save_steps=1, gradient_checkpointing=True))
+    assert not (folder / "run" / CHOICE).exists()
+    sft.run(recipe_of(folder, "run", save_steps=1))
+    assert not (folder / "run" / CHOICE).exists()
+    assert "going on from" in log_of(folder / "run")
+
+
 def test_a_short_run_and_a_model_that_must_pad_are_not_measured(folder, monkeypatch):
     sft.run(recipe_of(folder, "eager", attn_implementation="eager", max_steps=3))
     assert not (folder / "eager" / CHOICE).exists()

@@ -11,6 +11,8 @@ from transformers import (
     GPT2LMHeadModel,
     GraniteConfig,
     GraniteForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
@@ -23,8 +25,11 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
+from olmo_base.model.varlen import Kernel
 from olmo_base.run.errors import UserError
 from open_instruct.adapters import AdapterConfig, add_adapter
 from open_instruct.batches import Examples
@@ -234,9 +239,75 @@ def test_a_model_that_packs_still_reads_padded_rows_and_is_saved_as_it_came(tmp_
     assert NAME not in (tmp_path / "config.json").read_text(encoding="utf-8")
 
 
+def by_hand(q_NHh, k_NKh, v_NKh, row_starts, longest, scale, window):
+    """A kernel's attention, row by row."""
+    assert window is None
+    mixed = []
+    for start, end in zip(row_starts[:-1].tolist(), row_starts[1:].tolist(), strict=True):
+        assert 0 < end - start <= longest
+        q, k, v = (x[start:end].transpose(0, 1)[None] for x in (q_NHh, k_NKh, v_NKh))
+        mixed.append(
+            torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=scale, enable_gqa=True
+            )
+        )
+    return torch.cat([row_1HTh[0].transpose(0, 1) for row_1HTh in mixed])
+
+
+@pytest.mark.parametrize(
+    "make_model", [llama, adapted_llama, granite_with_scaled_scores_and_logits]
+)
+def test_a_kernel_takes_the_rows_as_they_lie(make_model):
+    batch = rows_of_unlike_lengths()
+    kernel = Kernel("by hand", by_hand, None, (0, 0))
+    placed = LabelLogprobs(made(make_model), kernel=kernel)
+    assert placed.packs and placed.kernel is kernel
+    expected_L, expected = gradients(LabelLogprobs(made(make_model), packs=False), batch)
+    found_L, found = gradients(placed, batch)
+    torch.testing.assert_close(found_L, expected_L, rtol=1e-5, atol=1e-5)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-5)
+
+
+def leaking(q_NHh, k_NKh, v_NKh, row_starts, longest, scale, window):
+    """One row of them all."""
+    ends = row_starts[[0, -1]]
+    return by_hand(q_NHh, k_NKh, v_NKh, ends, int(ends[1]), scale, window)
+
+
+@pytest.mark.parametrize("attend", [leaking, None], ids=["leaks", "cannot"])
+def test_a_kernel_that_is_wrong_or_fails_on_the_probe_is_not_used(attend):
+    placed = LabelLogprobs(made(llama), kernel=Kernel("bad", attend, None, (0, 0)))
+    assert placed.kernel is None and placed.packs
+    assert placed.wrong_kernel is not None and placed.wrong_kernel.name == "bad"
+
+
 def mamba():
     return MambaForCausalLM(
         MambaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=2, state_size=4)
+    )
+
+
+def short_convolutions():
+    kinds = ["conv", "full_attention"]
+    return Lfm2ForCausalLM(Lfm2Config(**TINY, layer_types=kinds))
+
+
+def recurrent_beside_attention():
+    return Qwen3NextForCausalLM(
+        Qwen3NextConfig(
+            **TINY,
+            head_dim=8,
+            layer_types=["linear_attention", "full_attention"],
+            linear_num_key_heads=2,
+            linear_num_value_heads=2,
+            linear_key_head_dim=8,
+            linear_value_head_dim=8,
+            num_experts=2,
+            num_experts_per_tok=1,
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=16,
+        )
     )
 
 
@@ -253,13 +324,15 @@ def llama_computed_eagerly():
 @pytest.mark.parametrize(
     ("make_model", "longest", "words"),
     [
+        (short_convolutions, 8, "a layer of kind conv goes on from one row into the next"),
+        (recurrent_beside_attention, 8, "a layer of kind linear_attention goes on"),
         (mamba, 8, "change what the model computes|attn_implementation is"),
         (mistral_with_a_window, LONGEST + 1, f"reaches back {LONGEST} tokens, and a row has 41"),
         (mistral_with_a_window, None, "how long rows are is not known"),
         (gemma2_with_capped_scores, 8, "change what the model computes|attn_implementation is"),
         (llama_computed_eagerly, 8, "attn_implementation is eager"),
     ],
-    ids=["state", "window", "unknown length", "capped scores", "eager"],
+    ids=["convolution", "recurrent", "state", "window", "unknown length", "capped scores", "eager"],
 )
 def test_what_cannot_lie_end_to_end_is_padded_and_says_why(make_model, longest, words):
     model = made(make_model)
@@ -268,3 +341,12 @@ def test_what_cannot_lie_end_to_end_is_padded_and_says_why(make_model, longest, 
     assert not placed.packs and model.config._attn_implementation == before
     with pytest.raises(UserError, match=words):
         Workers(False).place(made(make_model), "packed", longest)
+
+
+def test_a_row_that_is_longer_than_a_layers_window_is_never_attended_to():
+    batch = rows_of_unlike_lengths()
+    placed = LabelLogprobs(made(mistral_with_a_window), longest=LONGEST)
+    model: Any = placed.model
+    model.config.sliding_window = LONGEST - 1
+    with pytest.raises(ValueError, match="a row is longer than the window of 39 tokens"):
+        placed(batch)
