@@ -1,11 +1,13 @@
 """Tokens per second of one pretraining step: ours, the matrix products alone, and peers.
 
     python benchmarks/pretrain.py [--bf16] [--nanochat FOLDER] [--seconds 20] [--threads 2]
+        [--apart]
 
 All run in this process on the same batch, in turns, each turn long enough to settle; the best of
 the turns counts, since whatever else the machine does can only slow a turn down. Printed as a
 table with ratios. FOLDER is a checkout of nanochat, of which the model is taken and given AdamW.
-The process keeps freed memory, as the pretraining loop's does: all candidates gain from it.
+The process keeps freed memory, as the pretraining loop's does: all candidates gain from it. With
+``--apart`` each has a process of its own, and peers the memory that they have without us.
 
 "matmul rate" is the time that the step's matrix products and attention take by themselves, forward
 and backward, at the very shapes of the step: what a step without any other work would need.
@@ -14,9 +16,11 @@ and backward, at the very shapes of the step: what a step without any other work
 import argparse
 import contextlib
 import importlib
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +44,8 @@ SHAPE = ModelConfig(
     pad_token_id=0,
 )
 Step = Callable[[], object]
+OURS = "open-instruct"
+NUM_TURNS = 5
 
 
 def our_step(device: torch.device, batch: Batch, *, bf16: bool, optim: str) -> Step:
@@ -155,25 +161,69 @@ def products_step(device: torch.device, *, bf16: bool) -> Step:
     return step
 
 
-def tokens_per_second(
-    steps: dict[str, Step], seconds: float, device: torch.device
-) -> dict[str, float]:
+def turn(step: Step, seconds: float, device: torch.device) -> float:
+    """Tokens per second over so many seconds and at least two steps."""
+    count, started = 0, time.perf_counter()
+    while time.perf_counter() - started < seconds or count < 2:
+        step()
+        count += 1
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return count * B * T / (time.perf_counter() - started)
+
+
+def best_turns(turns: dict[str, Callable[[], float]]) -> dict[str, float]:
     """The best turn of each, the turns taken in rotation."""
-    num_turns = 5
-    best = dict.fromkeys(steps, 0.0)
-    for step in steps.values():
-        for _ in range(2):
-            step()
-    for _ in range(num_turns):
-        for name, step in steps.items():
-            count, started = 0, time.perf_counter()
-            while time.perf_counter() - started < seconds / num_turns or count < 2:
-                step()
-                count += 1
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            best[name] = max(best[name], count * B * T / (time.perf_counter() - started))
+    best = dict.fromkeys(turns, 0.0)
+    for _ in range(NUM_TURNS):
+        for name, take_turn in turns.items():
+            best[name] = max(best[name], take_turn())
     return best
+
+
+class OwnProcess:
+    """One candidate in a process of its own, which waits between its turns."""
+
+    def __init__(self, name: str) -> None:
+        command = [sys.executable, *sys.argv, "--candidate", name]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def turn(self) -> float:
+        """Tokens per second."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(file=self._process.stdin, flush=True)
+        return float(self._process.stdout.readline())
+
+    def end(self) -> None:
+        """Let it go."""
+        self._process.communicate()
+
+
+def candidates(options: argparse.Namespace, device: torch.device) -> dict[str, Callable[[], Step]]:
+    """What is measured, each to be built when it is wanted."""
+    torch.manual_seed(0)
+    ids = torch.randint(1, SHAPE.vocab_size, (B, T + 1))
+    batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None).to(device)
+    bf16 = options.bf16
+    found: dict[str, Callable[[], Step]] = {
+        "matmul rate": lambda: products_step(device, bf16=bf16),
+        OURS: lambda: our_step(device, batch, bf16=bf16, optim="adamw"),
+        f"{OURS}, muon": lambda: our_step(device, batch, bf16=bf16, optim="muon"),
+        "transformers": lambda: transformers_step(device, batch, bf16=bf16),
+    }
+    if options.nanochat:
+        found["nanochat"] = lambda: nanochat_step(options.nanochat, device, batch, bf16=bf16)
+    return found
+
+
+def warmed(build: Callable[[], Step]) -> Step:
+    """A candidate after its first steps."""
+    step = build()
+    for _ in range(2):
+        step()
+    return step
 
 
 def main() -> None:
@@ -183,28 +233,37 @@ def main() -> None:
     parser.add_argument("--nanochat", metavar="FOLDER")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each candidate")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--apart", action="store_true", help="each in a process of its own")
+    parser.add_argument("--candidate", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        keep_freed_memory()
-    torch.manual_seed(0)
-    ids = torch.randint(1, SHAPE.vocab_size, (B, T + 1))
-    batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None).to(device)
-    bf16 = options.bf16
-    steps = {
-        "matmul rate": products_step(device, bf16=bf16),
-        "open-instruct": our_step(device, batch, bf16=bf16, optim="adamw"),
-        "open-instruct, muon": our_step(device, batch, bf16=bf16, optim="muon"),
-        "transformers": transformers_step(device, batch, bf16=bf16),
-    }
-    if options.nanochat:
-        steps["nanochat"] = nanochat_step(options.nanochat, device, batch, bf16=bf16)
-    found = tokens_per_second(steps, options.seconds, device)
-    ours = found["open-instruct"]
-    precision = "bf16" if bf16 else "fp32"
-    print(f"{device}, {torch.get_num_threads()} threads, {precision}, {B} x {T} tokens")
+    seconds = options.seconds / NUM_TURNS
+    builders = candidates(options, device)
+    if options.candidate:
+        if device.type == "cpu" and options.candidate.startswith((OURS, "matmul")):
+            keep_freed_memory()
+        step = warmed(builders[options.candidate])
+        for _ in sys.stdin:
+            print(turn(step, seconds, device), flush=True)
+        return
+    if options.apart:
+        processes = {name: OwnProcess(name) for name in builders}
+        found = best_turns({name: process.turn for name, process in processes.items()})
+        for process in processes.values():
+            process.end()
+    else:
+        if device.type == "cpu":
+            keep_freed_memory()
+        steps = {name: warmed(build) for name, build in builders.items()}
+        found = best_turns(
+            {name: partial(turn, step, seconds, device) for name, step in steps.items()}
+        )
+    ours = found[OURS]
+    precision = "bf16" if options.bf16 else "fp32"
+    where = "each in its own process" if options.apart else "in one process"
+    print(f"{device}, {torch.get_num_threads()} threads, {precision}, {B} x {T} tokens, {where}")
     for name, rate in found.items():
         print(f"{name:<22}{rate:>10,.0f} tokens/s   ours / this {ours / rate:.2f}")
     print(f"ours: {ours * flops_per_token(SHAPE, T) / 1e9:,.0f} GFLOP/s")

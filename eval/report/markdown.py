@@ -9,11 +9,11 @@ from rich.text import Text
 
 from eval.report.answers import sample_cards
 from eval.report.gather import Report
+from eval.report.problems import problems
 from eval.report.tables import (
     comparison_rows,
     headlines,
     overlap_rows,
-    problems,
     score_rows,
     title_of,
 )
@@ -26,7 +26,9 @@ def markdown(report: Report) -> str:
     names = [_plain(model.name) for model in report.models]
     lines = [f"# {_plain(title_of(report))}", ""]
     lines += [f"- {_plain(sentence)}" for sentence in headlines(report, rows)]
-    lines += [f"- **Note:** {_plain(problem)}" for problem in problems(report)]
+    for problem in problems(report):
+        lines.append(f"- **Note:** {_plain(problem.sentence)}")
+        lines += [f"  - {_plain(detail)}" for detail in problem.details]
     if report.models:
         lines += ["", "## Scores", ""]
         lines.append("| | asked | " + " | ".join(names) + " |")

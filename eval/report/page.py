@@ -23,6 +23,7 @@ from eval.report.origins import (
     stage_panels,
     versions,
 )
+from eval.report.problems import problems
 from eval.report.tables import (
     COMPARISON_HEAD,
     COST_HEAD,
@@ -31,7 +32,6 @@ from eval.report.tables import (
     headlines,
     measure_rows,
     overlap_rows,
-    problems,
     score_rows,
     title_of,
 )

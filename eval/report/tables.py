@@ -1,8 +1,7 @@
-"""A Report -> its tables: scores with differences, every measure, and what to know before."""
+"""A Report -> its tables: scores with differences, every measure, overlap, and cost."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from eval.report.charts import BarChart, bar_chart
@@ -13,6 +12,7 @@ from eval.report.words import (
     difference_text,
     duration_text,
     interval_text,
+    listed,
     value_text,
     visible,
 )
@@ -141,7 +141,7 @@ def _score_row(report: Report, subject: str, is_group: bool) -> ScoreRow:
     levels = [report.chance[member] for member in members if member in report.chance]
     chance = sum(levels) / len(levels) if levels and len(levels) == len(members) else None
     top = 1.0 if is_share else 1.1 * max((bar[4] or bar[2] for bar in bars), default=1.0)
-    words = " and ".join(METRIC_WORDS.get(metric, visible(metric)) for metric in metrics)
+    words = _words_of(metrics)
     task = report.tasks[members[0]]
     return ScoreRow(
         name=visible(subject),
@@ -156,6 +156,15 @@ def _score_row(report: Report, subject: str, is_group: bool) -> ScoreRow:
             bars, top=top, is_share=is_share, chance=None if lower_is_better else chance
         ),
     )
+
+
+def _words_of(metrics: Sequence[str]) -> str:
+    """Of one measure, or of those that a group's tasks are measured in."""
+    words = [METRIC_WORDS.get(metric, visible(metric)) for metric in metrics]
+    kind = "likeliest option right"
+    if len(words) > 1 and all(word.startswith(kind) for word in words):
+        return f"{kind}, each task by its own measure"
+    return " and ".join(words)
 
 
 def may_be_guessing(result: TaskResult) -> bool:
@@ -252,52 +261,6 @@ def _measure_row(name: str, found: Sequence[Estimate | None], is_share: bool) ->
         value = value_text(item.value, is_share) if item else "–"
         cells.append(f"{value} ({interval})" if interval else value)
     return [name, f"{max(item.n for item in found if item):,}", *cells]
-
-
-def problems(report: Report) -> list[str]:
-    """What a reader must know before trusting a number."""
-    lines = []
-    for model in report.models:
-        for key, what, reason in (
-            ("not_fitting", "questions", "do not fit the model's context; they count as wrong"),
-            (
-                "context_cut",
-                "contexts",
-                "lost their beginning, because they are too long for the model",
-            ),
-            ("unclear", "questions", "have a verdict that could not be read; it counts as half"),
-        ):
-            found = [
-                f"{number:,} of {len(result.rows):,} {what} of {name}"
-                for name, result in model.tasks.items()
-                if (number := result.record.get(key, 0))
-            ]
-            if found:
-                lines.append(f"{model.name}: {', '.join(found)} {reason}.")
-        guessed = [name for name, result in model.tasks.items() if may_be_guessing(result)]
-        if guessed:
-            scores = "score on" if len(guessed) == 1 else "scores on"
-            lines.append(
-                f"{model.name}: its {scores} {', '.join(guessed)} may be guessing: guessing would "
-                "score as much in more than one of twenty cases."
-            )
-        if not Path(model.path).is_dir():
-            lines.append(
-                f"{model.name}: {model.path} is not a folder here, so its size and training are "
-                "not shown."
-            )
-        missing = [name for name in report.tasks if name not in model.tasks]
-        if missing:
-            lines.append(f"{model.name}: not yet asked {', '.join(missing)}.")
-    for name, reason in report.skipped.items():
-        lines.append(f"{name} was left out, also of averages: {reason}")
-    for contamination in report.contamination:
-        found = [f"{o.words} of {name}" for name, o in contamination.tasks.items() if o.overlapping]
-        if found:
-            lines.append(
-                f"In the training text ({contamination.ngram} words in a row): {', '.join(found)}."
-            )
-    return [visible(line) for line in dict.fromkeys(lines)]
 
 
 @dataclass(frozen=True)
@@ -406,9 +369,6 @@ def cost_rows(report: Report) -> list[list[str]]:
 def title_of(report: Report) -> str:
     """base, sft and dpo on quickstart."""
     names = [model.name for model in report.models] or [stage.name for stage in report.stages]
-    if len(names) > 4:
-        listed = f"{len(names)} models"
-    else:
-        listed = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+    models = f"{len(names)} models" if len(names) > 4 else listed(names)
     subject = report.suite or ", ".join(report.tasks)
-    return visible(f"{listed} on {subject}" if subject else f"Training of {listed}")
+    return visible(f"{models} on {subject}" if subject else f"Training of {models}")

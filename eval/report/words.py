@@ -4,6 +4,7 @@ What models wrote is untrusted: `visible` shows characters that act on text inst
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from eval.statistics import Estimate
@@ -79,6 +80,11 @@ def duration_text(seconds: float | None) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def listed(names: Sequence[str]) -> str:
+    """base, sft and dpo."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def size_text(number: float | None) -> str:

@@ -205,6 +205,16 @@ def test_orthogonalized_keeps_the_directions_and_evens_their_sizes():
         assert 0.68 < evened.diag().min() <= evened.diag().max() < 1.14
 
 
+def test_wide_matrices_take_the_steps_of_narrow_ones():
+    """The way by Gram matrices is left to wide ones; a square beside zeros can go either way."""
+    torch.manual_seed(0)
+    square = torch.randn(2, 48, 48) @ torch.diag(torch.logspace(0, -1, 48))
+    wide = torch.cat([square, torch.zeros(2, 48, 100)], dim=2)
+    torch.testing.assert_close(
+        orthogonalized(wide)[..., :48], orthogonalized(square), rtol=0, atol=1e-4
+    )
+
+
 def test_a_matrix_without_a_gradient_to_speak_of_stays_where_it_is():
     assert torch.equal(orthogonalized(torch.zeros(1, 2, 3)), torch.zeros(1, 2, 3))
 
