@@ -2,6 +2,7 @@
 
 import importlib.util
 import shutil
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,13 +19,33 @@ def compile_layers(model: Transformer) -> None:
 
     Errors: UserError where there is no C++ compiler for a CPU's code.
     """
-    if model.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
+    refuse_no_compiler(model.device)
+    for layer in model.layers:
+        layer.compile()
+
+
+def compile_layers_for_rows(model: Transformer, *, backend: str = "inductor") -> None:
+    """The same for rows of unlike lengths: compiled once for any number of positions.
+
+    Attention stays as it is: it takes rows apart into groups, other ones in each batch.
+    Errors: as in ``compile_layers``.
+    """
+    refuse_no_compiler(model.device)
+    layer: Any
+    for layer in model.layers:
+        for name in ("mix", "mix_rows"):
+            setattr(layer.attention, name, torch.compiler.disable(getattr(layer.attention, name)))
+        layer.packed = torch.compile(layer.packed, dynamic=True, backend=backend)
+        layer.compile(dynamic=True, backend=backend)
+
+
+def refuse_no_compiler(device: torch.device) -> None:
+    """Errors: UserError where there is no C++ compiler for a CPU's code."""
+    if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
         raise UserError(
             "torch_compile makes C++ for a CPU, and neither g++ nor clang++ is here. Install one, "
             "or leave torch_compile out."
         )
-    for layer in model.layers:
-        layer.compile()
 
 
 def refuse_float8(ranks: Ranks) -> None:

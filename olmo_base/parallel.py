@@ -81,7 +81,8 @@ class Ranks:
         self.config, self.device = config, device
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.num_ranks = dist.get_world_size() if dist.is_initialized() else 1
-        copies, shards = _divided(config, self.num_ranks)
+        of_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        copies, shards = divided(config, self.num_ranks, of_node)
         self.num_data = copies * shards
         self._numbers = torch.arange(self.num_ranks)
         self._together = config.tensor_parallel * config.context_parallel
@@ -192,8 +193,11 @@ def started_ranks(config: ParallelConfig) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def _divided(config: ParallelConfig, num_ranks: int) -> tuple[int, int]:
-    """Copies of the weights, and shards of each."""
+def divided(config: ParallelConfig, num_ranks: int, of_node: int) -> tuple[int, int]:
+    """Copies of the weights, and shards of each; ``of_node`` ranks share a machine.
+
+    Errors: UserError if so many ranks cannot be divided as asked.
+    """
     together = config.tensor_parallel * config.context_parallel
     if num_ranks % together:
         raise UserError(
@@ -204,8 +208,7 @@ def _divided(config: ParallelConfig, num_ranks: int) -> tuple[int, int]:
     num_data = num_ranks // together
     if config.data_parallel != "hsdp":
         return 1, num_data
-    of_node = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // together)
-    shards = config.data_parallel_shards or of_node
+    shards = config.data_parallel_shards or max(1, of_node // together)
     if num_data % shards:
         raise UserError(
             f"data_parallel_shards {shards} does not divide the {num_data} ranks that read "

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from olmo_base.compute import compile_layers, in_float8, refuse_float8
-from olmo_base.losses import MAX_LOGITS
+from olmo_base.expected_memory import Division, division_of, expected_memory_bytes
 from olmo_base.model.hf_weights import copy_tokenizer, export_hf, load_native
 from olmo_base.model.transformer import (
     GENERATIONS,
@@ -46,11 +46,9 @@ from olmo_base.pretrain_recipe import (
 )
 from olmo_base.run.artefact import RunFolder, atomic_write
 from olmo_base.run.errors import UserError, machine_error
-from olmo_base.run.launch import pick_device, seed_everything
+from olmo_base.run.launch import Launch, pick_device, seed_everything
 from olmo_base.run.trackers import refuse_missing_trackers
 from olmo_base.tokenizer import load_tokenizer, write_tokenizer_files
-
-PROCESS_BYTES = 320_000_000  # Python with torch, before any tensor
 
 
 def computes_in_bf16(
@@ -72,36 +70,18 @@ def computes_in_bf16(
     return False
 
 
-def expected_memory_bytes(
-    config: ModelConfig, batch_size: int, max_length: int, *, bf16: bool, checkpointing: bool
-) -> int:
-    """Peak memory of the training process.
-
-    Weights, gradients and Adam's moments; what backward needs of each layer: per token, 10 tensors
-    of the width in the product's dtype and 2 in fp32, 4 of the feed-forward's width, and half a row
-    of attention probabilities per head; 2 layers' worth in fp32 that come and go; Python with
-    torch. On a CPU this was 0.9 to 1.15 of the measured peak, for 3 to 67 M parameters.
-    """
-    width, num_layers = config.hidden_size, config.num_hidden_layers
-
-    def layer(itemsize: int) -> int:
-        attention = config.num_attention_heads * max_length * itemsize // 2
-        return width * (10 * itemsize + 8) + 4 * config.intermediate_size * itemsize + attention
-
-    kept = num_layers * layer(2 if bf16 else 4)
-    if checkpointing:  # the inputs of all layers, and one layer recomputed
-        kept = num_layers * width * 4 + layer(4)
-    weights = num_parameters(config) * (18 if bf16 else 16)
-    logits = 3 * 4 * min(MAX_LOGITS["cpu"], batch_size * max_length * config.vocab_size)
-    return PROCESS_BYTES + weights + batch_size * max_length * (kept + 2 * layer(4)) + logits
-
-
 # ---------------------------------------------------------------- the stage
 
 
-def plan(recipe: PretrainRecipe) -> dict[str, object]:
-    """What a run would do and need, for --dry-run."""
+def plan(recipe: PretrainRecipe, launch: Launch | None = None) -> dict[str, object]:
+    """What a run would do and need, for --dry-run; with ``launch`` in so many processes.
+
+    Errors: UserError, as in the run.
+    """
     refuse_missing_trackers(recipe.log.report_to)
+    device = pick_device() if launch is None else torch.device(launch.device)
+    division = Division() if launch is None else division_of(recipe.parallel, launch.num_processes)
+    recipe = with_global_batch(recipe, division.num_data)
     if (config := config_from_afar(recipe)) is not None:
         paths = ", ".join(source.path for source in recipe.dataset_mixer)
         words = f"{paths} is not on this machine: the vocabulary is that of {recipe.shape.model}"
@@ -119,7 +99,20 @@ def plan(recipe: PretrainRecipe) -> dict[str, object]:
             "held_out_tokens": corpus.held_out.num_tokens if corpus.held_out else 0,
         }
     tokens_per_step = recipe.sequences_per_step * recipe.max_length
-    bf16 = computes_in_bf16(recipe.bf16, pick_device(), config.hidden_size)
+    refuse_uneven_shape(recipe.parallel, config, recipe.max_length)
+    if launch is not None and launch.device == "cuda":  # which may not be on this machine
+        bf16 = recipe.bf16 is not False
+    else:
+        bf16 = computes_in_bf16(recipe.bf16, device, config.hidden_size)
+    memory = expected_memory_bytes(
+        config,
+        recipe.per_device_train_batch_size,
+        recipe.max_length,
+        bf16=bf16,
+        checkpointing=recipe.gradient_checkpointing in (True, "full"),
+        device="cuda" if device.type == "cuda" else "cpu",
+        division=division,
+    )
     flops = flops_per_token(config, recipe.max_length)
     return {
         **text,
@@ -131,13 +124,23 @@ def plan(recipe: PretrainRecipe) -> dict[str, object]:
         "flops_per_token": flops,
         "flops": flops * recipe.sizes.before(steps) * recipe.max_length,
         "bf16": bf16,
-        "memory_bytes": expected_memory_bytes(
-            config,
-            recipe.per_device_train_batch_size,
-            recipe.max_length,
-            bf16=bf16,
-            checkpointing=recipe.gradient_checkpointing in (True, "full"),
-        ),
+        **({"memory_bytes": memory} if launch is None else _shared_out(launch, division, memory)),
+    }
+
+
+def _shared_out(launch: Launch, division: Division, memory: int) -> dict[str, object]:
+    """The figures of a plan that say who holds what."""
+    ways = {
+        "copies": division.copies if division.divides_weights else division.num_data,
+        "shards": division.weight_parts,
+        "context": division.context,
+        "tensor": division.tensor,
+    }
+    words = ", ".join(f"{name} x {number}" for name, number in ways.items() if number > 1)
+    return {
+        "processes": launch.num_processes,
+        "divided": words or "one process",
+        "memory_bytes_of_each": memory,
     }
 
 
@@ -145,7 +148,7 @@ def run(recipe: PretrainRecipe) -> RunFolder:
     """Train the model and write it as a Hugging Face folder; goes on by itself after a stop."""
     refuse_missing_trackers(recipe.log.report_to)
     with started_ranks(recipe.parallel) as ranks:
-        return _run(with_global_batch(recipe, ranks), ranks)
+        return _run(with_global_batch(recipe, ranks.num_data), ranks)
 
 
 def _run(recipe: PretrainRecipe, ranks: Ranks) -> RunFolder:

@@ -22,7 +22,7 @@ from olmo_base.model.hf_weights import read_model_config
 from olmo_base.model.presets import PRESETS, ModelShape, padded_vocab_size
 from olmo_base.model.transformer import ModelConfig, Recomputation, num_parameters
 from olmo_base.optim import OptimConfig, Schedule
-from olmo_base.parallel import ParallelConfig, Ranks
+from olmo_base.parallel import ParallelConfig
 from olmo_base.run.artefact import RunConfig, model_files, sha256_file
 from olmo_base.run.errors import UserError
 from olmo_base.run.metrics import LogConfig
@@ -180,17 +180,17 @@ class PretrainRecipe:
         )
 
 
-def with_global_batch(recipe: PretrainRecipe, ranks: Ranks) -> PretrainRecipe:
-    """The recipe with the sequences of a step said in one number.
+def with_global_batch(recipe: PretrainRecipe, num_data: int) -> PretrainRecipe:
+    """The recipe with the sequences of a step said in one number; ``num_data`` ranks read them.
 
     So a step's sequences hang on the recipe that the run keeps, and not on how many ranks go on
     with it.
     """
-    if recipe.global_batch_size or ranks.num_data == 1:
+    if recipe.global_batch_size or num_data == 1:
         return recipe
     return dataclasses.replace(
         recipe,
-        global_batch_size=recipe.sequences_per_step * ranks.num_data,
+        global_batch_size=recipe.sequences_per_step * num_data,
         gradient_accumulation_steps=1,
     )
 

@@ -45,7 +45,23 @@ def cli() -> None:
     is_flag=True,
     help="Print the resolved recipe, examples, tokens, steps and memory; touch nothing.",
 )
-def run(recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:
+@click.option(
+    "--num-processes",
+    type=click.IntRange(min=1),
+    help="With --dry-run: plan for so many GPUs, and say what each of them holds.",
+)
+@click.option(
+    "--accelerate-config",
+    metavar="FILE",
+    help="With --dry-run: plan for tuning that is launched with this file of accelerate.",
+)
+def run(
+    recipe: str,
+    overrides: tuple[str, ...],
+    dry_run: bool,
+    num_processes: int | None,
+    accelerate_config: str | None,
+) -> None:
     """Run one stage, or a pipeline of stages.
 
     RECIPE is a YAML file, or the name of one that comes with open-instruct, such as
@@ -58,21 +74,41 @@ def run(recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:
     from open_instruct import pipeline
 
     signal.signal(signal.SIGTERM, _stop_now)  # training loops replace it by one that saves first
+    if not dry_run and (num_processes or accelerate_config):
+        raise UserError(
+            "--num-processes and --accelerate-config say what a plan is made for; add --dry-run. "
+            "To run in many processes: accelerate launch -m open_instruct run RECIPE."
+        )
     path = pipeline.find_recipe(recipe)
     if read_stage(path) == "pipeline":
+        if num_processes or accelerate_config:
+            raise UserError(f"{path} is a pipeline; plan one of its stages for many processes.")
         _run_pipeline(path, overrides, dry_run)
+    elif dry_run:
+        _plan_stage(path, overrides, num_processes, accelerate_config)
     else:
-        _run_stage(path, overrides, dry_run)
+        _run_stage(path, overrides)
 
 
-def _run_stage(path: Path, overrides: Sequence[str], dry_run: bool) -> None:
+def _plan_stage(
+    path: Path, overrides: Sequence[str], num_processes: int | None, accelerate_config: str | None
+) -> None:
+    from olmo_base.run.launch import is_main_process
+    from open_instruct import pipeline
+    from open_instruct.planned_launch import planned_launch
+
+    stage, resolved = pipeline.load_stage_recipe(path, overrides)
+    launch = planned_launch(num_processes, accelerate_config)
+    figures = pipeline.plan_stage(stage, resolved, launch)
+    if is_main_process():
+        click.echo(_described(resolved, figures))
+
+
+def _run_stage(path: Path, overrides: Sequence[str]) -> None:
     from olmo_base.run.artefact import read_manifest
     from open_instruct import pipeline
 
     stage, resolved = pipeline.load_stage_recipe(path, overrides)
-    if dry_run:
-        click.echo(_described(resolved, pipeline.plan_stage(stage, resolved)))
-        return
     before = read_manifest(resolved.run.output_dir)
     folder = stage.run(resolved)
     was_finished = before is not None and before.get("status") == "finished"
@@ -526,7 +562,10 @@ def tokenize(recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:
             f"{path} says 'stage: {stage}'; data tokenize needs 'stage: tokenize'. "
             f"For this one: open-instruct run {path}"
         )
-    _run_stage(path, overrides, dry_run)
+    if dry_run:
+        _plan_stage(path, overrides, None, None)
+    else:
+        _run_stage(path, overrides)
 
 
 @data.command()

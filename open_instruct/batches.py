@@ -321,6 +321,7 @@ def pack(lengths_R: np.ndarray, branches_R2: np.ndarray | None = None) -> Packin
         sources_N=torch.from_numpy(np.concatenate(sources)),
         groups=tuple(groups),
         from_groups_N=torch.from_numpy(np.concatenate(from_groups)),
+        row_starts=torch.from_numpy(starts.astype(np.int32)),
     )
 
 

@@ -47,23 +47,37 @@ from open_instruct.encode import (
 transformers_logging.disable_progress_bar()  # ours tell what is long
 
 
+AttentionName = Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"]
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Which model training starts from, and how it computes. The content of its files decides."""
 
     model_name_or_path: str = setting(changes_result=False)
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = (
-        setting("sdpa")
+    attn_implementation: AttentionName = setting(
+        "auto",
+        help="what computes attention; auto: on a GPU in bf16 FlashAttention-3 or -2 where it is "
+        "installed, else torch's varlen kernel; sdpa anywhere else",
     )
     gradient_checkpointing: bool | Literal["auto"] = setting(
         "auto",
         changes_result=False,
         help="compute activations twice instead of keeping them; auto: where they would not fit",
     )
+    torch_compile: bool = setting(False, help="compile each layer; the same to rounding")
+    liger_kernel: bool | Literal["auto"] = setting(
+        False, help="norms, rotation and feed-forward by liger's; auto: on a GPU where installed"
+    )
     trust_remote_code: bool = setting(False, help="run Python code that the model folder brings")
     additional_special_tokens: tuple[str, ...] = setting(
         (), help="new tokens, such as markers of the chat template; trained, by an adapter too"
     )
+
+    @property
+    def layers_attention(self) -> str | None:
+        """What transformers' layers call; None: its own choice, sdpa where the model knows it."""
+        return None if self.attn_implementation == "auto" else self.attn_implementation
 
 
 def whole_model_folder(name_or_path: str) -> Path:
@@ -167,7 +181,7 @@ def _load_whole(
         model, report = load(
             folder,
             dtype=torch.float32,
-            attn_implementation=config.attn_implementation,
+            attn_implementation=config.layers_attention,
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
             **placed,

@@ -26,9 +26,17 @@ from olmo_base.model.hf_weights import hf_name, model_config_of
 from olmo_base.model.packing import Branches, filled
 from olmo_base.model.products import linear
 from olmo_base.model.transformer import Transformer
+from olmo_base.model.varlen import Kernel
 from olmo_base.run.errors import UserError
 from open_instruct.batches import Batch, Examples, pack
 from open_instruct.control_tokens import Encoded
+from open_instruct.packed_attention import (
+    NAME,
+    call_instead,
+    reach_of,
+    rows_end_to_end,
+    why_not_rows,
+)
 
 # Above this many logits at once (256 MB in float32) the head works through the labels in pieces,
 # whose logits are computed again in the backward pass instead of being kept.
@@ -187,6 +195,26 @@ def model_at_labels(
     return label_scores(logits_LV, batch.label_ids_L, statistic)
 
 
+def packed_then_head(
+    model: nn.Module, batch: Batch, mask: Tensor | None, statistic: str | None = None
+) -> Tensor:
+    """As ``hidden_then_head``, over rows laid end to end; for models that took ``attend_rows``."""
+    body = model.get_decoder()  # type: ignore[operator]
+    hidden_ND = body(**rows_end_to_end(model, batch)).last_hidden_state[0]
+    hidden_LD = hidden_ND.index_select(0, batch.packed_positions())
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return head_logprobs(hidden_LD, batch.label_ids_L, head, MAX_LOGITS, statistic)
+
+
+def packed_at_labels(
+    model: nn.Module, batch: Batch, mask: Tensor | None, statistic: str | None = None
+) -> Tensor:
+    """As ``model_at_labels``, over rows laid end to end; asks for places and waits for nothing."""
+    inputs = rows_end_to_end(model, batch)
+    logits_LV = model(**inputs, logits_to_keep=batch.packed_positions()).logits[0]
+    return label_scores(logits_LV, batch.label_ids_L, statistic)
+
+
 def model_everywhere(
     model: nn.Module, batch: Batch, mask: Tensor | None, statistic: str | None = None
 ) -> Tensor:
@@ -282,9 +310,13 @@ def native_over(model: Any) -> Transformer | None:
 Way = Callable[[nn.Module, Batch, Tensor | None, str | None], Tensor]
 NATIVE = "the native OLMo, head at the labels"
 PACKED = "the native OLMo without padding, head at the labels"
+PACKED_HEAD = "head at the labels, without padding"
+PACKED_LABELS = "the model's own logits at the labels, without padding"
 HEAD_AT_LABELS = "head at the labels"
 AT_LABELS = "the model's own logits at the labels"
 EVERYWHERE = "the model's own logits at every position"
+PACKING_WAYS = (PACKED, PACKED_HEAD, PACKED_LABELS)
+WAYS_OF_ROWS: dict[str, Way] = {PACKED_HEAD: packed_then_head, PACKED_LABELS: packed_at_labels}
 WAYS: dict[str, Way] = {
     HEAD_AT_LABELS: hidden_then_head,
     AT_LABELS: model_at_labels,
@@ -321,24 +353,46 @@ class LabelLogprobs(Wrapped):
         tolerance: float = 1e-3,
         *,
         packs: bool = True,
+        longest: int | None = None,
         is_native: bool = True,
+        kernel: Kernel | None = None,
     ) -> None:
         """Errors: UserError if no way reproduces the model's own logits.
 
         ``precision`` opens the context the model computes in (autocast); ``tolerance`` is what its
         rounding may change a log-probability by, in nats, where logits spread over 20. ``packs``:
-        leave padding out where the model can; ``is_native``: compute an OLMo's layers by ours.
+        leave padding out where the model can. ``longest`` is the longest row that it will read.
+        ``is_native``: compute an OLMo's layers by ours. ``kernel``: what attends to rows end to
+        end, if it gives what the model's own attention does.
         """
         super().__init__()
         self.model = model
         self._precision = precision
         native = native_over(model) if is_native else None
         self.ways: dict[str, Way] = dict(WAYS)
+        self.why_padded: str | None = None if packs else "batching: grouped"
         if native is not None:
             self.ways = {NATIVE: NativeThenHead(native, packs=False), **WAYS}
             if packs:
                 self.ways = {PACKED: NativeThenHead(native, packs=True), **self.ways}
-        self.way, self.needs_mask = find_way(model, precision, tolerance, self.ways)
+        elif packs:
+            self.why_padded = why_not_rows(model, longest)
+        before = None
+        if packs and native is None and self.why_padded is None:
+            self.ways = {**WAYS_OF_ROWS, **WAYS}
+            before = call_instead(model, NAME)
+        self.kernel = kernel if packs else None
+        self.wrong_kernel: Kernel | None = None
+        self.way, self.needs_mask = find_way(model, precision, tolerance, self.ways, self.kernel)
+        if self.kernel is not None and not self.packs:  # or the model cannot, whatever attends
+            self.wrong_kernel, self.kernel = self.kernel, None
+            self.way, self.needs_mask = find_way(model, precision, tolerance, self.ways, None)
+            if not self.packs:
+                self.wrong_kernel = None
+        if packs and self.why_padded is None and not self.packs:
+            self.why_padded = "rows end to end change what the model computes"
+        if before is not None and not self.packs:
+            call_instead(model, before)
         self.pair_mask: str | None = None
 
     @property
@@ -350,7 +404,7 @@ class LabelLogprobs(Wrapped):
     @property
     def packs(self) -> bool:
         """Whether rows are computed without padding, so that unlike lengths cost nothing."""
-        return self.way == PACKED
+        return self.way in PACKING_WAYS
 
     def forward(self, batch: Batch, statistic: str | None = None) -> Tensor:
         """(L,) float32, in the order of ``batch.label_ids_L``.
@@ -358,6 +412,7 @@ class LabelLogprobs(Wrapped):
         With one of ``STATISTICS``: (L, 2), the statistic beside each log-probability.
         """
         mask = padding_mask(batch) if self.needs_mask else None
+        batch = attended_by(self.kernel, batch)
         if batch.branches_R2 is not None:
             assert self.pair_mask is not None, "share_prompts was not asked"
             mask = PAIR_MASKS[self.pair_mask](batch)
@@ -393,6 +448,13 @@ def not_to_be_cut(model_name: str, way: str) -> UserError:
     )
 
 
+def attended_by(kernel: Kernel | None, batch: Batch) -> Batch:
+    """The same rows, attended to by ``kernel`` where they lie end to end."""
+    if kernel is None or batch.packing is None:
+        return batch
+    return replace(batch, packing=batch.packing.attended_by(kernel))
+
+
 def padding_mask(batch: Batch) -> Tensor:
     """1 at tokens, 0 at padding: (R, T), as Hugging Face models take it."""
     positions_T = torch.arange(batch.ids_RT.shape[1], device=batch.ids_RT.device)
@@ -405,13 +467,14 @@ def find_way(
     precision: Callable[[], AbstractContextManager[object]],
     tolerance: float,
     ways: dict[str, Way],
+    kernel: Kernel | None,
 ) -> tuple[str, bool]:
     """The cheapest way that equals the model's own logits, and whether it needs a padding mask.
 
     Models that scale or cap their logits after the head, or whose padding reaches the tokens, are
     found out here on two short rows, whatever their architecture is called.
     """
-    probe = _probe(model)
+    probe = attended_by(kernel, _probe(model))
     was_training = model.training
     model.eval()
     with contextlib.ExitStack() as undo:
@@ -432,14 +495,36 @@ def find_way(
             for name, way in ways.items():
                 try:
                     found = way(model, probe, mask_RT, None)
-                except (TypeError, AttributeError, IndexError):
+                    is_right = torch.allclose(found, expected, rtol=0, atol=tolerance)
+                    if is_right and name in PACKING_WAYS:
+                        is_right = _keeps_rows_apart(model, way, probe, found)
+                except (TypeError, AttributeError, IndexError, ValueError, RuntimeError):
                     continue  # a model without that door; the next way asks less of it
-                if torch.allclose(found, expected, rtol=0, atol=tolerance):
+                if is_right:
                     return name, needs_mask
     raise UserError(
         f"{type(model).__name__} gives other log-probabilities for a row beside a longer one than "
         "for the row alone, with and without an attention mask, so it cannot be trained in batches."
     )
+
+
+def _keeps_rows_apart(model: nn.Module, way: Way, probe: Batch, found_L: Tensor) -> bool:
+    """Whether either row of the probe can be another one and the other's numbers stay.
+
+    Closer than ``tolerance``: what one row lets through to the other is no matter of rounding.
+    """
+    vocab_size = vocabulary_size(model.get_output_embeddings())  # type: ignore[operator]
+    for changed in (0, 1):
+        ids_RT = probe.ids_RT.clone()
+        ids_RT[changed] = (ids_RT[changed] + vocab_size // 2) % vocab_size
+        others_L = probe.label_sequences_L != changed
+        again_L = way(model, replace(probe, ids_RT=ids_RT), None, None)
+        if not torch.allclose(again_L[others_L], found_L[others_L], rtol=0, atol=LEAK):
+            return False
+    return True
+
+
+LEAK = 1e-4  # nats, where logits spread over 20
 
 
 def _probe(model: nn.Module) -> Batch:
@@ -504,8 +589,6 @@ PAIR_MASKS: dict[str, Callable[[Batch], Tensor]] = {
     "boolean": boolean_mask,
     "additive": additive_mask,
 }
-# Keys of configurations that say how far attention reaches back. A mask of ours would replace it.
-REACHES = ("sliding_window", "attention_chunk_size", "window_size")
 SHARING_TOLERANCE = 1e-3  # nats, where logits spread over 20: it is checked in the weights' float32
 
 
@@ -518,7 +601,7 @@ def find_pair_mask(logprobs: LabelLogprobs, pairs: Examples) -> str:
         return f"{name} takes no position ids"
     shared = pairs.sharing_prompts()
     longest = int(shared.positions_N.max())
-    reach = _reach(model.config.get_text_config())
+    reach = reach_of(model.config.get_text_config())
     is_windowed = logprobs.way in (NATIVE, PACKED)  # as if the two were apart
     if reach is not None and longest > reach and not is_windowed:
         return f"its attention reaches back {reach:,} tokens, and the longest pair has {longest:,}"
@@ -538,12 +621,6 @@ def find_pair_mask(logprobs: LabelLogprobs, pairs: Examples) -> str:
     finally:
         model.train(was_training)
     return f"{name} gives other log-probabilities for two answers behind one prompt"
-
-
-def _reach(config: Any) -> int | None:
-    """How far attention reaches back in the layer that sees the least; None: to the beginning."""
-    values = [getattr(config, key, None) for key in REACHES]
-    return min((value for value in values if isinstance(value, int) and value > 0), default=None)
 
 
 def _agree(

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 
 from olmo_base.divided import copy_part
 from olmo_base.model.context import SplitContext
+from olmo_base.model.varlen import rows_kernel
 from olmo_base.optim import (
     OptimConfig,
     build_optimizer,
@@ -40,7 +41,7 @@ from olmo_base.optim import (
 from olmo_base.run.artefact import RunFolder, atomic_folder
 from olmo_base.run.errors import Stopped, UserError
 from olmo_base.run.heap import keep_freed_memory
-from olmo_base.run.launch import stop_signals
+from olmo_base.run.launch import Launch, stop_signals
 from olmo_base.run.metrics import LogConfig, MetricsLog, Progress
 from olmo_base.run.recipe import RecipeError, setting
 from olmo_base.run.resume import CheckpointConfig, latest_checkpoint, save_checkpoint
@@ -222,28 +223,48 @@ class Workers:
         """The context that a forward pass computes in."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
 
-    def place(self, model: PreTrainedModel, batching: Batching = "auto") -> LabelLogprobs:
+    def place(
+        self,
+        model: PreTrainedModel,
+        batching: Batching = "auto",
+        longest: int | None = None,
+        attention: str = "auto",
+    ) -> LabelLogprobs:
         """The model on this rank's device, computing label log-probabilities.
 
-        Errors: UserError if it is no causal language model, or cannot do what ``batching`` says.
+        ``longest`` is the longest row that it will read; a model with windows packs if it knows.
+        ``attention`` is the recipe's ``attn_implementation``. Errors: UserError if it is no causal
+        language model, or cannot do what ``batching`` or ``attention`` says.
         """
+        kernel = rows_kernel(attention, self.device, bf16=self.bf16)
         is_quantised = getattr(model, "is_quantized", False)
         if not is_quantised:  # such a model was loaded onto the device
             model.to(self.device)  # type: ignore[arg-type]
         # nats, where logits spread over 20
         tolerance = 1.0 if self.bf16 or is_quantised else 1e-3
+        must_pad = self.context is not None or self.divides_by_zero
         placed = LabelLogprobs(
             model,
             self.precision,
             tolerance,
-            packs=batching != "grouped" and self.context is None,
+            packs=batching != "grouped" and not must_pad,
+            longest=longest,
             # DeepSpeed gathers the weights of modules that are called, each with its own.
-            is_native=not self._divides_by_zero,
+            is_native=not self.divides_by_zero,
+            kernel=kernel,
         )
+        if placed.wrong_kernel is not None and attention != "auto":
+            raise UserError(
+                f"attn_implementation: {attention}, but over rows end to end it does not compute "
+                f"what {type(model).__name__} does. Set attn_implementation: auto, or batching: "
+                "grouped."
+            )
+        if must_pad:
+            placed.why_padded = "ZeRO-3" if self.divides_by_zero else "context_parallel"
         if batching == "packed" and not placed.packs:
             raise UserError(
-                f"batching: packed, but {type(model).__name__} is computed by {placed.way}, "
-                "which pads. Set batching: auto, which groups rows by length where it must."
+                f"batching: packed, but {type(model).__name__} must pad: {placed.why_padded}. "
+                "Set batching: auto, which groups rows by length where it must."
             )
         if self.context is not None:
             placed.share_rows(self.context)
@@ -255,12 +276,23 @@ class Workers:
         return (self._sharding is not None or self._uses_zero) and self.num_ranks > 1
 
     @property
+    def launch(self) -> Launch:
+        """How many processes there are, and how they share weights."""
+        return Launch(
+            self.num_ranks,
+            device="cuda" if self.device.type == "cuda" else "cpu",
+            divides=self.divides,
+            releases=self._sharding is None or bool(self._sharding.reshard_after_forward),
+        )
+
+    @property
     def kind(self) -> str:
         """How weights are divided."""
         return "ZeRO-3" if self._uses_zero else "FSDP2"
 
     @property
-    def _divides_by_zero(self) -> bool:
+    def divides_by_zero(self) -> bool:
+        """Whether by DeepSpeed, which knows no layers but those that transformers calls."""
         return self._uses_zero and self.divides
 
     def share(self, model: Wrapped, optim: OptimConfig) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -269,7 +301,7 @@ class Workers:
         With FSDP2 and ZeRO-3 divided in place. accelerate's own FSDP2 runs on GPUs alone and knows
         no layer but transformers'.
         """
-        if self._divides_by_zero:
+        if self.divides_by_zero:
             self._zero = ZeroEngine(model, optim, self.num_ranks)
             return self._zero.engine, self._zero.optimizer
         shared: nn.Module = model

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 from olmo_base.run.artefact import RunFolder, describe_inputs, read_manifest, run_identity
 from olmo_base.run.errors import UserError
+from olmo_base.run.launch import Launch
 from olmo_base.run.recipe import (
     Given,
     RecipeError,
@@ -41,8 +42,9 @@ class Stage(NamedTuple):
 
     recipe_class: type
     input_files: Callable[[Any], list[Path]]
-    plan: Callable[[Any], dict[str, object]]
+    plan: Callable[..., dict[str, object]]  # of a recipe; and of a Launch, where it spreads
     run: Callable[[Any], RunFolder]
+    spreads: bool = False  # whether many processes train it together
 
 
 # Each imports its module when it is called: a pipeline file with a typo, or `--help`, should not
@@ -70,25 +72,25 @@ def _tokenize() -> Stage:
 def _pretrain() -> Stage:
     from olmo_base import pretrain as module
 
-    return Stage(module.PretrainRecipe, module.input_files, module.plan, module.run)
+    return Stage(module.PretrainRecipe, module.input_files, module.plan, module.run, spreads=True)
 
 
 def _sft() -> Stage:
     from open_instruct import sft as module
 
-    return Stage(module.SftRecipe, module.input_files, module.plan, module.run)
+    return Stage(module.SftRecipe, module.input_files, module.plan, module.run, spreads=True)
 
 
 def _dpo() -> Stage:
     from open_instruct import preference as module
 
-    return Stage(module.PreferenceRecipe, module.input_files, module.plan, module.run)
+    return Stage(module.PreferenceRecipe, module.input_files, module.plan, module.run, spreads=True)
 
 
 def _reward() -> Stage:
     from open_instruct import reward as module
 
-    return Stage(module.RewardRecipe, module.input_files, module.plan, module.run)
+    return Stage(module.RewardRecipe, module.input_files, module.plan, module.run, spreads=True)
 
 
 def _sample() -> Stage:
@@ -382,9 +384,11 @@ class Planned(NamedTuple):
     figures: dict[str, object] | None  # the stage's own plan; None while it waits for others
 
 
-def plan_stage(stage: Stage, recipe: Any) -> dict[str, object]:
+def plan_stage(stage: Stage, recipe: Any, launch: Launch | None = None) -> dict[str, object]:
     """What a run of one stage would do. Errors: UserError, for an input that is missing too."""
-    figures = stage.plan(recipe)
+    if launch is not None and not stage.spreads:
+        raise UserError(f"stage: {recipe.stage} is not trained by many processes: plan it alone.")
+    figures = stage.plan(recipe) if launch is None else stage.plan(recipe, launch)
     if "not_here" not in figures:  # the plan of a published model that is not downloaded
         stage.input_files(recipe)
     return figures

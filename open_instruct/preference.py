@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from olmo_base.optim import OptimConfig
 from olmo_base.run.artefact import ExampleCounts, RunConfig, RunFolder
 from olmo_base.run.errors import UserError
+from olmo_base.run.launch import Launch
 from olmo_base.run.metrics import LogConfig
 from olmo_base.run.recipe import RecipeError, setting
 from olmo_base.run.resume import CheckpointConfig
@@ -379,9 +380,9 @@ def learnt(items: Examples | RatedExamples) -> Examples:
     return items if isinstance(items, Examples) else items.answers
 
 
-def plan(recipe: PreferenceRecipe) -> dict[str, object]:
+def plan(recipe: PreferenceRecipe, launch: Launch | None = None) -> dict[str, object]:
     """What a run would do, for --dry-run; touches nothing. Errors: as in ``run``."""
-    figures = plan_from_afar(recipe, 1 if recipe.loss.is_rated else 2)
+    figures = plan_from_afar(recipe, 1 if recipe.loss.is_rated else 2, launch=launch)
     if figures is not None:
         return figures
     items, counts = load_for_plan(recipe, load_set)
@@ -393,7 +394,9 @@ def plan(recipe: PreferenceRecipe) -> dict[str, object]:
     terms = np.ones(len(examples))
     is_weighted = recipe.loss.is_weighted
     way = expected_way(recipe)
-    figures = plan_figures(recipe, examples, terms, counts, way, needs_distribution=is_weighted)
+    figures = plan_figures(
+        recipe, examples, terms, counts, way, needs_distribution=is_weighted, launch=launch
+    )
     return figures | read
 
 
@@ -417,6 +420,10 @@ def run(recipe: PreferenceRecipe) -> RunFolder:
     )
     model = Model(recipe, workers, folder, longest)
     sets = with_shared_prompts(sets, recipe, workers, model.logprobs, folder)
+    examples = learnt(sets["train"])
+    terms = np.ones(len(examples))
+    is_weighted = recipe.loss.is_weighted
+    model.settle_batching(recipe, workers, folder, examples, terms, is_weighted)
     parts: dict[str, Examples] = {}
     for name, items in sets.items():
         parts |= compared(name, items)
@@ -428,8 +435,7 @@ def run(recipe: PreferenceRecipe) -> RunFolder:
     if "held out" in sets:
         held_out_examples = learnt(sets["held out"])
         held_out = HeldOut(held_out_examples, len(held_out_examples), losses["held out"])
-    examples = learnt(sets["train"])
-    steps = steps_for(recipe, workers, examples, np.ones(len(examples)), packs=model.logprobs.packs)
+    steps = steps_for(recipe, workers, examples, terms, packs=model.logprobs.packs)
     kind = "rated answers" if recipe.loss.is_rated else "pairs"
     folder.log(
         f"{len(examples):,} {kind}, {examples.num_tokens:,} tokens; {steps.total:,} steps of "
@@ -450,6 +456,6 @@ def run(recipe: PreferenceRecipe) -> RunFolder:
         held_out,
         model.sample_log(recipe, folder, opened.encoder, held_out, workers),
         uses=opened.uses,
-        needs_distribution=recipe.loss.is_weighted,
+        needs_distribution=is_weighted,
     )
     return folder

@@ -26,6 +26,7 @@ from olmo_base.run.artefact import (
     resolve_model,
 )
 from olmo_base.run.errors import UserError
+from olmo_base.run.launch import Launch
 from olmo_base.run.metrics import LogConfig
 from olmo_base.run.recipe import RecipeError, setting
 from olmo_base.run.resume import CheckpointConfig
@@ -50,6 +51,7 @@ from open_instruct.causal_lm import (
     new_folder,
     whole_model_folder,
 )
+from open_instruct.compute import refuse_uncompilable
 from open_instruct.encode import (
     ChatEncoder,
     add_new_tokens,
@@ -68,6 +70,7 @@ from open_instruct.tuning import (
     about_adapter,
     input_files,
     load_for_plan,
+    note_liger_kernels,
     open_run,
     plan_figures,
     plan_from_afar,
@@ -108,6 +111,10 @@ class RewardRecipe:
     run: RunConfig
 
     def __post_init__(self) -> None:
+        if self.train.batching == "packed":
+            raise RecipeError(
+                "batching", "packed, but a reward model's rows are grouped by length. Remove it."
+            )
         if self.shown.num_eval_samples:
             raise RecipeError(
                 "num_eval_samples",
@@ -310,7 +317,7 @@ def _load_classifier(
                 folder,
                 num_labels=1,
                 dtype=torch.float32,
-                attn_implementation=config.attn_implementation,
+                attn_implementation=config.layers_attention,
                 trust_remote_code=config.trust_remote_code,
                 output_loading_info=True,
                 **placed,
@@ -363,13 +370,14 @@ def merge_reward_adapter(adapter: str, out: str) -> Path:
 # ---------------------------------------------------------------- plan and run
 
 
-def plan(recipe: RewardRecipe) -> dict[str, object]:
+def plan(recipe: RewardRecipe, launch: Launch | None = None) -> dict[str, object]:
     """What a run would do, for --dry-run; touches nothing. Errors: as in ``run``."""
-    figures = plan_from_afar(recipe, 2, way=REWARDS)
+    figures = plan_from_afar(recipe, 2, way=REWARDS, launch=launch)
     if figures is not None:
         return figures
     (examples, _), counts = load_for_plan(recipe, pair_examples)
-    return plan_figures(recipe, examples, np.ones(len(examples)), counts, REWARDS)
+    terms = np.ones(len(examples))
+    return plan_figures(recipe, examples, terms, counts, REWARDS, launch=launch)
 
 
 def run(recipe: RewardRecipe) -> RunFolder:
@@ -388,6 +396,7 @@ def run(recipe: RewardRecipe) -> RunFolder:
         loss = reward_loss(held_out_margins_P.to(workers.device), None)
         held_out = HeldOut(pairs, len(pairs), loss)
 
+    refuse_uncompilable(recipe.model, recipe.adapter, workers)
     loaded = load_reward_model(
         recipe.model,
         encoder,
@@ -400,6 +409,7 @@ def run(recipe: RewardRecipe) -> RunFolder:
     check_lengths(longest, loaded.model.config, recipe.model.model_name_or_path)
     if is_adapted(loaded.model):
         folder.log(about_adapter(loaded.model))
+    note_liger_kernels(loaded.model, recipe, workers, folder)
     if not recipe.adapter.is_quantised:  # such a model was loaded onto the device
         loaded.model.to(workers.device)
     tolerance = 1.0 if workers.bf16 or recipe.adapter.is_quantised else 1e-3

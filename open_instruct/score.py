@@ -22,7 +22,7 @@ from olmo_base.run.launch import stop_signals
 from olmo_base.run.metrics import Progress
 from olmo_base.run.recipe import RecipeError, setting
 from open_instruct.batches import Examples, evaluation_batches
-from open_instruct.causal_lm import ModelConfig
+from open_instruct.causal_lm import AttentionName, ModelConfig
 from open_instruct.encode import ChatEncoder, load_chat_encoder
 from open_instruct.examples import BadRow, Message, read_rows
 from open_instruct.loop import Workers
@@ -68,9 +68,7 @@ class ScoreRecipe:
     max_length: int | None = setting(None, low=2, help="tokens; null: what the reward model reads")
     on_too_long: Literal["error", "drop"] = setting("error", help="for the reward model")
     per_device_eval_batch_size: int = setting(32, low=1, changes_result=False)
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = (
-        setting("sdpa")
-    )
+    attn_implementation: AttentionName = setting("auto")
     trust_remote_code: bool = setting(False, help="run Python code that the model folder brings")
     bf16: bool | Literal["auto"] = setting("auto", help="auto: on GPUs that compute in it")
     run: RunConfig

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from olmo_base.optim import OptimConfig
 from olmo_base.run.artefact import ExampleCounts, RunConfig, RunFolder
 from olmo_base.run.errors import UserError
+from olmo_base.run.launch import Launch
 from olmo_base.run.metrics import LogConfig
 from olmo_base.run.recipe import RecipeError, setting
 from olmo_base.run.resume import CheckpointConfig
@@ -197,10 +198,10 @@ def refuse_cut_noise(recipe: SftRecipe) -> None:
 # ---------------------------------------------------------------- plan and run
 
 
-def plan(recipe: SftRecipe) -> dict[str, object]:
+def plan(recipe: SftRecipe, launch: Launch | None = None) -> dict[str, object]:
     """What a run would do, for --dry-run; touches nothing. Errors: as in ``run``."""
     refuse_cut_noise(recipe)
-    figures = plan_from_afar(recipe, 1)
+    figures = plan_from_afar(recipe, 1, launch=launch)
     if figures is not None:
         return figures
     examples, counts = load_for_plan(recipe, dialogue_examples)
@@ -212,6 +213,7 @@ def plan(recipe: SftRecipe) -> dict[str, object]:
         counts,
         expected_way(recipe),
         needs_distribution=recipe.loss.needs_distribution,
+        launch=launch,
     )
 
 
@@ -229,14 +231,13 @@ def run(recipe: SftRecipe) -> RunFolder:
     if opened.held_out is not None:
         held_out = HeldOut(opened.held_out, opened.held_out.num_labels, summed_loss)
 
-    model = Model(recipe, workers, folder, longest=int(examples.lengths_NW.max()))
-    steps = steps_for(
-        recipe,
-        workers,
-        examples,
-        terms_per_dialogue(recipe.loss, examples),
-        packs=model.logprobs.packs,
-    )
+    sets = [examples] if opened.held_out is None else [examples, opened.held_out]
+    longest = max(int(one.lengths_NW.max()) for one in sets)
+    model = Model(recipe, workers, folder, longest)
+    terms = terms_per_dialogue(recipe.loss, examples)
+    needs_distribution = recipe.loss.needs_distribution
+    model.settle_batching(recipe, workers, folder, examples, terms, needs_distribution)
+    steps = steps_for(recipe, workers, examples, terms, packs=model.logprobs.packs)
     loss = training_loss(recipe.loss, model.language_model.get_input_embeddings())
     folder.log(
         f"{len(examples):,} dialogues, {examples.num_tokens:,} tokens, {examples.num_labels:,} of "
@@ -254,6 +255,6 @@ def run(recipe: SftRecipe) -> RunFolder:
         held_out,
         model.sample_log(recipe, folder, opened.encoder, held_out, workers),
         uses=opened.uses,
-        needs_distribution=recipe.loss.needs_distribution,
+        needs_distribution=needs_distribution,
     )
     return folder

@@ -83,7 +83,7 @@ def shard(model: Wrapped, device: torch.device, num_ranks: int, *, releases: boo
     divided: set[nn.Parameter] = set()
     native = model.native
     if native is None:
-        for layer in _layers(whole):
+        for layer in layers_of(whole):
             fully_shard(layer, mesh=mesh, reshard_after_forward=releases)
     else:
         model.computing = native  # a part of the module, so that all its layers have one root
@@ -97,15 +97,16 @@ def shard(model: Wrapped, device: torch.device, num_ranks: int, *, releases: boo
     fully_shard(model, mesh=mesh, ignored_params=divided)
 
 
-def _layers(model: Any) -> list[nn.Module]:
+def layers_of(model: Any) -> list[nn.Module]:
     """The modules that transformers never splits. Errors: UserError if it names none."""
     base = model.get_base_model() if is_adapted(model) else model
     names = set(getattr(base, "_no_split_modules", None) or ())
     layers = [module for module in base.modules() if type(module).__name__ in names]
     if not layers:
         raise UserError(
-            f"{type(base).__name__} does not say what its layers are, so it cannot be divided over "
-            "ranks. Launch with recipes/accelerate/ddp.yaml."
+            f"{type(base).__name__} does not say what its layers are, so they can be neither "
+            "divided over ranks nor compiled. Launch with recipes/accelerate/ddp.yaml, and leave "
+            "torch_compile out."
         )
     return layers
 

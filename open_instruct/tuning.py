@@ -1,5 +1,6 @@
 """What the tuning stages share: how a run opens, what a plan says, the model's load and end."""
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from olmo_base.run.artefact import (
     read_manifest,
 )
 from olmo_base.run.errors import UserError
-from olmo_base.run.launch import seed_everything
+from olmo_base.run.launch import Launch, seed_everything
 from olmo_base.run.metrics import LogConfig
 from olmo_base.run.resume import CheckpointConfig
 from olmo_base.run.trackers import refuse_missing_trackers
@@ -32,6 +33,12 @@ from open_instruct.causal_lm import (
     load_config,
     save_causal_lm,
 )
+from open_instruct.compute import (
+    compile_layers,
+    refuse_uncompilable,
+    take_liger_kernels,
+    uncompiled,
+)
 from open_instruct.encode import ChatEncoder, find_template, load_chat_encoder
 from open_instruct.examples import DataConfig, Source, SourceUse, source_files
 from open_instruct.known_shapes import recorded_config
@@ -40,13 +47,18 @@ from open_instruct.logprobs import (
     HEAD_AT_LABELS,
     NATIVE,
     PACKED,
+    PACKED_HEAD,
+    PACKED_LABELS,
+    PACKING_WAYS,
     LabelLogprobs,
     Wrapped,
     native_over,
     not_to_be_cut,
 )
 from open_instruct.loop import NEVER, HeldOut, Loss, TrainConfig, Workers, steps_of, train
+from open_instruct.measured_batching import settle_batching
 from open_instruct.memory import Sizes, count_parameters, memory_at_hand, training_memory
+from open_instruct.packed_attention import TAKEN_OVER, reach_of
 from open_instruct.publish import HubConfig, push_if_asked, write_model_card
 from open_instruct.sample_log import SampleLog, SampleLogConfig, first_prompts
 from open_instruct.tokenised import DataReport, report_for
@@ -215,10 +227,11 @@ def plan_figures(
     way: str,
     *,
     needs_distribution: bool = False,
+    launch: Launch | None = None,
 ) -> dict[str, object]:
     """What a run over these examples would do, for --dry-run. Errors: UserError, as in the run.
 
-    ``way`` and ``needs_distribution`` as in ``training_memory``.
+    ``way``, ``needs_distribution`` and ``launch`` as in ``training_memory``.
     """
     refuse_missing_trackers(recipe.log.report_to)
     if recipe.train.context_parallel > 1 and way != NATIVE:
@@ -230,9 +243,10 @@ def plan_figures(
         terms_per_example,
         recipe.train,
         seed=recipe.run.seed,
-        cost_of_cut=NEVER if way == PACKED else MICRO_BATCH_COST["cpu"],
+        num_ranks=1 if launch is None else data_processes(recipe, launch),
+        cost_of_cut=NEVER if way in PACKING_WAYS else MICRO_BATCH_COST["cpu"],
     )
-    micro_batches = steps.micro_batch_sizes(STEPS_LOOKED_AT, packs=way == PACKED)
+    micro_batches = steps.micro_batch_sizes(STEPS_LOOKED_AT, packs=way in PACKING_WAYS)
     sizes = count_parameters(recipe.model, recipe.adapter)
     is_part = sizes.trained < sizes.all
     trained = {"trained_parameters": sizes.trained} if is_part else {}
@@ -245,7 +259,9 @@ def plan_figures(
         "examples_per_step": steps.per_step,
         "parameters": sizes.all,
         **trained,
-        **_planned_memory(recipe, model_config, sizes, micro_batches, way, needs_distribution),
+        **_planned_memory(
+            recipe, model_config, sizes, micro_batches, way, needs_distribution, launch
+        ),
     }
 
 
@@ -256,9 +272,13 @@ def _planned_memory(
     micro_batches: Sequence[MicroBatchSize],
     way: str,
     needs_distribution: bool,
+    launch: Launch | None,
 ) -> dict[str, object]:
-    """The figures of a plan that say how much memory a step takes."""
+    """The figures of a plan that say how much memory a step takes, in each process."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if launch is not None:
+        device = torch.device(launch.device)
+    bf16 = recipe.train.bf16
     needed = {
         recomputes: training_memory(
             model_config,
@@ -269,14 +289,34 @@ def _planned_memory(
             needs_distribution=needs_distribution,
             adapter=recipe.adapter,
             device=device.type,
+            bf16=device.type == "cuda" if bf16 == "auto" else bf16,
+            launch=launch,
         )
         for recomputes in (False, True)
     }
     chosen = recipe.model.gradient_checkpointing
+    if launch is not None:
+        spread = f"divided over {launch.shards}" if launch.divides else "a copy in each"
+        asked: dict[str, object] = {"processes": launch.num_processes, "weights": spread}
+        if chosen != "auto":
+            return asked | {"memory_bytes_of_each": needed[chosen]}
+        names = {False: "memory_bytes_of_each", True: "with_gradient_checkpointing_bytes"}
+        return asked | {names[recomputes]: needed[recomputes] for recomputes in names}
     if chosen != "auto":
         return {"memory_bytes": needed[chosen]}
     recomputes = not fits(needed[False], device)
     return {"gradient_checkpointing": recomputes, "memory_bytes": needed[recomputes]}
+
+
+def data_processes(recipe: TuningRecipe, launch: Launch) -> int:
+    """Processes that read different dialogues. Errors: UserError if they cannot be cut so."""
+    parts = recipe.train.context_parallel
+    if launch.num_processes % parts:
+        raise UserError(
+            f"context_parallel {parts} does not divide {launch.num_processes} processes. Plan for "
+            f"a multiple of {parts}."
+        )
+    return launch.num_processes // parts
 
 
 def fits(needed: int, device: torch.device) -> bool:
@@ -285,7 +325,11 @@ def fits(needed: int, device: torch.device) -> bool:
 
 
 def plan_from_afar(
-    recipe: "AdaptableRecipe", rows_per_example: int, *, way: str | None = None
+    recipe: "AdaptableRecipe",
+    rows_per_example: int,
+    *,
+    way: str | None = None,
+    launch: Launch | None = None,
 ) -> dict[str, object] | None:
     """What is known of a run whose published model is not on this machine; None if it is here.
 
@@ -307,7 +351,7 @@ def plan_from_afar(
     return {
         NOT_HERE: f"{name} is not on this machine: its recorded shape is used, and rows, tokens "
         "and steps are not counted",
-        "examples_per_step": per_rank,
+        "examples_per_step": per_rank * (1 if launch is None else data_processes(recipe, launch)),
         "parameters": sizes.all,
         **trained,
         **_planned_memory(
@@ -317,6 +361,7 @@ def plan_from_afar(
             [largest],
             way or expected_way(recipe, architecture),
             needs_distribution=False,
+            launch=launch,
         ),
     }
 
@@ -338,16 +383,21 @@ def expected_way(recipe: AdaptableRecipe, architecture: Any | None = None) -> st
     ``architecture`` None is the one in the model's folder.
     """
     architecture = architecture or load_config(recipe.model)
-    if not recipe.adapter.use_peft and recipe.model.attn_implementation == "sdpa":
+    packs = recipe.train.batching != "grouped" and recipe.train.context_parallel == 1
+    attention = recipe.model.attn_implementation
+    if not recipe.adapter.use_peft and attention in ("auto", "sdpa"):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 architecture, trust_remote_code=recipe.model.trust_remote_code
             )
         if native_over(model) is not None:
-            pads = recipe.train.batching == "grouped" or recipe.train.context_parallel > 1
-            return NATIVE if pads else PACKED
+            return PACKED if packs else NATIVE
     text_config = architecture.get_text_config()
     is_changed = any(getattr(text_config, key, None) is not None for key in CHANGED_LOGITS)
+    reach = reach_of(text_config)
+    is_seen_whole = reach is None or recipe.data.max_length <= reach
+    if packs and is_seen_whole and attention in ("auto", *TAKEN_OVER):
+        return PACKED_LABELS if is_changed else PACKED_HEAD
     return AT_LABELS if is_changed else HEAD_AT_LABELS
 
 
@@ -356,6 +406,7 @@ class Model:
 
     def __init__(self, recipe: AdaptableRecipe, workers: Workers, folder: RunFolder, longest: int):
         """Errors: UserError if the model cannot be trained, or is too short for the examples."""
+        refuse_uncompilable(recipe.model, recipe.adapter, workers)
         self.language_model: Any
         self.language_model, self._stored_dtype = load_causal_lm(
             recipe.model,
@@ -370,7 +421,53 @@ class Model:
         check_lengths(longest, self.language_model.config, name)
         if is_adapted(self.language_model):
             folder.log(about_adapter(self.language_model))
-        self.logprobs: LabelLogprobs = workers.place(self.language_model, recipe.train.batching)
+        note_liger_kernels(self.language_model, recipe, workers, folder)
+        self.logprobs: LabelLogprobs = workers.place(
+            self.language_model, recipe.train.batching, longest, recipe.model.attn_implementation
+        )
+        if self.logprobs.kernel is not None:
+            folder.log(f"attention over rows end to end: {self.logprobs.kernel.name}")
+        elif self.logprobs.wrong_kernel is not None:
+            name = self.logprobs.wrong_kernel.name
+            folder.log(f"attention over rows end to end: SDPA, as {name} computes something else")
+        if self.logprobs.why_padded is not None:
+            folder.log(f"rows are grouped by length and padded: {self.logprobs.why_padded}")
+
+    def settle_batching(
+        self,
+        recipe: "AdaptableRecipe",
+        workers: Workers,
+        folder: RunFolder,
+        examples: Examples,
+        terms_per_example: np.ndarray,
+        needs_distribution: bool,
+    ) -> None:
+        """Under ``batching: auto``, choose the faster way of ``examples`` by the clock.
+
+        Where only one way is possible, or memory does not allow to keep what layers compute,
+        nothing is measured.
+        """
+        if recipe.train.batching != "auto" or not self.logprobs.packs:
+            return
+
+        def steps(packs: bool) -> Steps:
+            return steps_for(recipe, workers, examples, terms_per_example, packs=packs)
+
+        def keeps_all(model: LabelLogprobs, steps: Steps) -> bool:
+            if recipe.model.gradient_checkpointing is True:
+                return False
+            needed = memory_without_recomputing(
+                recipe, workers, model.way, steps, needs_distribution
+            )
+            return not workers.any_rank(not fits(needed, workers.device))
+
+        def padded() -> LabelLogprobs | None:
+            attention = recipe.model.attn_implementation
+            other = workers.place(self.language_model, "grouped", attention=attention)
+            is_other = examples.shares_prompts and other.share_prompts(examples) is not None
+            return None if workers.any_rank(is_other) else other
+
+        self.logprobs = settle_batching(folder, workers, self.logprobs, padded, steps, keeps_all)
 
     def sample_log(
         self,
@@ -386,20 +483,40 @@ class Model:
         """
         if held_out is None or recipe.shown.num_eval_samples == 0:
             return None
-        if workers.divides:
-            raise UserError(
-                f"num_eval_samples: {recipe.shown.num_eval_samples}, but the first rank answers "
-                f"them, and under {workers.kind} it holds a part of the weights. Set it to 0, or "
-                "launch with recipes/accelerate/ddp.yaml."
-            )
-        prompts = first_prompts(held_out.examples, recipe.shown.num_eval_samples)
-        return SampleLog(
-            folder, self.language_model, encoder, prompts, recipe.shown, workers.precision
+        refuse_divided_answers(
+            recipe.shown.num_eval_samples, workers.kind if workers.divides else None
         )
+        prompts = first_prompts(held_out.examples, recipe.shown.num_eval_samples)
+        precision = workers.precision
+        if recipe.model.torch_compile:
+            precision = functools.partial(uncompiled, workers.precision)
+        return SampleLog(folder, self.language_model, encoder, prompts, recipe.shown, precision)
 
     def save(self, folder: RunFolder, encoder: ChatEncoder) -> None:
         """Write the run's model folder. Changes the model's precision."""
         save_causal_lm(folder, self.language_model, encoder, self._stored_dtype)
+
+
+def refuse_divided_answers(num_eval_samples: int, divided_by: str | None) -> None:
+    """Errors: UserError if someone is to answer who does not hold all weights."""
+    if num_eval_samples and divided_by is not None:
+        raise UserError(
+            f"num_eval_samples: {num_eval_samples}, but the first rank answers them, and under "
+            f"{divided_by} it holds a part of the weights. Set it to 0, or launch with "
+            "recipes/accelerate/ddp.yaml."
+        )
+
+
+def note_liger_kernels(
+    model: Any, recipe: AdaptableRecipe, workers: Workers, folder: RunFolder
+) -> None:
+    """Take liger's kernels if the recipe asks for them, and say in the log which.
+
+    Errors: UserError if it insists and cannot have them.
+    """
+    taken = take_liger_kernels(model, recipe.model.liger_kernel, workers)
+    if taken is not None:
+        folder.log(f"liger's kernels compute {taken}")
 
 
 def about_adapter(adapted: Any) -> str:
@@ -434,6 +551,28 @@ def steps_for(
     )
 
 
+def memory_without_recomputing(
+    recipe: AdaptableRecipe,
+    workers: Workers,
+    way: str,
+    steps: Steps,
+    needs_distribution: bool = False,
+) -> int:
+    """Bytes of a step in which layers keep what they compute, in each process."""
+    return training_memory(
+        load_config(recipe.model),
+        count_parameters(recipe.model, recipe.adapter),
+        steps.micro_batch_sizes(STEPS_LOOKED_AT, packs=way in PACKING_WAYS),
+        way=way,
+        gradient_checkpointing=False,
+        needs_distribution=needs_distribution,
+        adapter=recipe.adapter,
+        device=workers.device.type,
+        bf16=workers.bf16,
+        launch=workers.launch,
+    )
+
+
 def settle_checkpointing(
     recipe: AdaptableRecipe,
     workers: Workers,
@@ -450,16 +589,7 @@ def settle_checkpointing(
     recomputes = recipe.model.gradient_checkpointing
     if recomputes == "auto":
         way: Any = model.way
-        needed = training_memory(
-            load_config(recipe.model),
-            count_parameters(recipe.model, recipe.adapter),
-            steps.micro_batch_sizes(STEPS_LOOKED_AT, packs=way == PACKED),
-            way=way,
-            gradient_checkpointing=False,
-            needs_distribution=needs_distribution,
-            adapter=recipe.adapter,
-            device=workers.device.type,
-        )
+        needed = memory_without_recomputing(recipe, workers, way, steps, needs_distribution)
         recomputes = workers.any_rank(not fits(needed, workers.device))
         folder.log(
             f"gradient checkpointing is {'on' if recomputes else 'off'}: without it a step takes "
@@ -491,6 +621,9 @@ def train_and_finish(
     asks for an upload and that fails; the run is finished all the same.
     """
     settle_checkpointing(recipe, workers, folder, model, steps, needs_distribution)
+    if recipe.model.torch_compile:
+        first = steps.micro_batches(0, workers.data_rank)
+        compile_layers(model, [batch for batch in first if batch.num_sequences], workers.device)
     results = train(
         folder,
         workers,

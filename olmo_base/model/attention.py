@@ -319,6 +319,7 @@ class Sight(NamedTuple):
 
     rotation: tuple[Tensor, Tensor]  # cosines and sines, Th or B1Th
     may_attend: Tensor | None  # B1TS; None for plain causality
+    window: int | None = None  # for a kernel, which takes no mask
 
 
 class Attention(nn.Module):
@@ -367,7 +368,7 @@ class Attention(nn.Module):
         v_BTD = self._clipped(self.v_proj(x_BTD))
         # Nested, so that nothing before the rotation stays in memory through attention.
         return self.o_proj(
-            self._mix(
+            self.mix(
                 self.q_norm(self._clipped(self.q_proj(x_BTD))),
                 self.k_norm(self._clipped(self.k_proj(x_BTD))),
                 v_BTD,
@@ -386,22 +387,40 @@ class Attention(nn.Module):
     ) -> Tensor:
         """ND to ND: rows laid end to end, each group of them with its ``Sight``.
 
-        LD where only some positions' results are ``wanted``.
+        A kernel has one for all. LD where only some positions' results are ``wanted``.
         """
         x_ND = to_matmul_dtype(x_ND)
         v_ND = self._clipped(self.v_proj(x_ND))
-        parts = zip(
-            packing.apart(self.q_norm(self._clipped(self.q_proj(x_ND)))),
-            packing.apart(self.k_norm(self._clipped(self.k_proj(x_ND)))),
-            packing.apart(v_ND),
+        mixed_ND = self.mix_rows(
+            self.q_norm(self._clipped(self.q_proj(x_ND))),
+            self.k_norm(self._clipped(self.k_proj(x_ND))),
+            v_ND,
+            packing,
             sights,
-            strict=True,
         )
-        mixed = [self._mix(q_BTD, k_BTD, v_BTD, sight) for q_BTD, k_BTD, v_BTD, sight in parts]
-        mixed_ND = packing.together(mixed)
         return self.o_proj(mixed_ND if wanted_L is None else mixed_ND.index_select(0, wanted_L))
 
-    def _mix(
+    def mix_rows(
+        self, q_ND: Tensor, k_ND: Tensor, v_ND: Tensor, packing: Packing, sights: Sequence[Sight]
+    ) -> Tensor:
+        """Each position's mix of the values of its own row, ND."""
+        if packing.kernel is not None:
+            (sight,) = sights
+            v_NKh = self._heads(v_ND)
+            q_NHh, k_NKh = (
+                rotate(self._heads(x_ND)[None], *sight.rotation, v_ND.dtype)[0].transpose(0, 1)
+                for x_ND in (q_ND, k_ND)
+            )
+            scale = self.head_dim**-0.5
+            starts, longest = packing.row_starts, packing.longest
+            return packing.kernel.attend(
+                q_NHh, k_NKh, v_NKh, starts, longest, scale, sight.window
+            ).flatten(1)
+        parts = zip(*map(packing.apart, (q_ND, k_ND, v_ND)), sights, strict=True)
+        mixed = [self.mix(q_BTD, k_BTD, v_BTD, sight) for q_BTD, k_BTD, v_BTD, sight in parts]
+        return packing.together(mixed)
+
+    def mix(
         self,
         q_BTD: Tensor,
         k_BTD: Tensor,
@@ -410,6 +429,7 @@ class Attention(nn.Module):
         cache: KeyValueCache | SharedPrefix | SplitContext | None = None,
         layer: int = 0,
     ) -> Tensor:
+        """Each position's mix of the values that it may look at, BTD."""
         v_BKTh = self._heads(v_BTD).transpose(1, 2)
         q_BHTh = rotate(self._heads(q_BTD), *sight.rotation, v_BKTh.dtype)
         k_BKTh = rotate(self._heads(k_BTD), *sight.rotation, v_BKTh.dtype)

@@ -4,7 +4,7 @@ N positions of all rows, D width; B rows of a group, T positions of its longest,
 
 Everything but attention treats positions alike, so it runs over the N positions as one long row.
 For attention, rows of similar length are taken together as groups, each padded on the right, where
-causal attention never looks. Rows never see each other.
+causal attention never looks; or a kernel takes them as they lie. Rows never see each other.
 """
 
 from dataclasses import dataclass, replace
@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from olmo_base.model.varlen import Kernel
 
 # Numbers of rows are filled up to multiples of it: oneDNN prepares a product for each new number,
 # which takes about half a millisecond, and steps seldom repeat one by themselves.
@@ -57,7 +59,9 @@ class Packing:
     sources_N: Tensor  # where each position stood in the padded rows, laid end to end
     groups: tuple[Group, ...]
     from_groups_N: Tensor  # where each position stands in the groups' places, laid end to end
+    row_starts: Tensor  # where each row begins, and the last one ends; int32
     num_filling: int = 0  # positions at the end that belong to no row and mean nothing
+    kernel: Kernel | None = None  # what attends to all rows at once, in place of the groups
 
     def to(self, device: torch.device) -> "Packing":
         """The same on a device; from pinned memory, so that the copy does not stop the host."""
@@ -65,18 +69,35 @@ class Packing:
             _moved(self.sources_N, device),
             tuple(group.to(device) for group in self.groups),
             _moved(self.from_groups_N, device),
+            _moved(self.row_starts, device),
             self.num_filling,
+            self.kernel,
         )
+
+    def attended_by(self, kernel: Kernel | None) -> "Packing":
+        """The same, its rows attended to by a kernel. Branches are not: they bring masks."""
+        has_branches = any(group.branches is not None for group in self.groups)
+        return self if kernel is None or has_branches else replace(self, kernel=kernel)
+
+    @property
+    def longest(self) -> int:
+        """Positions of the longest row, the filling taken for one."""
+        return max(self.num_filling, *(group.length for group in self.groups))
 
     def filled(self) -> "Packing":
         """The same with as many positions as rows of a product should have."""
         assert not self.num_filling
         sources_N = filled(self.sources_N)
+        num_filling = len(sources_N) - len(self.sources_N)
+        row_starts = self.row_starts
+        if num_filling:  # a row of its own: what a kernel leaves out it does not write either
+            row_starts = F.pad(row_starts, (0, 1), value=len(sources_N))
         return replace(
             self,
             sources_N=sources_N,
             from_groups_N=filled(self.from_groups_N),
-            num_filling=len(sources_N) - len(self.sources_N),
+            row_starts=row_starts,
+            num_filling=num_filling,
         )
 
     def apart(self, x_ND: Tensor) -> list[Tensor]:

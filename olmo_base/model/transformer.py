@@ -400,7 +400,7 @@ class Transformer(nn.Module):
         is_selective = self.gradient_checkpointing == "selective"
         x_BTD = self.embed_tokens(ids_BT)
         for index, layer in enumerate(self.layers):
-            rotation, may_attend = sights[self.windows[index]]
+            rotation, may_attend, _ = sights[self.windows[index]]
             if self.recomputes and torch.is_grad_enabled() and cache is None:
                 x_BTD = checkpoint(
                     layer,
@@ -425,15 +425,8 @@ class Transformer(nn.Module):
         makes of keys and values is then computed nowhere else.
         Errors: UserError if a row is longer than the model was made for.
         """
-        sights: dict[int | None, list[Sight]] = {window: [] for window in self.windows}
-        for group in packing.groups:
-            if group.branches is not None:
-                found = self._sights_of_branches(group.branches)
-            else:
-                found = self._sights_of_rows(group.length, ids_BT.device)
-            for window, sight in found.items():
-                sights[window].append(sight)
         num_positions, packing = len(packing.sources_N), packing.filled()
+        sights = self._sights_of_packing(packing, ids_BT.shape[1])
         x_ND = self.embed_tokens(ids_BT).flatten(0, 1).index_select(0, packing.sources_N)
         for index, window in enumerate(self.windows):
             layer: Any = self.layers[index]
@@ -541,6 +534,29 @@ class Transformer(nn.Module):
             )
             for window, table in self.rotary_tables.items()
         }
+
+    def _sights_of_packing(
+        self, packing: Packing, num_columns: int
+    ) -> dict[int | None, list[Sight]]:
+        """By window, of each group; of all positions at once where a kernel attends to them."""
+        device = packing.sources_N.device
+        if packing.kernel is not None:
+            longest = max(group.length for group in packing.groups)
+            self._check_length(longest)
+            columns_N = packing.sources_N % num_columns
+            return {
+                window: [Sight(_at(columns_N, *table(longest, device)), None, window)]
+                for window, table in self.rotary_tables.items()
+            }
+        sights: dict[int | None, list[Sight]] = {window: [] for window in self.windows}
+        for group in packing.groups:
+            if group.branches is not None:
+                found = self._sights_of_branches(group.branches)
+            else:
+                found = self._sights_of_rows(group.length, device)
+            for window, sight in found.items():
+                sights[window].append(sight)
+        return sights
 
     def _sights_of_branches(self, branches: Branches) -> dict[int | None, Sight]:
         """By window, which counts positions of a sequence and not columns of the row."""

@@ -10,9 +10,10 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,6 +28,21 @@ RECORDED_PACKAGES = (
     "safetensors",
     "numpy",
 )
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The processes that a plan is made for, where it is not this one alone."""
+
+    num_processes: int = 1
+    device: Literal["cpu", "cuda"] = "cuda"
+    divides: bool = False  # tuning: weights, gradients and moments, over all of them
+    releases: bool = True  # then: a layer is gathered again for its backward pass
+
+    @property
+    def shards(self) -> int:
+        """Into how many parts tuning divides weights."""
+        return self.num_processes if self.divides else 1
 
 
 def is_main_process() -> bool:

@@ -58,6 +58,7 @@ TINY: dict[str, Any] = dict(
 NATIVE = "the native OLMo without padding, head at the labels"
 PADDED = "the native OLMo, head at the labels"
 HEAD, OWN = "head at the labels", "the model's own logits at the labels"
+PACKED_HEAD, PACKED_OWN = f"{HEAD}, without padding", f"{OWN}, without padding"
 
 
 def olmo1():
@@ -116,13 +117,13 @@ MODELS = [
     (olmo2, NATIVE),
     (olmo3_with_windows, NATIVE),
     (olmo2_computed_eagerly, HEAD),
-    (llama_with_tied_embeddings, HEAD),
-    (gpt2_with_learnt_positions, HEAD),
-    (gpt_neox, HEAD),
+    (llama_with_tied_embeddings, PACKED_HEAD),
+    (gpt2_with_learnt_positions, PACKED_HEAD),
+    (gpt_neox, PACKED_HEAD),
     (mamba_without_attention, HEAD),
     (gemma2_with_capped_logits, OWN),
-    (cohere_with_scaled_logits, OWN),
-    (granite_with_scaled_logits, OWN),
+    (cohere_with_scaled_logits, PACKED_OWN),
+    (granite_with_scaled_logits, PACKED_OWN),
 ]
 
 
@@ -244,7 +245,7 @@ def test_gradient_checkpointing_reaches_the_native_model():
 
 def test_an_adapter_is_computed_by_transformers():
     adapted = get_peft_model(olmo2(), LoraConfig(target_modules=["q_proj"], r=2))
-    assert LabelLogprobs(adapted).way == HEAD
+    assert LabelLogprobs(adapted).way == PACKED_HEAD
 
 
 def test_the_head_sees_the_labels_and_nothing_else():
@@ -467,7 +468,7 @@ def deaf_olmo():
 )
 def test_a_model_that_cannot_share_says_why_and_reads_prompts_twice(make_model, words):
     torch.manual_seed(0)
-    logprobs = LabelLogprobs(make_model().eval())
+    logprobs = LabelLogprobs(make_model().eval(), packs=False)
     reason = logprobs.share_prompts(some_pairs())
     assert reason is not None and words in reason
     assert logprobs.pair_mask is None

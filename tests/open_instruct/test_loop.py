@@ -686,18 +686,24 @@ def test_a_model_whose_layers_are_not_ours_is_not_cut_over_processes():
 
 
 def test_batching_packed_is_refused_in_words_where_the_model_pads():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=61,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        pad_token_id=0,
-    )
+    def llama(attention):
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=61,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            pad_token_id=0,
+        )
+        model: Any = LlamaForCausalLM(config)
+        model.set_attn_implementation(attention)
+        return model
+
     workers = Workers(False)
-    with pytest.raises(UserError, match=r"batching: packed, but LlamaForCausalLM .* pads"):
-        workers.place(LlamaForCausalLM(config), "packed")
-    assert not workers.place(LlamaForCausalLM(config), "auto").packs
+    with pytest.raises(UserError, match=r"LlamaForCausalLM must pad: .*eager"):
+        workers.place(llama("eager"), "packed")
+    assert not workers.place(llama("eager"), "auto").packs
+    assert workers.place(llama("sdpa"), "auto").packs
     assert workers.place(tiny_olmo2(), "packed").packs
     assert not workers.place(tiny_olmo2(), "grouped").packs

@@ -9,9 +9,12 @@ from olmo_base.run.errors import UserError
 from olmo_base.run.recipe import load_recipe
 from open_instruct import preference, reward, sft
 from open_instruct.__main__ import main
+from open_instruct.adapters import AdapterConfig
 from open_instruct.causal_lm import ModelConfig, load_causal_lm
 from open_instruct.encode import find_template
+from open_instruct.logprobs import LabelLogprobs
 from open_instruct.reference import REFERENCE_FILE
+from open_instruct.sharding import shard
 from tests.open_instruct.tiny import (
     assert_same_weights,
     kill_after_step,
@@ -35,6 +38,12 @@ def folder(tmp_path, monkeypatch):
     write_dialogues(tmp_path / "dialogues.jsonl")
     write_pairs(tmp_path / "pairs.jsonl")
     return tmp_path
+
+
+def test_weights_in_few_bits_are_not_divided_over_ranks(folder):
+    model, _ = load_causal_lm(ModelConfig("base"), AdapterConfig(use_peft=True, load_in_4bit=True))
+    with pytest.raises(UserError, match=r"4 or 8 bits cannot be divided.*ddp\.yaml"):
+        shard(LabelLogprobs(model), torch.device("cpu"), 2, releases=True)
 
 
 RECIPES: dict[str, Any] = {

@@ -292,3 +292,8 @@ def test_a_plan_counts_what_an_adapter_trains(folder):
     assert "trained_parameters" not in whole
     memory = [figures["memory_bytes"] for figures in (part, whole)]
     assert isinstance(memory[0], int) and isinstance(memory[1], int) and memory[0] < memory[1]
+
+
+def test_a_reward_models_rows_are_never_packed(folder):
+    with pytest.raises(UserError, match="a reward model's rows are grouped by length"):
+        recipe_of(folder, batching="packed")
