@@ -288,6 +288,7 @@ def shared_model(
     *,
     change: Callable[[Transformer], Transformer] | None = None,
     bf16: bool = False,
+    embedding_init_std: float | None = None,
 ) -> tuple[Transformer, nn.Module]:
     """The model over the ranks, and what computes its loss.
 
@@ -295,10 +296,11 @@ def shared_model(
     single process would, and this rank's part is kept. ``change`` is made before it is divided.
     ``bf16``: sharded layers are gathered in it, as their matrix products compute anyway; the parts
     that the optimizer steps stay in fp32, and so do embedding, head and the residual stream.
+    ``embedding_init_std`` as in ``Transformer``.
     """
     parallel = ranks.config
     with torch.device("meta"):
-        model = Transformer(config)
+        model = Transformer(config, embedding_init_std=embedding_init_std)
     drawn = {
         f"{name}.weight": (module.weight.shape, module.init_std)
         for name, module in model.named_modules()

@@ -340,12 +340,17 @@ def _keep_products() -> Any:
 class Transformer(nn.Module):
     """The model without its loss. ``model.logits(model(ids_BT))`` are the next-token logits."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        """Weights are drawn from torch's global generator; under torch.device("meta") none are."""
+    def __init__(self, config: ModelConfig, *, embedding_init_std: float | None = None) -> None:
+        """Weights are drawn from torch's global generator; under torch.device("meta") none are.
+
+        ``embedding_init_std``: of the embedding, if not that of the other matrices.
+        """
         super().__init__()
         self.config = config
         std = init_std(config, 0).inputs
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, std)
+        self.embed_tokens = Embedding(
+            config.vocab_size, config.hidden_size, embedding_init_std or std
+        )
         self.layers = nn.ModuleList(
             Block(config, layer) for layer in range(config.num_hidden_layers)
         )

@@ -41,6 +41,7 @@ KEYS = {
     "logging_steps": 1,
     "learning_rate": 1e-3,
     "weight_decay": 0.1,
+    "embedding_init_std": 0.1,
     "z_loss": 1e-3,
     "max_ngram_repeats": 4,  # ranks lose different numbers of sequences
     "max_eval_tokens": 500,

@@ -584,6 +584,21 @@ def test_a_shape_beside_a_model_to_go_on_from_is_refused(tokens, tmp_path):
         recipe_for(tokens, tmp_path, init_from="somewhere")
 
 
+def test_an_embedding_is_not_drawn_where_there_is_one_nor_where_the_head_would_share_it(
+    tokens, tmp_path
+):
+    with pytest.raises(UserError, match="embedding_init_std: the weights are those of init_from"):
+        dataclasses.replace(
+            recipe_for(tokens, tmp_path),
+            init_from="somewhere",
+            shape=ModelShape("olmo2_4m"),
+            embedding_init_std=1.0,
+        )
+    tied = recipe_for(tokens, tmp_path, tie_word_embeddings=True, embedding_init_std=1.0)
+    with pytest.raises(UserError, match=r"embedding_init_std 1\.0 would be the head's too"):
+        plan(tied)
+
+
 def test_a_model_of_another_tokenizer_is_refused(tokens, tmp_path):
     base = run(recipe_for(tokens, tmp_path)).path
     with open(base / "tokenizer.json", "a") as file:

@@ -395,6 +395,16 @@ def test_weights_start_normal_with_std_002_cut_at_three_sigma_and_norms_at_one()
     assert torch.equal(model.state_dict()["norm.weight"], torch.ones(32))
 
 
+def test_an_embedding_of_its_own_size_leaves_the_other_weights_as_they_were():
+    drawn = []
+    for std in (None, 1.0):
+        torch.manual_seed(0)
+        drawn.append(Transformer(SMALL, embedding_init_std=std).state_dict())
+    usual, larger = drawn
+    assert usual.pop("embed_tokens.weight").mul(50).allclose(larger.pop("embed_tokens.weight"))
+    assert all(torch.equal(usual[name], larger[name]) for name in usual)
+
+
 def test_weights_of_olmo_1_start_by_width_and_depth():
     """Standard deviations of the original's "mitchell" scheme, worked out by hand."""
     torch.manual_seed(0)
