@@ -258,7 +258,7 @@ def test_a_published_tuning_is_planned_without_its_model(path, capsys):
     assert "Figures" in text or "None was published" in text
     stage, recipe = load_stage_recipe(path)
     of_sft, of_pairs, billions = TUNED[str(path.parent.relative_to(RECIPES))]
-    per_step = recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps
+    per_step = recipe.train.examples_per_step(8)
     assert per_step == (of_sft if recipe.stage == "sft" else of_pairs) or "qlora" in path.stem
     assert recorded_config(recipe.model.model_name_or_path) is not None
     if "qlora" in path.stem:
