@@ -39,7 +39,6 @@ from olmo_base.run.launch import pick_device
 from olmo_base.run.recipe import RecipeError, setting
 from olmo_base.run.watch import Watch
 
-
 AS_USUAL = EndsInit()
 
 
