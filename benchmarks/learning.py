@@ -9,8 +9,8 @@ same order and batch size, in fp32 and this process, one after the other, for th
 Held-out text is scored at equal distances; that time does not count, nor does compiling. All
 follow their rates' schedules over the part of the time that has passed.
 
-- open-instruct: OLMo-2's shape, Muon, the embedding's rate ten times the others' (as other
-  optimizers give it a rate of its own), warmup_stable_decay
+- open-instruct: OLMo-2's shape, Muon, warmup_stable_decay; the embedding starts with numbers of
+  size 1 and has 60 times the others' rate, the head starts near zero (both as nanochat's do)
 - Trainer: the same shape, AdamW (0.9, 0.95), weight decay 0.1, cosine
 - nanochat: its model of the same width, depth and heads, its optimizer with the rates, warmup,
   warmdown and momentum of its base_train.py; no weight decay, the default of setup_optimizer
@@ -35,7 +35,7 @@ from olmo_base.corpus.batches import Batch, TokenSequences, read_split
 from olmo_base.corpus.documents import DocumentSource
 from olmo_base.corpus.tokenize import TokenizeRecipe
 from olmo_base.corpus.tokenize import run as tokenize
-from olmo_base.model.transformer import ModelConfig, Transformer
+from olmo_base.model.transformer import EndsInit, ModelConfig, Transformer
 from olmo_base.optim import (
     OptimConfig,
     build_optimizer,
@@ -45,6 +45,7 @@ from olmo_base.optim import (
 )
 from olmo_base.pretrain_loop import add_gradients, summed_loss
 from olmo_base.run.artefact import RunConfig
+from olmo_base.run.heap import keep_freed_memory
 from olmo_base.tokenizer import TokenizerRecipe
 from olmo_base.tokenizer import run as train_tokenizer
 
@@ -129,7 +130,8 @@ def our_curve(text: Text, options: argparse.Namespace) -> Curve:
             max_position_embeddings=T,
             eos_token_id=0,
             pad_token_id=0,
-        )
+        ),
+        EndsInit(embedding_init_std=options.embedding_std, head_init_std=options.head_std),
     )
     optim = OptimConfig(
         optim="muon",
@@ -350,12 +352,15 @@ def main() -> None:
     parser.add_argument("--eval-tokens", type=int, default=100_000)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--muon-rate", type=float, default=5e-3)
-    parser.add_argument("--embedding-ratio", type=float, default=10.0)
+    parser.add_argument("--embedding-ratio", type=float, default=60.0)
+    parser.add_argument("--embedding-std", type=float, default=1.0)
+    parser.add_argument("--head-std", type=float, default=0.002)
     parser.add_argument("--adamw-rate", type=float, default=2e-3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # for all: they share a process
     candidates = {"open-instruct": our_curve, "Trainer, AdamW": trainer_curve}
     if options.nanochat:
         candidates["nanochat"] = nanochat_curve

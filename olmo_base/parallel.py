@@ -33,11 +33,13 @@ from olmo_base.divided import copy_part, local_tensor, whole_tensor
 from olmo_base.losses import next_token_loss
 from olmo_base.model.context import SplitContext
 from olmo_base.model.feed_forward import Embedding, Linear, RMSNorm
-from olmo_base.model.transformer import ModelConfig, Transformer
+from olmo_base.model.transformer import EndsInit, ModelConfig, Transformer
 from olmo_base.run.errors import UserError
 from olmo_base.run.launch import pick_device
 from olmo_base.run.recipe import RecipeError, setting
 from olmo_base.run.watch import Watch
+
+AS_USUAL = EndsInit()
 
 
 @dataclass(frozen=True)
@@ -288,7 +290,7 @@ def shared_model(
     *,
     change: Callable[[Transformer], Transformer] | None = None,
     bf16: bool = False,
-    embedding_init_std: float | None = None,
+    ends: EndsInit = AS_USUAL,
 ) -> tuple[Transformer, nn.Module]:
     """The model over the ranks, and what computes its loss.
 
@@ -296,11 +298,11 @@ def shared_model(
     single process would, and this rank's part is kept. ``change`` is made before it is divided.
     ``bf16``: sharded layers are gathered in it, as their matrix products compute anyway; the parts
     that the optimizer steps stay in fp32, and so do embedding, head and the residual stream.
-    ``embedding_init_std`` as in ``Transformer``.
+    ``ends``: what embedding and head are drawn with.
     """
     parallel = ranks.config
     with torch.device("meta"):
-        model = Transformer(config, embedding_init_std=embedding_init_std)
+        model = Transformer(config, ends)
     drawn = {
         f"{name}.weight": (module.weight.shape, module.init_std)
         for name, module in model.named_modules()

@@ -213,19 +213,11 @@ def _model(
     if recipe.init_from is not None:
         given = load_native(recipe.init_from, device=device, dtype=torch.float32)
     if ranks.num_ranks == 1:
-        std = recipe.embedding_init_std
-        model = given or Transformer(config, embedding_init_std=std).to(device)
+        model = given or Transformer(config, recipe.ends).to(device)
         return in_float8(model) if recipe.float8 else model, None
     weights = None if given is None else given.state_dict()
     change = in_float8 if recipe.float8 else None
-    return shared_model(
-        config,
-        ranks,
-        weights,
-        change=change,
-        bf16=bf16,
-        embedding_init_std=recipe.embedding_init_std,
-    )
+    return shared_model(config, ranks, weights, change=change, bf16=bf16, ends=recipe.ends)
 
 
 def _export(folder: RunFolder, model: Transformer, corpus: Corpus) -> None:

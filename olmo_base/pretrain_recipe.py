@@ -20,7 +20,7 @@ from olmo_base.corpus.shards import Place, Shard
 from olmo_base.corpus.warmup import StepSizes, WarmupConfig
 from olmo_base.model.hf_weights import read_model_config
 from olmo_base.model.presets import PRESETS, ModelShape, padded_vocab_size
-from olmo_base.model.transformer import ModelConfig, Recomputation, num_parameters
+from olmo_base.model.transformer import EndsInit, ModelConfig, Recomputation, num_parameters
 from olmo_base.optim import OptimConfig, Schedule
 from olmo_base.parallel import ParallelConfig
 from olmo_base.run.artefact import RunConfig, model_files, sha256_file
@@ -82,9 +82,7 @@ class PretrainRecipe:
     # A model folder to go on from: annealing, or a new mix; ``model`` then says what it must be.
     init_from: str | None = None
     shape: ModelShape = field(default_factory=ModelShape)
-    embedding_init_std: float | None = setting(
-        None, above=0, help="null: that of the other matrices, 0.02 from OLMo-2 on"
-    )
+    ends: EndsInit = field(default_factory=EndsInit)
     pad_vocab_to_multiple_of: int = setting(128, low=1)
     max_length: int = setting(1024, low=1)  # tokens of a sequence
     mask_documents: bool = False  # a token sees its own document only
@@ -147,10 +145,12 @@ class PretrainRecipe:
                 if item.name != "model" and getattr(self.shape, item.name) is not None
             )
             raise RecipeError(given, "the shape is that of init_from; leave this key out.")
-        if self.init_from is not None and self.embedding_init_std is not None:
-            raise RecipeError(
-                "embedding_init_std", "the weights are those of init_from; leave this key out."
-            )
+        if self.init_from is not None:
+            for key, value in vars(self.ends).items():
+                if value is not None:
+                    raise RecipeError(
+                        key, "the weights are those of init_from; leave this key out."
+                    )
         self.warmup.refuse_misfits(self.sequences_per_step, self.max_length)
         if self.warmup.length_warmup_steps and self.parallel.context_parallel > 1:
             raise RecipeError(
@@ -323,7 +323,7 @@ def model_config(recipe: PretrainRecipe, corpus: Corpus) -> ModelConfig:
     """The model's shape: that of ``init_from``, or the recipe's with the corpus's vocabulary.
 
     Errors: UserError if ``init_from`` was made for another tokenizer or for shorter rows, or if
-    an ``embedding_init_std`` would be the head's as well.
+    embedding and head are to start unlike and are one.
     """
     if recipe.init_from is not None:
         return _config_to_go_on(recipe, recipe.init_from, corpus)
@@ -336,11 +336,13 @@ def model_config(recipe: PretrainRecipe, corpus: Corpus) -> ModelConfig:
         eos_token_id=eos_token_id,
         pad_token_id=_pad_token_id(corpus.tokenizer, eos_token_id),
     )
-    if recipe.embedding_init_std is not None and config.tie_word_embeddings:
-        raise UserError(
-            f"embedding_init_std {recipe.embedding_init_std} would be the head's too, for the two "
-            "are tied. Leave it out, or set tie_word_embeddings: false."
-        )
+    if config.tie_word_embeddings:
+        for key, value in vars(recipe.ends).items():
+            if value is not None:
+                raise UserError(
+                    f"{key} is {value}, but head and embedding are one. Leave it out, or set "
+                    "tie_word_embeddings: false."
+                )
     return config
 
 

@@ -91,10 +91,16 @@ Batching = Literal["auto", "packed", "grouped"]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How examples become optimizer steps. One step sees batch size x accumulation x ranks."""
+    """How examples become optimizer steps.
+
+    One step sees ``global_batch_size`` examples, or batch size x accumulation x ranks.
+    """
 
     per_device_train_batch_size: int = setting(8, low=1)
     gradient_accumulation_steps: int = setting(1, low=1)
+    global_batch_size: int = setting(
+        0, low=0, help="examples of a step, all ranks together; 0: what each has, times the ranks"
+    )
     num_train_epochs: float = setting(1.0, above=0)
     max_steps: int = setting(-1, low=-1, help="above 0: instead of num_train_epochs")
     per_device_eval_batch_size: int = setting(32, low=1, changes_result=False)
@@ -121,6 +127,12 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
+        if self.global_batch_size and self.gradient_accumulation_steps > 1:
+            raise RecipeError(
+                "gradient_accumulation_steps",
+                f"{self.gradient_accumulation_steps}, but it follows from global_batch_size "
+                f"{self.global_batch_size}; keep one of them.",
+            )
         if self.looks_for_best and not self.eval_steps:
             key = "load_best_model_at_end"
             raise RecipeError(
@@ -133,6 +145,11 @@ class TrainConfig:
                 f"{self.early_stopping_threshold}, but nothing looks for the lowest loss. Set "
                 "early_stopping_patience or load_best_model_at_end, or remove it.",
             )
+
+    def examples_per_step(self, num_ranks: int) -> int:
+        """How many all ranks that read different examples take together."""
+        per_rank = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        return self.global_batch_size or per_rank * num_ranks
 
     @property
     def looks_for_best(self) -> bool:
@@ -405,11 +422,10 @@ def steps_of(
     pad_id: int = 0,
 ) -> Steps:
     """The optimizer steps that a recipe asks for."""
-    per_rank = config.per_device_train_batch_size * config.gradient_accumulation_steps
     return Steps(
         examples,
         terms_per_example=terms_per_example,
-        examples_per_step=per_rank * num_ranks,
+        examples_per_step=config.examples_per_step(num_ranks),
         max_micro_batch=config.per_device_train_batch_size,
         num_ranks=num_ranks,
         num_epochs=config.num_train_epochs,

@@ -346,12 +346,12 @@ def plan_from_afar(
     rows = recipe.train.per_device_train_batch_size * rows_per_example
     length = recipe.data.max_length
     largest = MicroBatchSize(0, rows * length, rows * length**2, length, labels=rows * length)
-    per_rank = recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps
+    num_ranks = 1 if launch is None else data_processes(recipe, launch)
     trained = {"trained_parameters": sizes.trained} if sizes.trained < sizes.all else {}
     return {
         NOT_HERE: f"{name} is not on this machine: its recorded shape is used, and rows, tokens "
         "and steps are not counted",
-        "examples_per_step": per_rank * (1 if launch is None else data_processes(recipe, launch)),
+        "examples_per_step": recipe.train.examples_per_step(num_ranks),
         "parameters": sizes.all,
         **trained,
         **_planned_memory(

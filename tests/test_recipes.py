@@ -165,6 +165,11 @@ def test_a_published_pretraining_is_planned_without_its_text(path, tmp_path, cap
     assert "is not on this machine: the vocabulary is that of " in out
     assert f"{num_parameters(preset):,}" in out
     assert "# memory_bytes" in out
+    # However many processes share a step, it reads the published number of tokens.
+    step = next(line for line in out.splitlines() if line.startswith("# tokens_per_step"))
+    many = ["--dry-run", "--num-processes", "64"]
+    assert main(["run", str(path), f"root={tmp_path}", *many]) == 0
+    assert step.split()[-1] in capsys.readouterr().out
 
 
 def test_a_run_without_its_text_is_refused_all_the_same(tmp_path, capsys):
@@ -253,7 +258,7 @@ def test_a_published_tuning_is_planned_without_its_model(path, capsys):
     assert "Figures" in text or "None was published" in text
     stage, recipe = load_stage_recipe(path)
     of_sft, of_pairs, billions = TUNED[str(path.parent.relative_to(RECIPES))]
-    per_step = recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps
+    per_step = recipe.train.examples_per_step(8)
     assert per_step == (of_sft if recipe.stage == "sft" else of_pairs) or "qlora" in path.stem
     assert recorded_config(recipe.model.model_name_or_path) is not None
     if "qlora" in path.stem:
@@ -277,7 +282,7 @@ def test_a_published_recipe_made_small_trains_a_model_that_transformers_opens(
     small = (
         "hidden_size=32 intermediate_size=48 num_hidden_layers=4 num_attention_heads=4 "
         "num_key_value_heads=2 max_length=64 per_device_train_batch_size=2 max_steps=3 "
-        "gradient_accumulation_steps=2 warmup_steps=1 bf16=false"
+        "global_batch_size=4 warmup_steps=1 bf16=false"
     ).split()
     folder = tmp_path / "base"
     path = RECIPES / name / "pretrain.yaml"

@@ -44,6 +44,7 @@ from olmo_base.model.feed_forward import (
 from olmo_base.model.packing import Branches, Packing
 from olmo_base.model.rope import RotaryTable, Yarn
 from olmo_base.run.errors import UserError
+from olmo_base.run.recipe import setting
 
 GENERATIONS = {"olmo": "OLMo-1", "olmo2": "OLMo-2", "olmo3": "OLMo-3"}
 RMS_NORM_EPS = 1e-6
@@ -235,6 +236,16 @@ def _matmul_weights_per_layer(config: ModelConfig) -> int:
     return 2 * width * width + 2 * width * kv_width + 3 * width * config.intermediate_size
 
 
+@dataclass(frozen=True)
+class EndsInit:
+    """Standard deviations that embedding and head start with; None: that of other matrices."""
+
+    embedding_init_std: float | None = setting(
+        None, above=0, help="null: that of the other matrices, 0.02 from OLMo-2 on"
+    )
+    head_init_std: float | None = setting(None, above=0, help="of the output head, likewise")
+
+
 class InitStd(NamedTuple):
     """Standard deviations that a layer's matrices start with."""
 
@@ -340,16 +351,13 @@ def _keep_products() -> Any:
 class Transformer(nn.Module):
     """The model without its loss. ``model.logits(model(ids_BT))`` are the next-token logits."""
 
-    def __init__(self, config: ModelConfig, *, embedding_init_std: float | None = None) -> None:
-        """Weights are drawn from torch's global generator; under torch.device("meta") none are.
-
-        ``embedding_init_std``: of the embedding, if not that of the other matrices.
-        """
+    def __init__(self, config: ModelConfig, ends: EndsInit = EndsInit()) -> None:
+        """Weights are drawn from torch's global generator; under torch.device("meta") none are."""
         super().__init__()
         self.config = config
         std = init_std(config, 0).inputs
         self.embed_tokens = Embedding(
-            config.vocab_size, config.hidden_size, embedding_init_std or std
+            config.vocab_size, config.hidden_size, ends.embedding_init_std or std
         )
         self.layers = nn.ModuleList(
             Block(config, layer) for layer in range(config.num_hidden_layers)
@@ -358,7 +366,7 @@ class Transformer(nn.Module):
         self.lm_head = (
             None
             if config.tie_word_embeddings
-            else Linear(config.hidden_size, config.vocab_size, std)
+            else Linear(config.hidden_size, config.vocab_size, ends.head_init_std or std)
         )
         self.windows = config.windows
         self.rotary_tables = {

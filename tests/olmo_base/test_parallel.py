@@ -42,6 +42,7 @@ KEYS = {
     "learning_rate": 1e-3,
     "weight_decay": 0.1,
     "embedding_init_std": 0.1,
+    "head_init_std": 0.01,
     "z_loss": 1e-3,
     "max_ngram_repeats": 4,  # ranks lose different numbers of sequences
     "max_eval_tokens": 500,

@@ -27,7 +27,7 @@ from olmo_base.corpus.tokenize import TokenizeRecipe
 from olmo_base.corpus.tokenize import run as tokenize
 from olmo_base.model.hf_weights import export_hf, load_native
 from olmo_base.model.presets import ModelShape
-from olmo_base.model.transformer import Transformer
+from olmo_base.model.transformer import EndsInit, Transformer
 from olmo_base.optim import learning_rate_at
 from olmo_base.pretrain import computes_in_bf16, plan, run
 from olmo_base.pretrain_loop import add_gradients
@@ -592,10 +592,10 @@ def test_an_embedding_is_not_drawn_where_there_is_one_nor_where_the_head_would_s
             recipe_for(tokens, tmp_path),
             init_from="somewhere",
             shape=ModelShape("olmo2_4m"),
-            embedding_init_std=1.0,
+            ends=EndsInit(embedding_init_std=1.0),
         )
     tied = recipe_for(tokens, tmp_path, tie_word_embeddings=True, embedding_init_std=1.0)
-    with pytest.raises(UserError, match=r"embedding_init_std 1\.0 would be the head's too"):
+    with pytest.raises(UserError, match=r"embedding_init_std is 1\.0, but head and embedding are"):
         plan(tied)
 
 

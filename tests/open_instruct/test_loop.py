@@ -99,6 +99,28 @@ def gradients_of(model):
     return {name: weight.grad.clone() for name, weight in model.named_parameters()}
 
 
+def test_a_step_of_a_global_batch_is_the_same_examples_for_any_number_of_ranks():
+    examples = random_examples(40)
+    config = TrainConfig(per_device_train_batch_size=2, global_batch_size=10)
+    of_ranks = [
+        steps_of(examples, examples.num_labels_NW[:, 0], config, seed=1, num_ranks=ranks)
+        for ranks in (1, 3, 16)
+    ]
+    for step in range(of_ranks[0].total):
+        one, three, sixteen = (steps.numbers(step).tolist() for steps in of_ranks)
+        assert one == three == sixteen and len(one) == 10
+    for ranks, steps in zip((1, 3, 16), of_ranks, strict=True):
+        read = [batch for rank in range(ranks) for batch in steps.micro_batches(0, rank)]
+        # A rank without an example has a row of which nothing is learnt.
+        assert sum(len(batch.label_ids_L) for batch in read) == steps.num_terms(0)
+        assert all(len(batch.ids_RT) <= 2 for batch in read)
+
+
+def test_accumulation_beside_a_global_batch_is_refused():
+    with pytest.raises(UserError, match="gradient_accumulation_steps: 4, but it follows from"):
+        TrainConfig(gradient_accumulation_steps=4, global_batch_size=10)
+
+
 SIX_CUTS = [(12, 1, 1), (6, 2, 1), (3, 4, 1), (1, 12, 1), (2, 3, 2), (4, 1, 3)]
 
 

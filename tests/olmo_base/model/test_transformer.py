@@ -22,6 +22,7 @@ from olmo_base.model.transformer import (
     FULL,
     GENERATIONS,
     SLIDING,
+    EndsInit,
     ModelConfig,
     Transformer,
     flops_per_token,
@@ -395,14 +396,15 @@ def test_weights_start_normal_with_std_002_cut_at_three_sigma_and_norms_at_one()
     assert torch.equal(model.state_dict()["norm.weight"], torch.ones(32))
 
 
-def test_an_embedding_of_its_own_size_leaves_the_other_weights_as_they_were():
+def test_embedding_and_head_of_their_own_size_leave_the_other_weights_as_they_were():
     drawn = []
-    for std in (None, 1.0):
+    for ends in (EndsInit(), EndsInit(embedding_init_std=1.0, head_init_std=0.002)):
         torch.manual_seed(0)
-        drawn.append(Transformer(SMALL, embedding_init_std=std).state_dict())
-    usual, larger = drawn
-    assert usual.pop("embed_tokens.weight").mul(50).allclose(larger.pop("embed_tokens.weight"))
-    assert all(torch.equal(usual[name], larger[name]) for name in usual)
+        drawn.append(Transformer(SMALL, ends).state_dict())
+    usual, other = drawn
+    assert usual.pop("embed_tokens.weight").mul(50).allclose(other.pop("embed_tokens.weight"))
+    assert usual.pop("lm_head.weight").div(10).allclose(other.pop("lm_head.weight"))
+    assert all(torch.equal(usual[name], other[name]) for name in usual)
 
 
 def test_weights_of_olmo_1_start_by_width_and_depth():
