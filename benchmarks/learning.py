@@ -10,7 +10,8 @@ Held-out text is scored at equal distances; that time does not count, nor does c
 follow their rates' schedules over the part of the time that has passed.
 
 - open-instruct: OLMo-2's shape, Muon, warmup_stable_decay; the embedding starts with numbers of
-  size 1 and has 60 times the others' rate, the head starts near zero (both as nanochat's do)
+  size 1 and has 60 times the others' rate, the head starts near zero, Adam's first
+  beta is 0.8 (as nanochat's; docs/decisions/2026-11-24-where-embedding-and-head-start.md)
 - Trainer: the same shape, AdamW (0.9, 0.95), weight decay 0.1, cosine
 - nanochat: its model of the same width, depth and heads, its optimizer with the rates, warmup,
   warmdown and momentum of its base_train.py; no weight decay, the default of setup_optimizer
@@ -140,7 +141,9 @@ def our_curve(text: Text, options: argparse.Namespace) -> Curve:
         decay_ratio=0.6,
         warmup_ratio=0.02,
         weight_decay=0.1,
+        adam_beta1=0.8,
         adam_beta2=0.95,
+        muon_momentum=0.9,
         embedding_lr_ratio=options.embedding_ratio,
     )
     optimizer = build_optimizer(model, optim)
@@ -350,8 +353,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1200.0, help="of each candidate")
     parser.add_argument("--scores", type=int, default=20, help="of each candidate, over its time")
     parser.add_argument("--eval-tokens", type=int, default=100_000)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--muon-rate", type=float, default=5e-3)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--muon-rate", type=float, default=1e-2)
     parser.add_argument("--embedding-ratio", type=float, default=60.0)
     parser.add_argument("--embedding-std", type=float, default=1.0)
     parser.add_argument("--head-std", type=float, default=0.002)
